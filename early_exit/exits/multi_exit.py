@@ -1,0 +1,136 @@
+"""A backbone with exits: one static description, one dict of arrays.
+
+    params = {"backbone": …, "exits": {"6": …, "12": …}, "token_ids": [R], if heads are reduced}
+
+The one idea: exits read the backbone and nothing reads the exits, so attaching, tuning or
+dropping them cannot change what the full model says.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from early_exit.backbones import base
+from early_exit.exits import heads, init
+
+Params = base.Params
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiExit:
+    """The static half of a multi-exit model: hashable, no arrays, safe to close a jit over."""
+
+    config: base.BackboneConfig
+    exits: heads.ExitConfig
+
+    def __post_init__(self):
+        self.exits.check(self.config.depth, self.config.vocab_size)
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of the blocks before each exit, then those before the final exit."""
+        edges = (0, *self.exits.points, self.config.depth)
+        return tuple(zip(edges[:-1], edges[1:], strict=True))
+
+    @property
+    def exit_depths(self) -> np.ndarray:
+        """int [E + 1]: blocks run at each exit, the final one last."""
+        return np.array([*self.exits.points, self.config.depth])
+
+    def _head(self, rngs: nnx.Rngs) -> heads.Head:
+        return heads.Head(self.config, self.exits, self.config.vocab_size, rngs=rngs)
+
+    def bind(self, params: Params) -> "Bound":
+        """The modules, holding `params`. Call it inside the jitted function."""
+        head_definition, _ = base.abstract(self._head)
+        backbone_definition, _ = base.abstract(self.config.build)
+        return Bound(
+            backbone=base.merge(backbone_definition, params["backbone"]),
+            heads=tuple(
+                base.merge(head_definition, params["exits"][str(point)])
+                for point in self.exits.points
+            ),
+            token_ids=params.get("token_ids"),
+        )
+
+    def abstract_exits(self, dtype=jnp.float32) -> Params:
+        """The exits' parameters as shapes of the given dtype."""
+        _, head = base.abstract(self._head)
+        head = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), head)
+        return {str(point): head for point in self.exits.points}
+
+    def init_exits(
+        self, key: jax.Array, backbone: Params, source: str, token_ids: jax.Array | None
+    ) -> Params:
+        """Parameters of every head, `source` being `copy` or `random` (see `exits.init`).
+
+        Raises:
+          ValueError: unknown `source`, or `token_ids` that do not fit `exits.classes`.
+        """
+        if source not in init.INITS:
+            raise ValueError(f"unknown init {source!r}; choose one of {', '.join(init.INITS)}")
+        given = 0 if token_ids is None else len(token_ids)
+        if given != self.exits.classes:
+            raise ValueError(
+                f"exits.classes={self.exits.classes} but {given} token ids were given"
+            )
+        if source == "copy":
+            return {
+                point: init.copied(head, backbone, int(point), self.config.depth, token_ids)
+                for point, head in self.abstract_exits().items()
+            }
+        dtype = jax.tree.leaves(backbone)[0].dtype
+        params = {}
+        for point in self.exits.points:
+            _, head = base.split(self._head(nnx.Rngs(jax.random.fold_in(key, point))))
+            params[str(point)] = jax.tree.map(lambda x: x.astype(dtype), head)
+        return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A multi-exit model with its parameters, inside a jitted function.
+
+    Attributes:
+      backbone: the pretrained network.
+      heads: one per exit, shallow to deep.
+      token_ids: int32 [R], what the rows of a reduced head's output matrix stand for; else None.
+    """
+
+    backbone: base.Backbone
+    heads: tuple[heads.Head, ...]
+    token_ids: jax.Array | None
+
+    def exit_tables(self) -> tuple[jax.Array, ...]:
+        """Each head's output matrix [C, D]: C = V, or R + 1 with "none of these" last.
+
+        Cheap when the matrix is the head's own or the whole of the backbone's. A reduced shared
+        one is gathered: call this once, outside any loop.
+        """
+        shared = self.backbone.output_table()
+        if self.token_ids is not None:
+            shared = shared[self.token_ids]
+
+        def table(head):
+            if not hasattr(head, "output"):
+                return shared
+            own = head.output.embedding[...]
+            is_rest_row_only = self.token_ids is not None and own.shape[0] == 1
+            return jnp.concatenate([shared, own]) if is_rest_row_only else own
+
+        return tuple(table(head) for head in self.heads)
+
+    def hidden_at_exits(self, hidden, context, points) -> Iterator[jax.Array]:
+        """Runs the backbone and yields the hidden states after each of the rising `points`.
+
+        Nothing deeper than the last point asked for is run.
+        """
+        start = 0
+        for stop in points:
+            hidden = self.backbone.run_blocks(hidden, start, stop, context)
+            yield hidden
+            start = stop

@@ -1,0 +1,60 @@
+"""The key/value cache: one pair of arrays per block, written once per step, outside any branch.
+
+    {"block/0": (key, value), …, "exit/12": (key, value)}      each [B, K, S, d]
+
+Blocks inside heads (`layer` heads) cache too, under the exit's name. S is a bucket: a multiple of
+the chunk in which attention reads, so that few programs are compiled.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from early_exit.backbones.decoder import DecoderConfig
+from early_exit.backbones.layers import CACHE_CHUNK
+
+Cache = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def names(config: DecoderConfig, block_head_points: tuple[int, ...]) -> list[str]:
+    """Every cached block: the backbone's, then those of heads after `block_head_points`."""
+    blocks = [f"block/{i}" for i in range(config.depth)]
+    return blocks + [f"exit/{point}" for point in block_head_points]
+
+
+def empty(config: DecoderConfig, entries: list[str], batch: int, slots: int, dtype) -> Cache:
+    """A cache of zeros, [batch, kv_heads, slots, head_dim] each."""
+    shape = (batch, config.kv_heads, slots, config.head_dim)
+    return {name: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for name in entries}
+
+
+def write(cache: Cache, rows: Cache, start_B: jax.Array) -> Cache:
+    """The cache with new rows [B, T, K, d] stored from slot `start_B` of each batch row on."""
+
+    def store(slots_BKSd, rows_BTKd):
+        rows_BKTd = rows_BTKd.swapaxes(1, 2).astype(slots_BKSd.dtype)
+        if slots_BKSd.shape[0] == 1:  # one slice update in place instead of a scatter
+            return jax.lax.dynamic_update_slice(slots_BKSd, rows_BKTd, (0, 0, start_B[0], 0))
+        put = lambda slots, new, start: jax.lax.dynamic_update_slice(slots, new, (0, start, 0))
+        return jax.vmap(put)(slots_BKSd, rows_BKTd, start_B)
+
+    return {
+        name: tuple(store(slots, new) for slots, new in zip(cache[name], rows[name], strict=True))
+        for name in cache
+    }
+
+
+def bucket(positions: int, context_length: int) -> int:
+    """Slots to allocate for so many positions: powers of two from 2·CACHE_CHUNK up.
+
+    Raises:
+      ValueError: more positions than the model's context.
+    """
+    if positions > context_length:
+        raise ValueError(
+            f"prompt and answer need {positions} positions but the model's context is "
+            f"{context_length}; shorten the prompt or ask for fewer new tokens"
+        )
+    slots = 2 * CACHE_CHUNK
+    while slots < positions:
+        slots *= 2
+    return slots

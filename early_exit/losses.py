@@ -1,0 +1,136 @@
+"""Per-exit, per-position losses whose memory grows neither with the vocabulary nor the exits.
+
+The one idea: a cross-entropy needs of the vocabulary only running sums, so the output matrices
+are read in chunks of rows inside a rematerialised scan. Logits exist for one chunk at a time,
+forward and backward; automatic differentiation does the rest.
+
+Shapes: N positions, D features, V vocabulary, C classes of a head (V, or R + 1 with "none of
+these" last), E exits.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from early_exit.backbones.base import logits
+
+# Columns of logits held at a time, all exits together: 4096 for 2048 positions are 32 MiB.
+CHUNK = 4096
+
+
+def _chunk_size(rows: int, most: int) -> int:
+    """At most `most`; a divisor of `rows` if a fair one exists, as padding copies the matrix."""
+    most = max(min(most, rows), 1)
+    divisors = (size for size in range(most, most // 2, -1) if rows % size == 0)
+    return next(divisors, most)
+
+
+def _chunked(rows_CD: jax.Array, chunk: int) -> jax.Array:
+    """[C, D] → [ceil(C / chunk), chunk, D], padded with zeros (callers mask the padding)."""
+    padding = -rows_CD.shape[0] % chunk
+    return jnp.pad(rows_CD, ((0, padding), (0, 0))).reshape(-1, chunk, rows_CD.shape[1])
+
+
+def _fold(peak_N, total_N, values_NC):
+    """Adds a chunk of logits to a running log-sum-exp."""
+    new_peak = jnp.maximum(peak_N, values_NC.max(-1))
+    total_N = total_N * jnp.exp(peak_N - new_peak)
+    return new_peak, total_N + jnp.exp(values_NC - new_peak[:, None]).sum(-1)
+
+
+def log_normalizer(features_ND: jax.Array, table_VD: jax.Array, chunk: int = CHUNK) -> jax.Array:
+    """log Σ_v exp(features · table_v), float32 [N]."""
+    chunk = _chunk_size(table_VD.shape[0], chunk)
+    valid = _chunked(jnp.ones((table_VD.shape[0], 1), bool), chunk)[..., 0]
+
+    def body(carry, xs):
+        rows, valid = xs
+        values = jnp.where(valid[None], logits(features_ND, rows), -jnp.inf)
+        return _fold(*carry, values), None
+
+    start = jnp.full(features_ND.shape[0], -jnp.inf), jnp.zeros(features_ND.shape[0])
+    (peak, total), _ = jax.lax.scan(jax.checkpoint(body), start, (_chunked(table_VD, chunk), valid))
+    return peak + jnp.log(total)
+
+
+def exit_losses(
+    features: Sequence[jax.Array],
+    tables: Sequence[jax.Array],
+    *,
+    labels: jax.Array | None = None,
+    teacher: tuple[jax.Array, jax.Array] | None = None,
+    token_ids: jax.Array | None = None,
+    chunk: int = CHUNK,
+) -> jax.Array:
+    """Loss of every exit at every position, float32 [E, N], in nats.
+
+    Against `labels` it is the cross-entropy; against a `teacher` KL(teacher ‖ exit), self-
+    distillation from the final exit (Valade 2024; Jamialahmadi et al. 2025, Balcony). A reduced
+    head is compared with the target's probability on its own tokens and on all others together.
+
+    Args:
+      features: per exit, [N, D].
+      tables: per exit, its output matrix [C, D]; all exits have the same classes.
+      labels: int32 [N], token ids.
+      teacher: (features [N, D], output matrix [V, D]) of the distribution to match. No gradient
+        flows into it.
+      token_ids: int32 [R], the tokens that the first R rows of `tables` stand for, if reduced.
+      chunk: columns of logits held at a time, all exits together.
+
+    Raises:
+      ValueError: not exactly one of labels and teacher.
+    """
+    if (labels is None) == (teacher is None):
+        raise ValueError("give exit_losses either labels or a teacher")
+    reduced = token_ids is not None
+    classes = tables[0].shape[0] - reduced
+    chunk = _chunk_size(classes, chunk // len(features))
+    count = features[0].shape[0]
+    ids = jnp.arange(classes) if token_ids is None else token_ids
+    # Padding has id −1: no label equals it, and every logit there is masked.
+    ids = jnp.pad(ids + 1, (0, -classes % chunk)).reshape(-1, chunk) - 1
+    slices = {"ids": ids, "tables": [_chunked(table[:classes], chunk) for table in tables]}
+    if teacher is not None:
+        teacher_features, teacher_table = jax.lax.stop_gradient(teacher)
+        normalizer = log_normalizer(teacher_features, teacher_table)
+        rows = teacher_table[token_ids] if reduced else teacher_table
+        slices["teacher"] = _chunked(rows, chunk)
+
+    def target(xs):
+        """The target's (probability, log-probability) on this chunk's tokens, [N, chunk]."""
+        if labels is not None:
+            return (labels[:, None] == xs["ids"][None]).astype(jnp.float32), 0.0
+        log_probs = logits(teacher_features, xs["teacher"]) - normalizer[:, None]
+        return jnp.exp(log_probs), log_probs
+
+    def body(carry, xs):
+        mass, negentropy, exits = carry
+        valid = (xs["ids"] >= 0)[None]
+        probs, log_probs = target(xs)
+        probs = jnp.where(valid, probs, 0.0)
+        folded = []
+        for (peak, total, cross), feature, table in zip(
+            exits, features, xs["tables"], strict=True
+        ):
+            values = logits(feature, table)
+            cross = cross + (probs * values).sum(-1)
+            folded.append((*_fold(peak, total, jnp.where(valid, values, -jnp.inf)), cross))
+        return (mass + probs.sum(-1), negentropy + (probs * log_probs).sum(-1), folded), None
+
+    zeros = jnp.zeros(count)
+    start = zeros, zeros, [(jnp.full(count, -jnp.inf), zeros, zeros) for _ in features]
+    (mass, negentropy, exits), _ = jax.lax.scan(jax.checkpoint(body), start, slices)
+
+    rest = jnp.clip(1 - mass, 0.0)  # what the target leaves to "none of these"
+    if reduced:
+        negentropy = negentropy + jax.scipy.special.xlogy(rest, rest)
+    losses = []
+    for (peak, total, cross), feature, table in zip(exits, features, tables, strict=True):
+        normalizer_e = peak + jnp.log(total)
+        if reduced:
+            value = logits(feature, table[-1:])[:, 0]
+            normalizer_e = jnp.logaddexp(normalizer_e, value)
+            cross = cross + rest * value
+        losses.append(normalizer_e - cross + negentropy)
+    return jnp.stack(losses)

@@ -1,0 +1,249 @@
+"""GGUF, llama.cpp's file format: its header, and its tensors under transformers' names.
+
+The one idea: the file is translated into what a Hugging Face folder would say (config, tensor
+names, layout of Q and K), so that nothing after this room knows which of the two it was.
+
+The header is read here rather than by `gguf.GGUFReader`, which believes every length it meets: a
+damaged one makes it loop for hours. Tensor types and their dequantisation are the library's.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import dataclasses
+import mmap
+import pathlib
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, quants
+
+_SCALARS = {
+    GGUFValueType.UINT8: "<u1",
+    GGUFValueType.INT8: "<i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT64: "<f8",
+}
+
+# Parts of a Llama block: llama.cpp's name → transformers'.
+_BLOCK_PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in the file. `shape` is in numpy's order, the fastest axis last."""
+
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        return quants.quant_shape_to_byte_shape(self.shape, self.type)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.byte_shape, dtype=object))
+
+
+def read_header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """(metadata, tensors) of a GGUF file.
+
+    Raises:
+      ValueError: not a GGUF file, or a truncated or damaged one.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse_header(_Cursor(data))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a GGUF file, or is truncated or damaged ({error}); download it again"
+        ) from error
+
+
+def open_tensors(
+    path: pathlib.Path,
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """A Llama GGUF file as (config, shapes, read); see `tensors.Checkpoint`.
+
+    Raises:
+      ValueError: a damaged file, another architecture, or metadata that is missing.
+    """
+    metadata, stored = read_header(path)
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(
+            f"{path} holds a model of the architecture {architecture!r}; of GGUF files only "
+            "'llama' is read. Use the model's safetensors folder if its family is supported"
+        )
+    if metadata.get("split.count", 1) != 1:
+        raise ValueError(f"{path} is one of several parts; join them with llama-gguf-split --merge")
+    config = _llama_config(path, metadata, stored)
+    gguf_names = {_transformers_name(name): name for name in stored}
+    heads = {
+        "attn_q.weight": config["num_attention_heads"],
+        "attn_k.weight": config["num_key_value_heads"],
+    }
+
+    def read(name: str) -> np.ndarray:
+        gguf_name = gguf_names[name]
+        tensor = _read_tensor(path, stored[gguf_name])
+        for suffix, count in heads.items():
+            if gguf_name.endswith(suffix):
+                return _to_half_rotation(tensor, count)
+        return tensor
+
+    shapes = {name: stored[gguf_name].shape for name, gguf_name in gguf_names.items()}
+    return config, shapes, read
+
+
+def _transformers_name(name: str) -> str:
+    """Names without a counterpart stay as they are, and are refused as unexpected later."""
+    if block := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
+        number, part = block.groups()
+        if part in _BLOCK_PARTS:
+            return f"model.layers.{number}.{_BLOCK_PARTS[part]}.weight"
+    return _TOP_NAMES.get(name, name)
+
+
+def _llama_config(path: pathlib.Path, metadata: dict, stored: dict) -> dict[str, Any]:
+    def integer(key: str, default: int | None = None) -> int:
+        value = metadata.get(f"llama.{key}", default)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path} needs a positive whole number llama.{key}, not {value!r}")
+        return value
+
+    heads = integer("attention.head_count")
+    head_dim = integer("attention.key_length", integer("embedding_length") // heads)
+    rope_scaling = metadata.get("llama.rope.scaling.type", "none")
+    return {
+        "model_type": "llama",
+        "vocab_size": integer("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
+        "hidden_size": integer("embedding_length"),
+        "num_hidden_layers": integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": integer("feed_forward_length"),
+        "max_position_embeddings": integer("context_length"),
+        "rms_norm_eps": metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_theta": metadata.get("llama.rope.freq_base", 10_000.0),
+        "rope_scaling": None if rope_scaling == "none" else {"rope_type": rope_scaling},
+        "partial_rotary_factor": integer("rope.dimension_count", head_dim) / head_dim,
+        "sliding_window": metadata.get("llama.attention.sliding_window"),
+        "tie_word_embeddings": "output.weight" not in stored,
+    }
+
+
+def _read_tensor(path: pathlib.Path, stored: Stored) -> np.ndarray:
+    data = np.fromfile(path, np.uint8, stored.size, offset=stored.offset)
+    try:
+        return quants.dequantize(data.reshape(stored.byte_shape), stored.type)
+    except NotImplementedError as error:
+        raise ValueError(f"{path} stores tensors as {stored.type.name}: {error}") from error
+
+
+def _to_half_rotation(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's order of rows in Q and K.
+
+    llama.cpp rotates neighbouring rows of a head against each other (0 with 1, 2 with 3, …), this
+    project and transformers the first half of a head against the second.
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+class _Cursor:
+    """Reads a header front to back; whatever would lie beyond the file's end is an error."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data = data
+        self.offset = 0
+
+    def take(self, size: int) -> bytes:
+        end = self.offset + size
+        if end > len(self.data):
+            raise ValueError(f"the header runs past the file's end at byte {len(self.data)}")
+        taken = self.data[self.offset : end]
+        self.offset = end
+        return taken
+
+    def u32(self) -> int:
+        return struct.unpack("<I", self.take(4))[0]
+
+    def u64(self) -> int:
+        return struct.unpack("<Q", self.take(8))[0]
+
+    def string(self) -> str:
+        return self.take(self.u64()).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        kind = GGUFValueType(kind)
+        if kind == GGUFValueType.STRING:
+            return self.string()
+        if kind != GGUFValueType.ARRAY:
+            return self.scalars(kind, 1)[0]
+        kind, count = GGUFValueType(self.u32()), self.u64()
+        if kind in _SCALARS:
+            return self.scalars(kind, count)
+        return [self.value(kind) for _ in range(count)]
+
+    def scalars(self, kind: GGUFValueType, count: int) -> list:
+        dtype = np.dtype(_SCALARS[kind])
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+
+
+def _parse_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Stored]]:
+    if cursor.take(4) != b"GGUF":
+        raise ValueError("it does not start with GGUF")
+    if (version := cursor.u32()) not in (2, 3):
+        raise ValueError(f"version {version} is not 2 or 3")
+    tensor_count, metadata_count = cursor.u64(), cursor.u64()
+    metadata = {}
+    for _ in range(metadata_count):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.u32())
+    infos = {}
+    for _ in range(tensor_count):
+        name = cursor.string()
+        shape = tuple(cursor.u64() for _ in range(cursor.u32()))[::-1]
+        if not shape:
+            raise ValueError(f"{name} has no dimensions")
+        infos[name] = shape, GGMLQuantizationType(cursor.u32()), cursor.u64()
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    start = -(-cursor.offset // alignment) * alignment
+    stored = {}
+    for name, (shape, type_, offset) in infos.items():
+        tensor = stored[name] = Stored(shape, type_, start + offset)
+        if tensor.offset + tensor.size > len(cursor.data):
+            raise ValueError(
+                f"{name} ends at byte {tensor.offset + tensor.size} of a file of {len(cursor.data)}"
+            )
+    return metadata, stored

@@ -1,0 +1,92 @@
+"""The tokenizer that belongs to a checkpoint, as a `transformers` fast tokenizer.
+
+The one idea: a tokenizer is its serialised rules, not its class. A folder's `tokenizer.json` is
+taken as it stands. (`AutoTokenizer` would prefer the class that the config names and rebuild its
+rules from the vocabulary; with transformers 5 this loses SmolLM2's splitting of digits.) A GGUF
+file has no such rules, only a name for them.
+"""
+
+import pathlib
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from early_exit.pretrained import gguf_file
+
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+# `tokenizer.ggml.pre` → how text is cut before merging (llama.cpp, src/llama-vocab.cpp).
+_PRE_TOKENIZERS = {
+    "default": _BYTE_LEVEL,
+    "gpt-2": _BYTE_LEVEL,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
+
+
+def load_tokenizer(path: pathlib.Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a model folder or a GGUF file; None if a folder has none.
+
+    Raises:
+      ValueError: a tokenizer that cannot be read, or of a kind that is not supported.
+    """
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    if (path / "tokenizer.json").exists():
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # `tokenizers` raises bare Exceptions
+            raise ValueError(
+                f"{path / 'tokenizer.json'} is not a readable tokenizer ({error}); "
+                "download it again"
+            ) from error
+    others = [n for n in ("tokenizer.model", "vocab.json", "vocab.txt") if (path / n).exists()]
+    if others:
+        raise ValueError(
+            f"{path} has {', '.join(others)} but no tokenizer.json; make one with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return None
+
+
+def _from_gguf(path: pathlib.Path) -> PreTrainedTokenizerFast:
+    metadata, _ = gguf_file.read_header(path)
+
+    def get(key, default=None):
+        return metadata.get(f"tokenizer.ggml.{key}", default)
+
+    tokens, merges, types = (get(key) for key in ("tokens", "merges", "token_type"))
+    if get("model") != "gpt2" or not (tokens and merges and types):
+        raise ValueError(
+            f"{path} has the tokenizer model {get('model')!r}; only byte-level BPE ('gpt2') with "
+            "tokens, types and merges is read. Use the model's safetensors folder"
+        )
+    kind = get("pre", "default")
+    if kind not in _PRE_TOKENIZERS:
+        raise ValueError(
+            f"{path} has the pre-tokenizer {kind!r}; supported are "
+            f"{', '.join(map(repr, _PRE_TOKENIZERS))}. Use the model's safetensors folder"
+        )
+    bpe = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+        )
+    )
+    bpe.pre_tokenizer = _PRE_TOKENIZERS[kind]
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_tokens(
+        [
+            AddedToken(token, special=type_ == _CONTROL, normalized=False)
+            for token, type_ in zip(tokens, types, strict=True)
+            if type_ in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {f"{ours}_token": get(f"{theirs}_token_id") for ours, theirs in named.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        add_bos_token=get("add_bos_token", False),
+        add_eos_token=get("add_eos_token", False),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        **{name: tokens[i] for name, i in ids.items() if i is not None},
+    )

@@ -1,0 +1,137 @@
+"""One page that shows what a run's exits are worth: `report.html`, written from the run's folder.
+
+The one idea: the page is made from saved files alone and holds everything it needs (styles,
+plots, text), so it can be mailed, archived or printed, and made again without the model.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from early_exit import policy as policies
+from early_exit.metrics import read_metrics
+from early_exit.report import plots, tokens
+
+FILE = "report.html"
+
+
+def write(workdir: Path) -> Path:
+    """Writes the page and returns its path.
+
+    Reads `evaluation.json` and, where they are there, `policy.json`, `metrics.jsonl` and
+    `config.json`.
+
+    Raises:
+      FileNotFoundError: no `evaluation.json`, naming the command that writes it.
+      ValueError: a file that cannot be read, or a policy for another number of exits.
+    """
+    path = workdir / "evaluation.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no evaluation at {path}; write one with `launch.evaluate`")
+    evaluation = _read_json(path, "write it again with `launch.evaluate`")
+    try:
+        text = _render(workdir, evaluation)
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise ValueError(
+            f"{path} lacks what the report needs ({error}); write it again with `launch.evaluate`"
+        ) from error
+    partial = workdir / (FILE + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, workdir / FILE)
+    return workdir / FILE
+
+
+def _read_json(path: Path, mend: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {mend}") from error
+
+
+def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
+    model, decoding = evaluation["model"], evaluation["decoding"]
+    depths = [*model["exit_points"], model["depth"]]
+    policy = None
+    if (workdir / "policy.json").exists():
+        policy = policies.load(workdir / "policy.json", exits=len(model["exit_points"]))
+    config = {}
+    if (workdir / "config.json").exists():
+        config = _read_json(workdir / "config.json", "restore it, or tune in another --workdir")
+    full = next(row for row in decoding if row["epsilon"] is None)
+    dynamic = [row for row in decoding if row["epsilon"] is not None]
+    training = plots.training_curves(read_metrics(workdir), model["depth"])
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("early_exit.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": lambda share: f"{100 * share:.1f} %",
+        "colour": lambda depth: tokens.hex_colour(tokens.background(depth, model["depth"])),
+    }
+    return environment.get_template("report.html").render(
+        evaluation,
+        name=_name(model["source"]),
+        depths=depths,
+        full=full,
+        chosen=_chosen(dynamic, policy),
+        fastest=max(dynamic, key=lambda row: row["tokens_per_second"], default=None),
+        policy=policy and _policy_facts(policy),
+        settings=_settings(config),
+        speed_plot=Markup(plots.quality_against_speed(decoding)),
+        exits_plot=Markup(plots.exit_bars(evaluation["exits"])),
+        training_plot=training and Markup(training),
+        legend=Markup(tokens.html_spans([f" {d} " for d in depths], depths, depths[-1])),
+        heat_maps=[
+            Markup(tokens.html_spans(sample["pieces"], sample["depths"], model["depth"]))
+            for sample in evaluation["samples"]
+        ],
+    )
+
+
+def _name(source: str) -> str:
+    """A model's source without the marks that only a loader needs."""
+    return source.partition("#")[0].removeprefix("pip:")
+
+
+def _chosen(dynamic: list[dict], policy: policies.ExitPolicy | None) -> dict | None:
+    """The row that the run's own policy stands for; without one, the fastest."""
+    epsilon = policy.provenance.get("epsilon") if policy else None
+    for row in dynamic:
+        if epsilon is not None and math.isclose(row["epsilon"], epsilon):
+            return row
+    return max(dynamic, key=lambda row: row["tokens_per_second"], default=None)
+
+
+def _policy_facts(policy: policies.ExitPolicy) -> dict[str, Any]:
+    words = {policies.NEVER: "never", policies.ALWAYS: "always"}
+    thresholds = np.asarray(policy.thresholds).astype(float).tolist()
+    return {
+        "thresholds": [words.get(x, f"{x:.4f}") for x in thresholds],
+        "facts": {"confidence": policy.confidence, **_settings(policy.provenance)[""]},
+    }
+
+
+def _settings(config: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Nested settings → {section: {name: text}}; those outside any section are under ""."""
+    sections: dict[str, dict[str, str]] = {"": {}}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            sections[name] = {key: _text(item) for key, item in value.items()}
+        else:
+            sections[""][name] = _text(value)
+    return sections
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "–"
+    return str(value)

@@ -1,0 +1,131 @@
+"""Text coloured by the depth each token needed, for a terminal and for a page.
+
+The one idea: one colour scale, from light green (shallow) to dark blue (deep), whose lightness
+falls steadily with depth, so the order survives grey printing and any kind of colour vision.
+"""
+
+import html
+from collections.abc import Sequence
+
+RGB = tuple[int, int, int]
+
+# Shallowest to deepest, with lightness (CIE L*) falling by about 14 from stop to stop.
+_STOPS: tuple[RGB, ...] = (
+    (217, 237, 146),
+    (139, 211, 143),
+    (69, 175, 158),
+    (27, 133, 168),
+    (32, 91, 142),
+    (24, 58, 104),
+)
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
+
+# What would move a terminal's cursor, change its state or reverse its text → a visible stand-in.
+_VISIBLE = (
+    {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+    | {0x7F: 0x2421}
+    | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+    | dict.fromkeys([0x061C, 0x200E, 0x200F, 0x2028, 0x2029], 0xFFFD)
+    | dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+)
+
+
+def pieces(tokenizer, token_ids: Sequence[int], *, complete: bool = True) -> list[str]:
+    """The text that each token adds; joined, they are the decoded text without special tokens.
+
+    A character that spans several tokens belongs to the token that completes it; the tokens
+    before it, and special tokens, add "".
+
+    Args:
+      complete: whether no token follows. If some may, a character not yet complete is held back
+        instead of becoming "�", so the pieces so far never change as tokens are added.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    ids = [int(token) for token in token_ids]
+    added = []
+    # Decoding only [context, …) costs the same at any length. [context, start) has been given
+    # out already: decoders treat a text's first word differently, so a word stands in front.
+    context = start = 0
+    before = text = ""
+    for i in range(len(ids)):
+        text = decode(ids[context : i + 1])
+        if text == before or text.endswith("�"):
+            added.append("")
+            continue
+        added.append(text[len(before) :])
+        context, start = start, i + 1
+        before = text = decode(ids[context:start])
+    if added and complete:
+        added[-1] += text[len(before) :]
+    return added
+
+
+def background(depth: int, full_depth: int) -> RGB:
+    """The colour of a token that ran `depth` blocks of `full_depth`, 1 ≤ depth ≤ full_depth."""
+    place = (depth - 1) / max(full_depth - 1, 1) * (len(_STOPS) - 1)
+    stop = min(int(place), len(_STOPS) - 2)
+    return tuple(
+        round(a + (place - stop) * (b - a))
+        for a, b in zip(_STOPS[stop], _STOPS[stop + 1], strict=True)
+    )
+
+
+def foreground(behind: RGB) -> RGB:
+    """Black or white, whichever stands out more; the contrast is at least √21 ≈ 4.58."""
+    # WCAG 2.2, relative luminance. Both contrasts are equal where (Y + 0.05)² = 1.05 · 0.05.
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (channel / 255 for channel in behind)
+    ]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return _BLACK if (luminance + 0.05) ** 2 > 1.05 * 0.05 else _WHITE
+
+
+def hex_colour(colour: RGB) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def ansi(pieces: Sequence[str], depths: Sequence[int], full_depth: int) -> str:
+    """The text for a terminal, on 24-bit backgrounds; portions may be printed one after another.
+
+    Control characters of the text itself become visible pictures, except newlines and tabs.
+
+    Args:
+      depths: blocks run for each token.
+    """
+    out = []
+    for piece, depth in zip(pieces, depths, strict=True):
+        behind = background(depth, full_depth)
+        on = "\x1b[38;2;{};{};{};48;2;{};{};{}m".format(*foreground(behind), *behind)
+        # Coloured line by line: a background open at a newline would fill the next line's rest.
+        lines = piece.translate(_VISIBLE).split("\n")
+        out.append("\n".join(f"{on}{line}\x1b[0m" if line else "" for line in lines))
+    return "".join(out)
+
+
+def legend_ansi(depths: Sequence[int]) -> str:
+    """One line that explains the colours; `depths` of all exits, the full model's last."""
+    names = [f" {depth} " for depth in depths]
+    return f"blocks run: {ansi(names, depths, depths[-1])}"
+
+
+def html_spans(pieces: Sequence[str], depths: Sequence[int], full_depth: int) -> str:
+    """The text as HTML, a `<span>` per token; its place must have `white-space: pre-wrap`.
+
+    Args:
+      depths: blocks run for each token.
+    """
+    out = []
+    for piece, depth in zip(pieces, depths, strict=True):
+        behind = background(depth, full_depth)
+        early = f"exit after block {depth} of {full_depth}"
+        title = early if depth < full_depth else f"all {full_depth} blocks"
+        colours = f"background:{hex_colour(behind)};color:{hex_colour(foreground(behind))}"
+        out.append(
+            f'<span title="{title}" style="{colours}">'
+            f"{html.escape(piece.translate(_VISIBLE))}</span>"
+        )
+    return "".join(out)

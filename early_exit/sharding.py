@@ -1,0 +1,74 @@
+"""Where arrays live: a declared mesh and one ordered regex table from path to axes.
+
+The one idea: the same step runs on one CPU and on a pod. Parameters are placed by the rules,
+batches are split over `data` and `fsdp`, and the compiler derives the rest.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from early_exit import tree
+
+AXES = ("data", "fsdp", "tensor")
+
+# First match wins. Kernels are [in, out]: the wide side of each pair is split over `tensor`, so
+# that a block needs one reduction after attention and one after the feed-forward part.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"attention/output/kernel$|down/kernel$", P("tensor", "fsdp")),
+    (r"embedding$", P("tensor", "fsdp")),
+    (r"", P()),
+)
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices; one axis may be −1 and takes the devices that are left.
+
+    Raises:
+      ValueError: unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    unknown = set(axes) - set(AXES)
+    if unknown:
+        raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(AXES)}")
+    sizes = [axes.get(axis, 1) for axis in AXES]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        known = -math.prod(sizes)
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        given = ", ".join(f"{axis}={axes.get(axis, 1)}" for axis in AXES)
+        raise ValueError(f"mesh {given} does not use exactly the {devices} devices there are")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def shardings(params: Any, mesh: Mesh) -> Any:
+    """A tree like `params` (arrays or shapes) of `NamedSharding`s by `RULES`.
+
+    An axis that does not divide its dimension is dropped for that array: reduced heads have an
+    odd number of rows.
+    """
+
+    def place(path: str, leaf) -> NamedSharding:
+        spec = tree.match(RULES, path)
+        kept = [
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, leaf.shape, strict=False)
+        ]
+        return NamedSharding(mesh, P(*kept))
+
+    placed = {path: place(path, leaf) for path, leaf in tree.flatten(params).items()}
+    return jax.tree.unflatten(jax.tree.structure(params), placed.values())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(("data", "fsdp")))

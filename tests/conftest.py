@@ -1,0 +1,48 @@
+"""Strictness for all tests, and one tiny model that most of them share."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from early_exit.backbones import base
+from early_exit.backbones.decoder import DecoderConfig
+from early_exit.exits.heads import ExitConfig
+from early_exit.exits.multi_exit import MultiExit
+
+# Broadcasting by accident is how a bug that is right only at batch 1 hides.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TINY = DecoderConfig(
+    vocab_size=61,
+    width=24,
+    depth=6,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    mlp_width=40,
+    context_length=512,
+)
+
+
+def build(config=TINY, seed=0, **exits):
+    """(model, params) with random weights large enough that predictions differ by position."""
+    model = MultiExit(config, ExitConfig(**{"points": (2, 4), "head": "mlp"} | exits))
+    _, backbone = base.split(config.build(nnx.Rngs(seed)))
+    backbone = jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, backbone)
+    params = {"backbone": backbone}
+    if model.exits.classes:
+        rng = np.random.default_rng(seed)
+        chosen = rng.permutation(config.vocab_size)[: model.exits.classes]
+        params["token_ids"] = jax.numpy.asarray(chosen, dtype="int32")
+    params["exits"] = model.init_exits(
+        jax.random.key(seed + 1), backbone, "random", params.get("token_ids")
+    )
+    params["exits"] = jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params["exits"])
+    return model, params
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The default tiny model: six blocks, mlp heads after 2 and 4."""
+    return build()

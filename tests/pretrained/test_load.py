@@ -1,0 +1,143 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from early_exit import tree
+from early_exit.backbones import base
+from early_exit.pretrained import load as load_module
+from early_exit.pretrained.load import load
+from early_exit.pretrained.tokenizer import load_tokenizer
+
+
+def bind(pretrained):
+    definition, _ = base.abstract(pretrained.config.build)
+    return base.merge(definition, pretrained.params)
+
+
+def assert_same_params(ours, theirs):
+    for path, leaf in tree.flatten(ours).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(theirs)[path], err_msg=path)
+
+
+def test_hidden_states_equal_torch_block_by_block(tiny_llama):
+    golden = np.load(tiny_llama / "golden.npz", allow_pickle=False)
+    backbone = bind(load(str(tiny_llama)))
+    hidden, context = backbone.stem({"tokens": jnp.asarray(golden["tokens"])})
+    np.testing.assert_array_equal(hidden, golden["hidden"][0])
+    for block in range(backbone.config.depth):
+        hidden = backbone.run_blocks(hidden, block, block + 1, context)
+        np.testing.assert_allclose(hidden, golden["hidden"][block + 1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(backbone.readout(hidden), golden["logits"], rtol=0, atol=1e-4)
+
+
+def test_the_tree_is_the_one_the_config_builds(tiny_llama):
+    pretrained = load(str(tiny_llama))
+    _, abstract = base.abstract(pretrained.config.build)
+    assert jax.tree.structure(pretrained.params) == jax.tree.structure(abstract)
+    assert pretrained.tokenizer is None and pretrained.source == str(tiny_llama)
+
+
+def test_gguf_equals_its_folder(write_gguf, tiny_llama):
+    pretrained = load(str(write_gguf()))
+    # The file stores the rounding of 1e-3 to float32.
+    config = dataclasses.replace(load(str(tiny_llama)).config, norm_eps=float(np.float32(1e-3)))
+    assert pretrained.config == config and len(pretrained.tokenizer) == 101
+    assert_same_params(pretrained.params, load(str(tiny_llama)).params)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_narrow_weights_are_widened_without_change(write_folder, tiny_tensors, dtype):
+    narrow = {name: tensor.astype(dtype) for name, tensor in tiny_tensors.items()}
+    ours = load(str(write_folder(narrow))).params
+    widened = {name: tensor.astype(np.float32) for name, tensor in narrow.items()}
+    assert_same_params(ours, load(str(write_folder(widened))).params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {jnp.dtype(jnp.float32)}
+
+
+def test_parameters_have_the_dtype_asked_for(tiny_llama):
+    ours = load(str(tiny_llama), dtype=jnp.bfloat16).params
+    full = load(str(tiny_llama)).params
+    assert_same_params(ours, jax.tree.map(lambda x: x.astype(jnp.bfloat16), full))
+
+
+def test_all_misfits_are_reported_together_before_anything_is_read(
+    write_folder, tiny_tensors, monkeypatch
+):
+    tensors = dict(tiny_tensors)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    del tensors["lm_head.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(84, np.float32)
+    tensors["model.layers.3.input_layernorm.weight"] = np.zeros(30, np.float32)
+    tensors["model.layers.2.mlp.down_proj.weight"] = np.zeros((50, 30), np.float32)
+    tensors["model.norm.weight"] = np.zeros((30, 1), np.float32)
+    folder = write_folder(tensors)
+    opened = load_module.tensors.open_checkpoint(folder)
+    monkeypatch.setattr(
+        load_module.tensors, "open_checkpoint", lambda _: dataclasses.replace(opened, read=None)
+    )
+    with pytest.raises(ValueError) as error:
+        load(str(folder))
+    assert str(error.value).split("\n")[1:] == [
+        "  misshaped: model.layers.2.mlp.down_proj.weight [50, 30], wanted for "
+        "blocks/2/mlp/down/kernel [50, 30] transposed",
+        "  misshaped: model.norm.weight [30, 1], wanted for final_norm/scale [30]",
+        "  missing: what becomes blocks/1/mlp/up/kernel [30, 50]",
+        "  missing: what becomes output/embedding [101, 30]",
+        "  unexpected: model.layers.0.self_attn.q_proj.bias [84]",
+        "  unexpected: model.layers.3.input_layernorm.weight [30]",
+    ]
+
+
+def test_rotary_buffers_of_old_checkpoints_are_passed_over(write_folder, tiny_tensors, tiny_llama):
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(7, np.float32)}
+    assert_same_params(
+        load(str(write_folder(tiny_tensors | buffer))).params, load(str(tiny_llama)).params
+    )
+
+
+def test_a_stored_copy_of_a_tied_output_matrix(write_folder, tiny_tensors, tiny_llama):
+    config = json.loads((tiny_llama / "config.json").read_text()) | {"tie_word_embeddings": True}
+    table = tiny_tensors["model.embed_tokens.weight"]
+    equal = tiny_tensors | {"lm_head.weight": table}
+    pretrained = load(str(write_folder(equal, json.dumps(config))))
+    assert "output" not in pretrained.params
+    np.testing.assert_array_equal(pretrained.params["embedding"]["embedding"], table)
+
+    with pytest.raises(ValueError, match="lm_head.weight and model.embed_tokens.weight .* differ"):
+        load(str(write_folder(tiny_tensors, json.dumps(config))))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(write_folder, tiny_tensors, value):
+    tiny_tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight .* holds NaN or infinite"):
+        load(str(write_folder(tiny_tensors)))
+
+
+def test_weights_too_large_for_the_dtype_are_refused(write_folder, tiny_tensors):
+    tiny_tensors["model.norm.weight"][0] = 1e6
+    load(str(write_folder(tiny_tensors)))
+    with pytest.raises(ValueError, match="model.norm.weight .* infinite values as float16"):
+        load(str(write_folder(tiny_tensors)), dtype=jnp.float16)
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(
+    write_folder, write_gguf, tiny_tensors, tmp_path
+):
+    tokenizer = load_tokenizer(write_gguf())
+    tokenizer.save_pretrained(tmp_path)
+    assert len(load(str(write_folder(tiny_tensors))).tokenizer) == 101
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="102 tokens, but the embedding table has 101 rows"):
+        load(str(tmp_path))
+
+
+def test_an_unknown_family_is_named(write_folder, tiny_tensors):
+    with pytest.raises(ValueError, match="a model of type 'mamba'; supported are llama"):
+        load(str(write_folder(tiny_tensors, config='{"model_type": "mamba"}')))
