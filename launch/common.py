@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 import jax
 from absl import app, flags
@@ -13,6 +14,10 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the whole stack of an error.")
 
 # What users meet: bad settings, missing files, damaged weights, a full disk, a diverged run.
 EXPECTED = (ValueError, TypeError, KeyError, OSError, RuntimeError, FloatingPointError)
+
+
+def workdir() -> Path:
+    return Path(WORKDIR.value)
 
 
 def no_arguments(argv: list[str]) -> None:

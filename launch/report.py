@@ -1,9 +1,9 @@
 """Writes one page about a run: what its exits are worth, in quality and in measured time.
 
     python -m launch.report --workdir=runs/smollm2
-"""
 
-from pathlib import Path
+The page is `report.html` in that folder; it needs no other file and no network.
+"""
 
 from early_exit.report import page
 from launch import common
@@ -11,7 +11,7 @@ from launch import common
 
 def main(argv):
     common.no_arguments(argv)
-    print(page.write(Path(common.WORKDIR.value)))
+    print(page.write(common.workdir()))
 
 
 if __name__ == "__main__":

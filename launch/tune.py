@@ -1,9 +1,7 @@
 """Tunes the exits of a pretrained model; goes on where a killed run stopped.
 
-    python -m launch.tune --config=configs/smollm2_135m.py:head=mlp --workdir=runs/smollm2
+python -m launch.tune --config=configs/smollm2_135m.py:head=mlp --workdir=runs/smollm2
 """
-
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -17,10 +15,9 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings.")
 
 def main(argv):
     common.no_arguments(argv)
-    workdir = Path(common.WORKDIR.value)
-    rows = tune(CONFIG.value, workdir)
+    rows = tune(CONFIG.value, common.workdir())
     print(table([row.values() for row in rows], header=list(rows[0])))
-    print(f"tuned exits in {workdir}")
+    print(f"tuned exits in {common.workdir()}")
 
 
 if __name__ == "__main__":

@@ -86,9 +86,7 @@ class Attention(nnx.Module):
         self.query = _linear(c.width, c.heads * c.head_dim, c.depth, rngs=rngs)
         self.key = _linear(c.width, c.kv_heads * c.head_dim, c.depth, rngs=rngs)
         self.value = _linear(c.width, c.kv_heads * c.head_dim, c.depth, rngs=rngs)
-        self.output = _linear(
-            c.heads * c.head_dim, c.width, c.depth, residual=True, rngs=rngs
-        )
+        self.output = _linear(c.heads * c.head_dim, c.width, c.depth, residual=True, rngs=rngs)
 
     def keys_values(self, x_BTD: jax.Array, context: Context) -> KeyValue:
         shape = (*x_BTD.shape[:2], self.config.kv_heads, self.config.head_dim)
@@ -134,9 +132,7 @@ class Block(nnx.Module):
         past_length_B: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         """Hidden states → (hidden states, keys and values of the new positions)."""
-        mixed, rows = self.attention(
-            self.attention_norm(hidden_BTD), context, past, past_length_B
-        )
+        mixed, rows = self.attention(self.attention_norm(hidden_BTD), context, past, past_length_B)
         hidden_BTD = hidden_BTD + mixed
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD)), rows
 

@@ -71,9 +71,7 @@ def attend(
     def scores_and_values(key_BKsd, value_BKsd, allowed, carry):
         """Folds one chunk into a running softmax (Milakov & Gimelshein 2018, alg. 3)."""
         peak, total, mixed = carry
-        scores = jnp.einsum(
-            "bkqd,bksd->bkqs", query, key_BKsd, preferred_element_type=jnp.float32
-        )
+        scores = jnp.einsum("bkqd,bksd->bkqs", query, key_BKsd, preferred_element_type=jnp.float32)
         scores = jnp.where(allowed, scores, -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(-1))
         scale = jnp.exp(peak - new_peak)

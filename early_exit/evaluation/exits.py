@@ -79,9 +79,7 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit) -> dict:
     }
 
 
-def record(
-    model: MultiExit, params: base.Params, batches: Iterable[dict], **metadata
-) -> Records:
+def record(model: MultiExit, params: base.Params, batches: Iterable[dict], **metadata) -> Records:
     """Runs the model over `batches` and keeps every position with a known next token."""
     parts = []
     for batch in batches:

@@ -75,9 +75,7 @@ class MultiExit:
             raise ValueError(f"unknown init {source!r}; choose one of {', '.join(init.INITS)}")
         given = 0 if token_ids is None else len(token_ids)
         if given != self.exits.classes:
-            raise ValueError(
-                f"exits.classes={self.exits.classes} but {given} token ids were given"
-            )
+            raise ValueError(f"exits.classes={self.exits.classes} but {given} token ids were given")
         if source == "copy":
             return {
                 point: init.copied(head, backbone, int(point), self.config.depth, token_ids)

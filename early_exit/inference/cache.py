@@ -34,8 +34,9 @@ def write(cache: Cache, rows: Cache, start_B: jax.Array) -> Cache:
         rows_BKTd = rows_BTKd.swapaxes(1, 2).astype(slots_BKSd.dtype)
         if slots_BKSd.shape[0] == 1:  # one slice update in place instead of a scatter
             return jax.lax.dynamic_update_slice(slots_BKSd, rows_BKTd, (0, 0, start_B[0], 0))
-        put = lambda slots, new, start: jax.lax.dynamic_update_slice(slots, new, (0, start, 0))
-        return jax.vmap(put)(slots_BKSd, rows_BKTd, start_B)
+        return jax.vmap(
+            lambda slots, new, start: jax.lax.dynamic_update_slice(slots, new, (0, start, 0))
+        )(slots_BKSd, rows_BKTd, start_B)
 
     return {
         name: tuple(store(slots, new) for slots, new in zip(cache[name], rows[name], strict=True))

@@ -120,9 +120,7 @@ def initial_state(
         exit_BS=jnp.full((batch, slots), -1, jnp.int32),
         log_prob_BS=jnp.zeros((batch, slots), jnp.float32),
         evaluations_BE=jnp.zeros((batch, len(model.segments)), jnp.int32),
-        cache=caches.empty(
-            model.config, caches.names(model.config, points), batch, slots, dtype
-        ),
+        cache=caches.empty(model.config, caches.names(model.config, points), batch, slots, dtype),
         keys_B=key if key.shape == (batch,) else jax.random.split(key, batch),
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.inference.decode import DecodeState, decode, initial_state, prefill
-from early_exit.inference.sampling import Sampling
+from early_exit.inference.sampling import GREEDY, Sampling
 from early_exit.policy import ExitPolicy
 
 
@@ -49,7 +49,7 @@ def stream(
     policy: ExitPolicy | None,
     max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     portion: int = 4,
     slots: int | None = None,

@@ -29,6 +29,9 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
 
 
+GREEDY = Sampling()
+
+
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits [..., C] after temperature, then top-k, then top-p; −inf where dropped."""
     logits = logits / sampling.temperature

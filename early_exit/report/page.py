@@ -7,6 +7,7 @@ plots, text), so it can be mailed, archived or printed, and made again without t
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
     config = {}
     if (workdir / "config.json").exists():
         config = _read_json(workdir / "config.json", "restore it, or tune in another --workdir")
-    full = next(row for row in decoding if row["epsilon"] is None)
+    full = next((row for row in decoding if row["epsilon"] is None), None)
+    if full is None:
+        raise KeyError("a decoding row of the full model")
     dynamic = [row for row in decoding if row["epsilon"] is not None]
     training = plots.training_curves(read_metrics(workdir), model["depth"])
     environment = jinja2.Environment(
@@ -74,7 +77,7 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": lambda share: f"{100 * share:.1f} %",
+        "percent": lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%",
         "colour": lambda depth: tokens.hex_colour(tokens.background(depth, model["depth"])),
     }
     return environment.get_template("report.html").render(
@@ -89,6 +92,7 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
         speed_plot=Markup(plots.quality_against_speed(decoding)),
         exits_plot=Markup(plots.exit_bars(evaluation["exits"])),
         training_plot=training and Markup(training),
+        training_loss=config.get("tune", {}).get("loss"),
         legend=Markup(tokens.html_spans([f" {d} " for d in depths], depths, depths[-1])),
         heat_maps=[
             Markup(tokens.html_spans(sample["pieces"], sample["depths"], model["depth"]))
@@ -116,7 +120,10 @@ def _policy_facts(policy: policies.ExitPolicy) -> dict[str, Any]:
     thresholds = np.asarray(policy.thresholds).astype(float).tolist()
     return {
         "thresholds": [words.get(x, f"{x:.4f}") for x in thresholds],
-        "facts": {"confidence": policy.confidence, **_settings(policy.provenance)[""]},
+        "facts": {
+            "confidence": policy.confidence,
+            **{name: _text(value) for name, value in policy.provenance.items()},
+        },
     }
 
 
@@ -134,4 +141,5 @@ def _settings(config: dict[str, Any]) -> dict[str, dict[str, str]]:
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "–"
-    return str(value)
+    text = str(value)
+    return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text

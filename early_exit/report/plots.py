@@ -5,6 +5,7 @@ and dark with it. What is drawn in a stand-in colour becomes a CSS variable of t
 """
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ _VARIABLES = {
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "early_exit",  # the same data gives the same bytes
-    "font.size": 9.5,
+    "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _MUTED,
     "axes.edgecolor": _MUTED,
@@ -47,7 +48,8 @@ _STYLE = {
 }
 # A curve of more points is averaged down: nobody sees more, and the page stays small.
 _CURVE_POINTS = 300
-_LINE_HEIGHT = 12  # of a label, in points
+_EXIT_LOSS = r"loss/exit_(\d+)"
+_LABEL_WIDTH, _LABEL_HEIGHT = 55, 12  # in points
 
 
 def quality_against_speed(decoding: Sequence[dict[str, Any]]) -> str:
@@ -72,7 +74,10 @@ def quality_against_speed(decoding: Sequence[dict[str, Any]]) -> str:
         axes.plot(*place(dense), linestyle="none", marker="D", markersize=7, color=_INK)
         labels = ["full model"] * len(dense) + [f"ε {row['epsilon']:.2f}" for row in dynamic]
         axes.margins(x=0.18, y=0.12)
-        _label(axes, *place([*dense, *dynamic]), labels)
+        # Quality falls with speed: above and to the right of a point there is no line, but left of
+        # the full model there may be its own point.
+        slower = [row["tokens_per_second"] < min(place(dense)[0]) for row in [*dense, *dynamic]]
+        _label(axes, *place([*dense, *dynamic]), labels, on_left=slower, rise=7)
         axes.set_xlabel("tokens a second")
         axes.set_ylabel("equal to the full model's, %")
 
@@ -96,7 +101,7 @@ def exit_bars(exits: Sequence[dict[str, Any]]) -> str:
             bars = axes.bar(
                 middles + shift * width / 2, values, width * 0.94, color=colour, label=label
             )
-            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8.5)
+            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
         axes.set_xticks(middles, [f"block {row['exit']}" for row in early])
         axes.grid(visible=False, axis="x")
         axes.set_ylim(0, 100)
@@ -124,22 +129,19 @@ def training_curves(lines: Sequence[dict[str, Any]], full_depth: int) -> str | N
         ends = []
         for point in points:
             name = f"loss/exit_{point}"
-            curve = [(line["step"], line[name]) for line in steps if line.get(name) is not None]
-            x, y = _thinned(np.array(curve, float).reshape(-1, 2))
+            x, y = _thinned(np.array([(line["step"], line[name]) for line in steps], float))
             colour = tokens.hex_colour(tokens.background(point, full_depth))
             axes.plot(x, y, color=colour, linewidth=1.8)
             ends.append((x[-1], y[-1]))
-        _label(axes, *zip(*ends, strict=True), [f"block {point}" for point in points])
         axes.margins(x=0.02)
         axes.set_xlim(right=axes.get_xlim()[1] * 1.12)
         axes.set_ylim(bottom=0)
+        labels = [f"block {point}" for point in points]
+        _label(axes, *zip(*ends, strict=True), labels, on_left=[False] * len(points))
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats")
 
     return _svg("training", "training loss of each exit by step", draw)
-
-
-_EXIT_LOSS = r"loss/exit_(\d+)"
 
 
 def _thinned(curve: np.ndarray) -> np.ndarray:
@@ -148,25 +150,39 @@ def _thinned(curve: np.ndarray) -> np.ndarray:
     return np.stack([part.mean(axis=0) for part in parts], axis=1)
 
 
-def _label(axes: Axes, x: Sequence[float], y: Sequence[float], labels: Sequence[str]) -> None:
-    """Writes labels to the right of their points, moved down where they would overlap."""
-    axes.figure.draw_without_rendering()  # settles the limits
-    to_points = 72 / axes.figure.dpi
-    at = axes.transData.transform(np.column_stack([x, y])) * to_points
-    placed: list[tuple[float, float]] = []
-    for i in np.argsort(-at[:, 1], kind="stable"):
-        height = at[i, 1]
-        for left, taken in placed:
-            if abs(left - at[i, 0]) < 60 and height > taken - _LINE_HEIGHT:
-                height = taken - _LINE_HEIGHT
-        placed.append((at[i, 0], height))
+def _label(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    labels: Sequence[str],
+    on_left: Sequence[bool],
+    rise: float = 0,
+) -> None:
+    """Writes labels beside their points and `rise` points up, apart from one another.
+
+    The axes must have their final limits.
+    """
+    axes.figure.draw_without_rendering()  # settles the places
+    at = axes.transData.transform(np.column_stack([x, y])) * 72 / axes.figure.dpi
+    starts = at[:, 0] + np.where(on_left, -_LABEL_WIDTH, 0)
+    heights = at[:, 1] + rise
+    near = np.abs(starts[:, None] - starts[None, :]) < _LABEL_WIDTH
+    # Neighbours too close to each other move apart, by as little as it takes.
+    order = np.argsort(heights, kind="stable")
+    for _ in range(100):
+        for low, high in itertools.combinations(order, 2):
+            overlap = _LABEL_HEIGHT - (heights[high] - heights[low])
+            if near[low, high] and overlap > 0:
+                heights[[low, high]] += -overlap / 2, overlap / 2
+    for i, label in enumerate(labels):
         axes.annotate(
-            labels[i],
+            label,
             (x[i], y[i]),
-            xytext=(8, height - at[i, 1]),
+            xytext=(-8 if on_left[i] else 8, heights[i] - at[i, 1]),
             textcoords="offset points",
+            ha="right" if on_left[i] else "left",
             va="center",
-            fontsize=8.5,
+            fontsize=9,
             annotation_clip=False,
         )
 

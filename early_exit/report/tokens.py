@@ -30,39 +30,6 @@ _VISIBLE = (
 )
 
 
-def pieces(tokenizer, token_ids: Sequence[int], *, complete: bool = True) -> list[str]:
-    """The text that each token adds; joined, they are the decoded text without special tokens.
-
-    A character that spans several tokens belongs to the token that completes it; the tokens
-    before it, and special tokens, add "".
-
-    Args:
-      complete: whether no token follows. If some may, a character not yet complete is held back
-        instead of becoming "�", so the pieces so far never change as tokens are added.
-    """
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    ids = [int(token) for token in token_ids]
-    added = []
-    # Decoding only [context, …) costs the same at any length. [context, start) has been given
-    # out already: decoders treat a text's first word differently, so a word stands in front.
-    context = start = 0
-    before = text = ""
-    for i in range(len(ids)):
-        text = decode(ids[context : i + 1])
-        if text == before or text.endswith("�"):
-            added.append("")
-            continue
-        added.append(text[len(before) :])
-        context, start = start, i + 1
-        before = text = decode(ids[context:start])
-    if added and complete:
-        added[-1] += text[len(before) :]
-    return added
-
-
 def background(depth: int, full_depth: int) -> RGB:
     """The colour of a token that ran `depth` blocks of `full_depth`, 1 ≤ depth ≤ full_depth."""
     place = (depth - 1) / max(full_depth - 1, 1) * (len(_STOPS) - 1)
@@ -88,6 +55,11 @@ def hex_colour(colour: RGB) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
+def printable(text: str) -> str:
+    """The text with control characters as visible pictures, except newlines and tabs."""
+    return text.translate(_VISIBLE)
+
+
 def ansi(pieces: Sequence[str], depths: Sequence[int], full_depth: int) -> str:
     """The text for a terminal, on 24-bit backgrounds; portions may be printed one after another.
 
@@ -101,7 +73,7 @@ def ansi(pieces: Sequence[str], depths: Sequence[int], full_depth: int) -> str:
         behind = background(depth, full_depth)
         on = "\x1b[38;2;{};{};{};48;2;{};{};{}m".format(*foreground(behind), *behind)
         # Coloured line by line: a background open at a newline would fill the next line's rest.
-        lines = piece.translate(_VISIBLE).split("\n")
+        lines = printable(piece).split("\n")
         out.append("\n".join(f"{on}{line}\x1b[0m" if line else "" for line in lines))
     return "".join(out)
 
@@ -125,7 +97,6 @@ def html_spans(pieces: Sequence[str], depths: Sequence[int], full_depth: int) ->
         title = early if depth < full_depth else f"all {full_depth} blocks"
         colours = f"background:{hex_colour(behind)};color:{hex_colour(foreground(behind))}"
         out.append(
-            f'<span title="{title}" style="{colours}">'
-            f"{html.escape(piece.translate(_VISIBLE))}</span>"
+            f'<span title="{title}" style="{colours}">{html.escape(printable(piece))}</span>'
         )
     return "".join(out)

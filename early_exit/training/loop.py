@@ -76,8 +76,8 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
             if validates:
                 rows = run.validate(state["exits"])
                 for row in rows:
-                    exit_name = f"exit_{row['exit']}"
-                    writer.write(step, {f"{k}/{exit_name}": v for k, v in row.items()})
+                    name = f"exit_{row['exit']}"
+                    writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
     batches.close()
     return run.validate(state["exits"]) if rows is None else rows
 

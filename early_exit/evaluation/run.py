@@ -1,0 +1,156 @@
+"""The bodies of `launch.calibrate` and `launch.evaluate`: from a run's folder to its results.
+
+The one idea: everything is derived from the newest checkpoint and saved beside it, marked with
+the fingerprint of the heads it came from, so results of an older checkpoint are never reused.
+"""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+from early_exit import assemble, tree
+from early_exit import policy as policies
+from early_exit.assemble import Tuned
+from early_exit.calibration import thresholds
+from early_exit.calibration.records import Records
+from early_exit.data import sources
+from early_exit.evaluation import exits, tradeoff
+from early_exit.inference import detokenize
+from early_exit.inference.generate import generate
+from early_exit.policy import ExitPolicy
+
+
+def records_of(tuned: Tuned) -> Records:
+    """The model on the run's calibration text; read back if this model has been recorded."""
+    path = tuned.workdir / "records.npz"
+    if path.exists():
+        records = Records.load(path)
+        if records.metadata["heads"] == tuned.metadata["heads"]:
+            return records
+    batches, data_hash = assemble.held_out(
+        tuned.config, tuned.tokenizer, "calibration", tuned.config.calibrate.batches
+    )
+    records = exits.record(tuned.model, tuned.params, batches, data=data_hash, **tuned.metadata)
+    records.save(path)
+    return records
+
+
+def calibrate(
+    workdir: Path, confidence: str | None = None, epsilon: float | None = None
+) -> tuple[ExitPolicy, Records]:
+    """Fits an ε-accuracy policy and saves it as `policy.json`.
+
+    Args:
+      confidence, epsilon: the config's (`calibrate`) if None.
+    """
+    tuned = assemble.load_tuned(workdir)
+    settings = tuned.config.calibrate
+    records = records_of(tuned)
+    policy = thresholds.fit(
+        records,
+        settings.confidence if confidence is None else confidence,
+        settings.epsilon if epsilon is None else epsilon,
+    )
+    policies.save(policy, workdir / assemble.POLICY)
+    return policy, records
+
+
+def evaluate(workdir: Path) -> dict:
+    """Measures the exits and what decoding with them gains; saves `evaluation.json`.
+
+    Speed and agreement are measured on prompts cut from the test split of the run's text, at
+    several ε, with the confidence of the run's policy.
+    """
+    tuned = assemble.load_tuned(workdir)
+    settings = tuned.config.evaluate
+    policy = assemble.load_policy(tuned)
+    records = records_of(tuned)
+    confidence = policy.confidence if policy else tuned.config.calibrate.confidence
+    by_name: dict[str, ExitPolicy | None] = {"full model": None}
+    epsilons: dict[str, float | None] = {"full model": None}
+    for epsilon in settings.epsilons:
+        name = f"epsilon {epsilon:.2f}"
+        by_name[name] = thresholds.fit(records, confidence, epsilon)
+        epsilons[name] = epsilon
+    prompts = cut_prompts(tuned, settings.prompts, settings.prompt_tokens)
+    rows, generations = tradeoff.compare(
+        tuned.model,
+        tuned.params,
+        prompts,
+        by_name,
+        new_tokens=settings.new_tokens,
+        rounds=settings.rounds,
+    )
+    samples = []
+    if policy is not None:
+        name = f"epsilon {policy.provenance['epsilon']:.2f}"
+        continued = [(tuned.tokenizer.decode(prompt), prompt) for prompt in prompts[:2]]
+        answered = [(f"{text}\n\n", tuned.chat(text)) for text in settings.questions]
+        for text, prompt in continued + answered:
+            (answer,) = generate(
+                tuned.model,
+                tuned.params,
+                [prompt],
+                policy=policy,
+                max_new_tokens=settings.sample_tokens,
+                stop_ids=tuned.stop_ids,
+            )
+            samples.append(
+                {
+                    "prompt": text,
+                    "policy": name,
+                    "pieces": detokenize.pieces(tuned.tokenizer, answer.tokens),
+                    "depths": answer.depths.tolist(),
+                }
+            )
+    results = {
+        "model": {
+            "source": tuned.config.model.source,
+            "depth": tuned.model.config.depth,
+            "exit_points": list(tuned.model.exits.points),
+            "head": tuned.model.exits.head,
+            "output": tuned.model.exits.output,
+            "classes": tuned.model.exits.classes,
+            "init": tuned.config.exits.init,
+            "backbone_parameters": tree.count(tuned.params["backbone"]),
+            "exit_parameters": tree.count(tuned.params["exits"]),
+        },
+        "exits": exits.summary(records),
+        "decoding": [
+            {**row, "epsilon": epsilons[row["policy"]], "confidence": confidence} for row in rows
+        ],
+        "prompts": len(prompts),
+        "new_tokens": settings.new_tokens,
+        "text": f"{tuned.config.data.source} (test split)",
+        "samples": samples,
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "system": platform.system(),
+        },
+    }
+    (workdir / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def cut_prompts(tuned: Tuned, count: int, length: int) -> list[list[int]]:
+    """`count` stretches of `length` tokens, each from another document of the test split.
+
+    Raises:
+      ValueError: too few documents long enough.
+    """
+    prompts = []
+    for _, text in sources.documents(tuned.config.data.source, "test"):
+        tokens = tuned.tokenizer.encode(text)
+        if len(tokens) >= 3 * length:
+            prompts.append(tokens[length : 2 * length])
+        if len(prompts) == count:
+            return prompts
+    raise ValueError(
+        f"the test split of {tuned.config.data.source} has only {len(prompts)} documents of "
+        f"{3 * length} tokens; lower evaluate.prompts or evaluate.prompt_tokens"
+    )

@@ -1,0 +1,53 @@
+"""Stated bars: what a study claims, as figures that a command can find wanting."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from early_exit.metrics import table
+
+CHECK = flags.DEFINE_bool("check", False, "Exit 1 and name the bars that fall short.")
+QUICK = flags.DEFINE_bool("quick", False, "A small version: less exact, quick.")
+OUT = flags.DEFINE_string("out", None, "File for the figures, as JSON.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A figure that should be at most (or at least) a limit."""
+
+    name: str
+    figure: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """NaN keeps no bar."""
+        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+
+
+def conclude(figures: dict, bars: Sequence[Bar]) -> None:
+    """Prints the bars, writes the figures if asked, and with --check exits 1 if any falls short."""
+    rows = [
+        (
+            bar.name,
+            bar.figure,
+            f"{'≥' if bar.at_least else '≤'} {bar.limit:g}",
+            "kept" if bar.kept else "FALLS SHORT",
+        )
+        for bar in bars
+    ]
+    print("\n" + table(rows, header=("bar", "figure", "limit", "")))
+    if OUT.value:
+        path = Path(OUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bar_rows = [dataclasses.asdict(bar) | {"kept": bar.kept} for bar in bars]
+        path.write_text(json.dumps({"figures": figures, "bars": bar_rows}, indent=1) + "\n")
+        print(f"figures in {path}")
+    short = [f"{bar.name}: {bar.figure:.3f}" for bar in bars if not bar.kept]
+    if CHECK.value and short:
+        sys.exit("fall short: " + "; ".join(short))

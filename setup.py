@@ -1,0 +1,43 @@
+"""Packaging; settings of the tools are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+TEST = ["hypothesis>=6.100", "pytest>=8.4", "ruff>=0.12", "scipy>=1.14"]
+
+setup(
+    name="early_exit",
+    version="0.1.0",
+    description="Turn pretrained networks into multi-exit models in JAX, and save the time.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["early_exit", "early_exit.*", "launch", "configs"]),
+    package_data={"early_exit.report": ["templates/*.html"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "etils[epath]>=1.10",
+        "flax>=0.12.8,<0.13",
+        "gguf>=0.17,<1",
+        "grain>=0.2.18,<0.3",
+        "huggingface-hub>=1,<2",
+        "jax>=0.10,<0.11",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1,<2",
+        "ml-dtypes>=0.5",
+        "numpy>=2",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "safetensors>=0.6,<1",
+        "tensorboardX>=2.6.4,<3",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "transformers>=5.2,<6",
+    ],
+    extras_require={
+        "test": TEST,
+        # Live comparison with the reference implementation; a CPU build of torch is enough.
+        "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
+        "cuda": ["jax[cuda13]>=0.10,<0.11"],
+        "tpu": ["jax[tpu]>=0.10,<0.11"],
+    },
+)

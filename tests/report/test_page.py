@@ -1,0 +1,202 @@
+import html.parser
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from early_exit import policy as policies
+from early_exit.report import page
+
+
+class Page(html.parser.HTMLParser):
+    """What a page shows and what it would load."""
+
+    VOID = {"meta", "br", "img", "link"}
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.addresses, self.open, self.words = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset")
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.words.append(data)
+
+
+def save_rest(workdir, **provenance):
+    policies.save(policies.make([policies.NEVER, 0.875], **provenance), workdir / "policy.json")
+    lines = [{"step": step, "loss": 1.0, "loss/exit_6": 1.0} for step in (1, 2)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"seed": 3, "tune": {"loss": "kl", "weights": [], "steps": 96}}
+    (workdir / "config.json").write_text(json.dumps(config))
+
+
+def test_a_page_needs_nothing_beside_itself(write_run):
+    workdir = write_run()
+    save_rest(workdir, epsilon=0.9)
+    path = page.write(workdir)
+    assert path == workdir / "report.html"
+    shown = Page(path)
+    assert all(address.startswith("#") for address in shown.addresses)
+    assert not {"script", "link", "img", "iframe"} & set(shown.tags)
+    assert not re.search(r"@import|url\((?!#)", path.read_text(encoding="utf-8"))
+    assert shown.tags.count("svg") == 3
+
+
+def test_everything_measured_is_on_the_page(write_run):
+    workdir = write_run()
+    save_rest(workdir, method="epsilon_accuracy", epsilon=0.9, positions=16311, data="a" * 64)
+    shown = Page(page.write(workdir)).text.replace("\xa0", " ")
+    for words in (
+        "tiny==1.0",
+        "exits after blocks 6 and 18",
+        "ε 0.80 75.0 1.50× 88.1 % 19.0",  # decoding
+        "18 3.100 44.0 % 37.0 % 22.0 %",  # exits
+        "6 never 18 0.8750",  # thresholds
+        "method epsilon_accuracy epsilon 0.9 positions 16311 data aaaaaaaaaaaa…",
+        "KL(full ‖ exit)",
+        "seed 3",
+        "weights –",
+        "134,515,008 parameters",
+    ):
+        assert words in shown
+
+
+def test_text_of_model_and_settings_cannot_become_markup(write_run):
+    attack = "</div><script>alert('x')</script><img src=x onerror=alert(1)>&lt;"
+
+    def change(evaluation):
+        evaluation["samples"][0] |= {"prompt": attack, "pieces": [attack, "<", "script>"]}
+        evaluation["model"]["source"] = evaluation["text"] = attack
+
+    workdir = write_run(change)
+    save_rest(workdir, method=attack)
+    (workdir / "config.json").write_text(json.dumps({"data": {"source": attack}, attack: 1}))
+    shown = Page(page.write(workdir))
+    assert not {"script", "img"} & set(shown.tags)
+    assert shown.text.count("alert('x')") >= 6  # shown, at all those places, as text
+
+
+def test_text_keeps_its_lines_and_spaces(write_run):
+    def change(evaluation):
+        evaluation["samples"][0]["pieces"] = ["if x:\n", "    ", "return\n"]
+
+    path = page.write(write_run(change))
+    assert re.search(r">if x:\n</span><span[^>]*>    </span>", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("speed", "said"),
+    [
+        (60.0, "60.0 tokens a second instead of 50.0: 1.20 times as fast"),
+        (50.2, "no faster (1.00 times the speed)"),
+        (40.0, "slower , 0.80 times the speed. Trying the exits cost more"),
+    ],
+)
+def test_the_result_is_said_as_it_is(write_run, speed, said):
+    def change(evaluation):
+        evaluation["decoding"] = evaluation["decoding"][:2]
+        evaluation["decoding"][1] |= {"tokens_per_second": speed, "speedup": speed / 50}
+
+    shown = Page(page.write(write_run(change))).text
+    assert said in shown.replace("\xa0", " ")
+    assert "fastest" not in shown
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "said"), [(0.9, "ε = 0.90, it ran"), (0.5, "ε = 0.80, it ran")]
+)
+def test_the_result_is_of_the_run_s_own_policy_or_else_the_fastest(write_run, epsilon, said):
+    workdir = write_run()
+    save_rest(workdir, epsilon=epsilon)
+    assert said in Page(page.write(workdir)).text.replace("\xa0", " ")
+
+
+def test_without_policies_measured_nothing_is_claimed(write_run):
+    def change(evaluation):
+        evaluation["decoding"] = evaluation["decoding"][:1]
+
+    shown = Page(page.write(write_run(change))).text
+    assert "nothing can be said yet" in shown and "as fast" not in shown
+
+
+def test_what_is_not_in_the_folder_is_not_on_the_page(write_run):
+    shown = Page(page.write(write_run()))
+    assert "Decoding" in shown.text and shown.tags.count("svg") == 2
+    assert "Tuning" not in shown.text and "Exit policy" not in shown.text
+
+
+def test_a_missing_evaluation_names_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match="launch.evaluate"):
+        page.write(tmp_path)
+
+
+def test_a_damaged_evaluation_is_an_error(tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match="evaluation.json is damaged.*launch.evaluate"):
+        page.write(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model", "decoding", "samples", "machine"])
+def test_an_evaluation_without_a_part_names_it_and_leaves_the_old_page(write_run, name):
+    (write_run() / "report.html").write_text("old")
+    workdir = write_run(lambda evaluation: evaluation.pop(name))
+    with pytest.raises(ValueError, match=f"lacks what the report needs.*{name}"):
+        page.write(workdir)
+    assert (workdir / "report.html").read_text() == "old"
+
+
+def test_an_evaluation_needs_the_full_model(write_run):
+    workdir = write_run(lambda evaluation: evaluation["decoding"].pop(0))
+    with pytest.raises(ValueError, match="a decoding row of the full model"):
+        page.write(workdir)
+
+
+def test_a_policy_of_another_model_is_an_error(write_run):
+    workdir = write_run()
+    policies.save(policies.make([0.5]), workdir / "policy.json")
+    with pytest.raises(ValueError, match="1 thresholds but the model has 2 exits"):
+        page.write(workdir)
+
+
+def launch(workdir):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.report", f"--workdir={workdir}"],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_prints_the_path(write_run):
+    workdir = write_run()
+    done = launch(workdir)
+    assert (done.returncode, done.stdout) == (0, f"{workdir / 'report.html'}\n")
+
+
+def test_the_command_says_what_is_missing(tmp_path):
+    done = launch(tmp_path)
+    assert done.returncode == 1
+    assert "launch.evaluate" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,112 @@
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from early_exit.report import plots
+
+SVG = "{http://www.w3.org/2000/svg}"
+LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def texts(svg):
+    """{text: (x, y)} of a plot's labels."""
+    return {
+        "".join(e.itertext()).strip(): (float(e.get("x")), float(e.get("y")))
+        for e in ElementTree.fromstring(svg).iter(f"{SVG}text")
+    }
+
+
+def training_lines(count, **curves):
+    return [
+        {"step": step, "loss": 1.0, "grad_norm": 1.0}
+        | {f"loss/exit_{name[1:]}": curve(step) for name, curve in curves.items()}
+        for step in range(1, count + 1)
+    ]
+
+
+@pytest.fixture(params=["speed", "exits", "training"])
+def svg(request, evaluation):
+    return {
+        "speed": lambda: plots.quality_against_speed(evaluation["decoding"]),
+        "exits": lambda: plots.exit_bars(evaluation["exits"]),
+        "training": lambda: plots.training_curves(training_lines(9, _6=float, _18=float), 30),
+    }[request.param]()
+
+
+def test_a_plot_is_an_element_without_needs(svg):
+    root = ElementTree.fromstring(svg)
+    assert root.tag == f"{SVG}svg" and root.get("viewBox") and root.get("aria-label")
+    assert root.get("width") is None  # as wide as its place
+    ids = {e.get("id") for e in root.iter() if e.get("id")}
+    links = [e.get(LINK) for e in root.iter() if e.get(LINK)] + re.findall(r"url\((.*?)\)", svg)
+    assert links and all(link.startswith("#") and link[1:] in ids for link in links)
+
+
+def test_a_plot_takes_colours_and_font_from_the_page(svg):
+    assert "var(--ink," in svg and "var(--muted," in svg
+    assert not re.search("#0[1-5]0[1-5]0[1-5]|font-family|DejaVu", svg)
+
+
+def test_two_plots_share_no_id(evaluation):
+    one = plots.quality_against_speed(evaluation["decoding"])
+    other = plots.exit_bars(evaluation["exits"])
+    ids = [set(re.findall(r'\bid="(.*?)"', svg)) for svg in (one, other)]
+    assert all(ids) and not ids[0] & ids[1]
+
+
+def test_the_same_data_gives_the_same_plot(evaluation):
+    drawn = {plots.quality_against_speed(evaluation["decoding"]) for _ in range(2)}
+    assert len(drawn) == 1
+
+
+def test_points_stand_where_their_numbers_say(evaluation):
+    svg = plots.quality_against_speed(evaluation["decoding"])
+    assert {"full model", "ε 0.90", "ε 0.80"} <= texts(svg).keys()
+    # Markers that are not ticks: those of the lines, drawn last.
+    root = ElementTree.fromstring(svg)
+    lines = [g for g in root.iter(f"{SVG}g") if "-line2d_" in g.get("id", "")]
+    marks = [u for g in lines for u in g.iter(f"{SVG}use") if "--accent" in u.get("style")]
+    marks += [u for g in lines for u in g.iter(f"{SVG}use") if "--ink" in u.get("style")]
+    at = np.array([(float(mark.get("x")), float(mark.get("y"))) for mark in marks])
+    expected = np.array([(75.0, 88.1), (60.0, 96.3), (50.0, 100.0)])
+    for axis in (0, 1):
+        slope, offset = np.polyfit(expected[:, axis], at[:, axis], 1)
+        np.testing.assert_allclose(slope * expected[:, axis] + offset, at[:, axis], atol=1e-3)
+        assert (slope > 0) == (axis == 0)  # SVG's y points down
+
+
+def test_equal_points_get_labels_apart(evaluation):
+    for row in evaluation["decoding"]:
+        row |= {"tokens_per_second": 50.0, "agreement": 1.0}
+    at = texts(plots.quality_against_speed(evaluation["decoding"]))
+    heights = sorted(at[label][1] for label in ("full model", "ε 0.90", "ε 0.80"))
+    assert np.diff(heights).min() > 10
+
+
+def test_the_full_model_alone_can_be_drawn(evaluation):
+    assert "full model" in texts(plots.quality_against_speed(evaluation["decoding"][:1]))
+
+
+def test_bars_show_early_exits_only(evaluation):
+    labels = texts(plots.exit_bars(evaluation["exits"])).keys()
+    assert {"block 6", "block 18", "31", "7", "44", "22"} <= labels
+    assert "block 30" not in labels
+
+
+def test_curves_are_of_training_steps_alone():
+    lines = training_lines(20, _6=lambda step: 1.0, _12=lambda step: 2.0)
+    validated = [*lines, {"step": 20, "loss/exit_6": 99.0, "agreement/exit_6": 0.5}]
+    assert plots.training_curves(validated, 30) == plots.training_curves(lines, 30)
+    assert {"block 6", "block 12"} <= texts(plots.training_curves(lines, 30)).keys()
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "agreement/exit_6": 0.5}]])
+def test_without_training_steps_there_is_no_curve(lines):
+    assert plots.training_curves(lines, 30) is None
+
+
+def test_a_long_run_makes_no_large_plot():
+    svg = plots.training_curves(training_lines(20_000, _6=lambda step: 1 + 1 / step), 30)
+    assert len(svg) < 30_000

@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from early_exit import confidence
+
+
+def reference(logits, has_rest):
+    """Scores by name, prediction and declining, from float64 probabilities sorted by size."""
+    logits = np.asarray(logits, np.float64)
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    real = probs[:-1] if has_rest else probs
+    prediction = int(real.argmax())
+    best = real[prediction]
+    others = np.delete(probs, prediction)
+    nonzero = probs[probs > 0]
+    scores = {
+        "max_prob": best,
+        "margin": best - others.max(),
+        "entropy": 1 + (nonzero * np.log(nonzero)).sum() / np.log(len(probs)),
+    }
+    return scores, prediction, others.max() > best and others.argmax() == len(others) - 1
+
+
+# Multiples of ¼ are exact in float32, and ties among them are common.
+LOGITS = st.integers(2, 6).flatmap(
+    lambda size: st.lists(
+        st.integers(-40, 40).map(lambda x: x / 4), min_size=size, max_size=size
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LOGITS, st.booleans())
+def test_scores_equal_the_reference(logits, has_rest):
+    summary = confidence.summarize(jnp.array(logits, jnp.float32), has_rest)
+    scores, prediction, declines = reference(logits, has_rest)
+    assert int(summary.prediction) == prediction
+    declines = has_rest and declines
+    assert bool(summary.declines) == declines
+    for name, want in scores.items():
+        got = float(confidence.from_logits(name, summary))
+        if declines:
+            assert got == -np.inf
+        else:
+            np.testing.assert_allclose(got, want, atol=1e-5)
+            assert -1e-6 <= got <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("has_rest", [False, True])
+def test_a_batch_scores_as_its_rows_alone(has_rest):
+    logits = jax.random.normal(jax.random.key(0), (3, 4, 7)) * 4
+    whole = confidence.summarize(logits, has_rest)
+    assert whole.prediction.dtype == jnp.int32 and whole.prediction.shape == (3, 4)
+    assert has_rest == bool(whole.declines.any()), "the example must decline somewhere"
+    for name in confidence.FROM_LOGITS:
+        alone = [
+            [confidence.from_logits(name, confidence.summarize(x, has_rest)) for x in row]
+            for row in logits
+        ]
+        np.testing.assert_allclose(confidence.from_logits(name, whole), alone, atol=1e-6)
+
+
+def test_the_runner_up_may_be_none_of_these():
+    # Probabilities .5, .1, .4: "none of these" is second, so the margin is .1 and not .4.
+    summary = confidence.summarize(jnp.log(jnp.array([0.5, 0.1, 0.4])), has_rest=True)
+    np.testing.assert_allclose(confidence.from_logits("margin", summary), 0.1, atol=1e-6)
+    assert int(summary.prediction) == 0 and not summary.declines
+
+
+@pytest.mark.parametrize("name", confidence.FROM_LOGITS)
+def test_a_surer_distribution_scores_higher(name):
+    logits = jnp.array([2.0, 1.0, 0.5, -1.0])
+    sharpened = jnp.stack([logits * sharpness for sharpness in (0.0, 0.3, 1.0, 3.0, 100.0)])
+    scores = np.asarray(confidence.from_logits(name, confidence.summarize(sharpened)))
+    assert (np.diff(scores) > 0).all()
+    uniform = {"max_prob": 0.25, "margin": 0.0, "entropy": 0.0}[name]
+    np.testing.assert_allclose(scores[[0, -1]], [uniform, 1.0], atol=1e-6)
+
+
+def test_extreme_logits_give_finite_scores():
+    logits = jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, -1e4]])
+    summary = confidence.summarize(logits, has_rest=False)
+    for name, want in {
+        "max_prob": [1, 1 / 3, 0.5],
+        "margin": [1, 0, 0],
+        "entropy": [1, 0, 1 - np.log(2) / np.log(3)],
+    }.items():
+        np.testing.assert_allclose(confidence.from_logits(name, summary), want, atol=1e-5)
+
+
+def test_unknown_confidence():
+    summary = confidence.summarize(jnp.zeros(3))
+    with pytest.raises(ValueError, match="unknown confidence 'similarity'; choose one of max_prob"):
+        confidence.from_logits("similarity", summary)
+
+
+def test_similarity_of_a_batch_equals_each_row_alone():
+    """A norm over the whole batch instead of each row is right only at batch 1."""
+    before, after = jax.random.normal(jax.random.key(1), (2, 4, 3, 8)) * jnp.array(
+        [0.01, 1.0, 30.0, 4.0]
+    ).reshape(1, 4, 1, 1)
+    whole = np.asarray(confidence.similarity(before, after))
+    assert whole.shape == (4, 3)
+    for row in range(4):
+        for t in range(3):
+            a, b = (np.asarray(x[row, t], np.float64) for x in (before, after))
+            cosine = a @ b / np.sqrt(a @ a) / np.sqrt(b @ b)
+            np.testing.assert_allclose(whole[row, t], cosine, atol=1e-6)
+            alone = confidence.similarity(before[row : row + 1, t], after[row : row + 1, t])
+            np.testing.assert_allclose(alone, [cosine], atol=1e-6)
+
+
+def test_similarity_examples():
+    x = jnp.array([3.0, 4.0])
+    for other, want in [(x, 1), (7 * x, 1), (-x, -1), (jnp.array([-4.0, 3.0]), 0), (0 * x, 0)]:
+        np.testing.assert_allclose(confidence.similarity(x, other), want, atol=1e-6)
+    half = x.astype(jnp.bfloat16)
+    assert confidence.similarity(half, half).dtype == jnp.float32

@@ -1,0 +1,226 @@
+"""Chunked losses against dense ones in float64 numpy, and their memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from early_exit import losses
+
+N, D = 7, 5
+
+
+def case(vocab, exits=1, reduced=0, scale=1.0, seed=0):
+    """Random features and matrices; the keyword arguments of `exit_losses` but the target."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) * scale, jnp.float32)
+    ids = jnp.asarray(rng.permutation(vocab)[:reduced], jnp.int32) if reduced else None
+    rows = reduced + 1 if reduced else vocab
+    return {
+        "features": [draw(N, D) for _ in range(exits)],
+        "tables": [draw(rows, D) for _ in range(exits)],
+        "labels": jnp.asarray(rng.integers(0, vocab, N), jnp.int32),
+        "teacher": (draw(N, D), draw(vocab, D)),
+        "token_ids": ids,
+    }
+
+
+def pick(inputs, target):
+    return {k: v for k, v in inputs.items() if k not in {"labels", "teacher"} - {target}}
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def dense(features, tables, *, labels=None, teacher=None, token_ids=None):
+    """The same loss in float64, by its definition: KL(target ‖ exit) over the exit's classes."""
+    as64 = functools.partial(np.asarray, dtype=np.float64)
+    if teacher is not None:
+        target = np.exp(log_softmax(as64(teacher[0]) @ as64(teacher[1]).T))
+    else:
+        vocab = int(max(labels.max(), 0 if token_ids is None else token_ids.max())) + 1
+        vocab = max(vocab, tables[0].shape[0])
+        target = np.eye(vocab)[np.asarray(labels)]
+    if token_ids is not None:
+        ids = np.asarray(token_ids)
+        others = np.setdiff1d(np.arange(target.shape[1]), ids)
+        target = np.concatenate([target[:, ids], target[:, others].sum(1, keepdims=True)], axis=1)
+    positive = target > 0
+    negentropy = np.where(positive, target * np.log(np.where(positive, target, 1)), 0).sum(-1)
+    return np.stack(
+        [
+            negentropy
+            - np.where(positive, target * log_softmax(as64(f) @ as64(t).T), 0).sum(-1)
+            for f, t in zip(features, tables, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("target", ["labels", "teacher"])
+@pytest.mark.parametrize(
+    ("vocab", "exits", "reduced", "chunk"),
+    [
+        (12, 1, 0, 100),  # one chunk
+        (12, 3, 0, 12),  # a divisor for each exit's share
+        (23, 2, 0, 16),  # a prime: padded
+        (23, 1, 0, 1),  # a row at a time
+        (23, 3, 0, 1),  # less than a row for each exit
+        (30, 2, 11, 8),  # reduced to a prime number of tokens
+        (30, 1, 12, 5),
+        (30, 2, 1, 7),  # one token, or none of these
+        (30, 1, 29, 8),  # "none of these" stands for one token
+    ],
+)
+def test_losses_equal_dense_ones(vocab, exits, reduced, chunk, target):
+    inputs = pick(case(vocab, exits, reduced), target)
+    got = losses.exit_losses(**inputs, chunk=chunk)
+    assert got.shape == (exits, N) and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, dense(**inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["labels", "teacher"])
+@pytest.mark.parametrize("reduced", [0, 11])
+def test_extreme_logits(target, reduced):
+    """Logits of some ±1e4, where any exponential that is not shifted overflows."""
+    inputs = pick(case(23, 2, reduced, scale=60.0), target)
+    peak = max(np.abs(f @ t.T).max() for f, t in zip(inputs["features"], inputs["tables"]))
+    assert peak > 1e4
+    got = losses.exit_losses(**inputs, chunk=6)
+    # What float32 leaves of logits of this size: a relative error of 2⁻²³ in each of a few sums.
+    np.testing.assert_allclose(got, dense(**inputs), atol=1e-6 * peak)
+    gradients = jax.grad(lambda f: losses.exit_losses(**inputs | {"features": f}).sum())(
+        inputs["features"]
+    )
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_log_normalizer_equals_a_dense_one():
+    for vocab, chunk, scale in [(12, 4, 1), (23, 5, 1), (23, 1, 1), (23, 100, 60)]:
+        features, table = case(vocab, scale=scale)["teacher"]
+        values = np.asarray(features, np.float64) @ np.asarray(table, np.float64).T
+        want = np.log(np.exp(values - values.max()).sum(-1)) + values.max()
+        got = losses.log_normalizer(features, table, chunk)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["labels", "teacher"])
+@pytest.mark.parametrize("reduced", [0, 11])
+def test_gradients_equal_dense_ones(target, reduced):
+    inputs = pick(case(23, 2, reduced), target)
+    weights = jax.random.normal(jax.random.key(0), (2, N))  # another for every loss
+
+    def chunked(features, tables):
+        changed = inputs | {"features": features, "tables": tables}
+        return jnp.vdot(weights, losses.exit_losses(**changed, chunk=8))
+
+    def plain(features, tables):
+        if target == "labels":
+            probs = jax.nn.one_hot(inputs["labels"], 23)
+        else:
+            probs = jax.nn.softmax(inputs["teacher"][0] @ inputs["teacher"][1].T)
+        if reduced:
+            kept = probs[:, inputs["token_ids"]]
+            probs = jnp.concatenate([kept, 1 - kept.sum(-1, keepdims=True)], axis=1)
+        cross = [
+            -(probs * jax.nn.log_softmax(f @ t.T)).sum(-1)
+            for f, t in zip(features, tables, strict=True)
+        ]
+        return jnp.vdot(weights, jnp.stack(cross))
+
+    arguments = inputs["features"], inputs["tables"]
+    got = jax.jit(jax.grad(chunked, argnums=(0, 1)))(*arguments)
+    want = jax.jit(jax.grad(plain, argnums=(0, 1)))(*arguments)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_no_gradient_flows_into_the_teacher():
+    for reduced in (0, 5):
+        inputs = pick(case(12, 2, reduced), "teacher")
+        gradients = jax.grad(lambda t: losses.exit_losses(**inputs | {"teacher": t}).sum())(
+            inputs["teacher"]
+        )
+        assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("reduced", [0, 11])
+def test_kl_is_zero_at_the_teacher_and_positive_elsewhere(reduced):
+    inputs = pick(case(23, 3, reduced, seed=1), "teacher")
+    features, table = inputs["teacher"]
+    own = table
+    if reduced:
+        # The one more class gets what the teacher gives to all other tokens: with an output row
+        # that reads a feature of its own, as a sum of exponentials is not linear in the features.
+        others = np.setdiff1d(np.arange(23), inputs["token_ids"])
+        rest = jax.nn.logsumexp(features @ table[others].T, axis=-1)
+        features = jnp.concatenate([features, rest[:, None]], axis=1)
+        own = jnp.pad(table[inputs["token_ids"]], ((0, 1), (0, 1))).at[-1, -1].set(1.0)
+    else:
+        features, own = features, table
+    at_teacher = losses.exit_losses(
+        [features], [own], teacher=inputs["teacher"], token_ids=inputs["token_ids"], chunk=8
+    )
+    np.testing.assert_allclose(at_teacher, 0, atol=1e-5)
+    elsewhere = losses.exit_losses(**inputs, chunk=8)
+    assert (np.asarray(elsewhere) > 1e-3).all()
+
+
+def test_a_teacher_that_leaves_nothing_to_the_rest():
+    """0 · log 0: all the teacher's mass on tokens that the head can predict."""
+    inputs = pick(case(23, 1, 11), "teacher")
+    features, table = inputs["teacher"]
+    features = features.at[:, 0].set(1.0)
+    # Every other token's logit falls by 1000, to a probability of exactly 0.
+    others = np.setdiff1d(np.arange(23), inputs["token_ids"])
+    inputs["teacher"] = features, table.at[others, 0].add(-1000.0)
+    got, gradients = jax.value_and_grad(
+        lambda f: losses.exit_losses(**inputs | {"features": f}, chunk=8).sum()
+    )(inputs["features"])
+    np.testing.assert_allclose(got, dense(**inputs).sum(), rtol=1e-5)
+    assert np.isfinite(gradients[0]).all()
+
+
+def test_the_chunk_changes_nothing():
+    inputs = pick(case(60, 2), "teacher")
+    whole = losses.exit_losses(**inputs, chunk=1000)
+    for chunk in (1, 7, 24, 59, 60):
+        np.testing.assert_allclose(
+            losses.exit_losses(**inputs, chunk=chunk), whole, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_target_is_needed_and_only_one():
+    inputs = case(12)
+    with pytest.raises(ValueError, match="either labels or a teacher"):
+        losses.exit_losses(inputs["features"], inputs["tables"])
+    with pytest.raises(ValueError, match="either labels or a teacher"):
+        losses.exit_losses(**inputs)
+
+
+@pytest.mark.parametrize("target", ["labels", "teacher"])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_memory_does_not_grow_with_the_vocabulary(target, reduced):
+    def temporary_bytes(vocab):
+        shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
+        rows = vocab - 1 if reduced else vocab  # and "none of these"
+        inputs = {
+            "labels": shape(64, dtype=jnp.int32),
+            "teacher": (shape(64, 8), shape(vocab + 1, 8)),
+            "token_ids": shape(rows, dtype=jnp.int32),
+        }
+        kept = {target} | ({"token_ids"} if reduced else set())
+        others = {name: inputs[name] for name in kept}
+
+        def loss(features, tables, others):
+            return losses.exit_losses(features, tables, **others).sum()
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        arguments = [shape(64, 8)] * 2, [shape(vocab, 8)] * 2, others
+        return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(8192), temporary_bytes(65536)
+    assert large <= 1.1 * small, (small, large)
