@@ -38,6 +38,8 @@ setup(
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
+        # Compiles for TPU topologies on a host without one.
+        "tpu-compile": ["libtpu"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],
     },
 )

@@ -28,6 +28,9 @@ from early_exit.pretrained.load import Pretrained, load
 CHECKPOINTS = "checkpoints"
 POLICY = "policy.json"
 
+# What the tuned heads depend on; the other sections may change from command to command.
+TUNED_BY = ("seed", "model", "exits", "data", "tune")
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
@@ -108,23 +111,30 @@ def held_out(config: ConfigDict, tokenizer, split: str, num_batches: int) -> tup
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes the run's config.
+    """Writes the run's config; a folder that holds a run must hold one with the same heads.
 
     Raises:
       ValueError: the folder belongs to a run with other settings; names those that differ.
     """
     path = workdir / "config.json"
     if path.exists():
-        before = json.loads(path.read_text())
-        after = json.loads(config.to_json())
-        changed = sorted(_differences(before, after))
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
-                "use another --workdir, or the same settings to go on"
-            )
+        _check_same_run(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(config.to_json(indent=2) + "\n")
+
+
+def _check_same_run(config: ConfigDict, workdir: Path) -> None:
+    before, after = (json.loads(c.to_json()) for c in (load_config(workdir), config))
+    changed = [
+        difference
+        for section in TUNED_BY
+        for difference in _differences({section: before[section]}, {section: after[section]})
+    ]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run with other settings ({'; '.join(sorted(changed))}); "
+            "use another --workdir, or the same settings to go on"
+        )
 
 
 def _differences(before: dict, after: dict, prefix: str = ""):
@@ -148,14 +158,21 @@ def load_config(workdir: Path) -> ConfigDict:
     return configs.ConfigDict(json.loads(path.read_text()))
 
 
-def load_tuned(workdir: Path) -> Tuned:
+def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
     """The tuned model of a run, from its newest checkpoint.
+
+    Args:
+      config: settings for what follows tuning (`calibrate`, `evaluate`), instead of the run's.
 
     Raises:
       FileNotFoundError: no run, or no checkpoint yet.
-      ValueError: the checkpoint belongs to another backbone than the config's source gives.
+      ValueError: `config` describes other heads than the run's, or the checkpoint belongs to
+        another backbone than the config's source gives.
     """
-    config = load_config(workdir)
+    if config is None:
+        config = load_config(workdir)
+    else:
+        _check_same_run(config, workdir)
     checkpoints = workdir / CHECKPOINTS
     step = checkpoint.latest_step(checkpoints)
     if step is None:

@@ -1,6 +1,6 @@
 """Records the tuned exits on held-out text and fits the thresholds that decoding uses.
 
-    python -m launch.calibrate --workdir=runs/smollm2 --epsilon=0.9 --confidence=max_prob
+    python -m launch.calibrate --workdir=runs/smollm2 --epsilon=0.95 --confidence=margin
 
 Writes records.npz and policy.json.
 """
@@ -20,7 +20,11 @@ EPSILON = flags.DEFINE_float(
 
 def main(argv):
     common.no_arguments(argv)
-    policy, records = run.calibrate(common.workdir(), CONFIDENCE.value, EPSILON.value)
+    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
+    for name, flag in (("confidence", CONFIDENCE), ("epsilon", EPSILON)):
+        if flag.value is not None:
+            tuned.config.calibrate[name] = flag.value
+    policy, records = run.calibrate(tuned)
     rows = [
         (row["exit"], row["agreement"], row["coverage"], float(threshold))
         for row, threshold in zip(exits.summary(records), policy.thresholds, strict=False)

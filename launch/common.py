@@ -8,12 +8,18 @@ from pathlib import Path
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
+from early_exit.pretrained.sources import cache_folder
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The run's settings; after tuning, the run's folder has them."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 DEBUG = flags.DEFINE_bool("debug", False, "Show the whole stack of an error.")
 
 # What users meet: bad settings, missing files, damaged weights, a full disk, a diverged run.
-EXPECTED = (ValueError, TypeError, KeyError, OSError, RuntimeError, FloatingPointError)
+EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError)
 
 
 def workdir() -> Path:
@@ -33,17 +39,14 @@ def run(main) -> None:
         if not flags.FLAGS["verbosity"].present:  # Orbax tells its every step at level INFO
             absl_logging.set_verbosity(absl_logging.WARNING)
         # Compiled programs outlive the process, so that only a first run pays for them.
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-        if cache is None:
-            from early_exit.pretrained.sources import cache_folder
-
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         try:
             main(argv)
         except EXPECTED as error:
             if DEBUG.value:
                 raise
-            sys.exit(f"{type(error).__name__}: {error}")
+            sys.exit(f"{type(error).__name__}: {error}\n(--debug shows where)")
 
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     app.run(guarded)

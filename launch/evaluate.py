@@ -5,6 +5,7 @@
 Writes evaluation.json, from which `launch.report` makes a page.
 """
 
+from early_exit import assemble
 from early_exit.evaluation import run
 from early_exit.metrics import table
 from launch import common
@@ -12,7 +13,7 @@ from launch import common
 
 def main(argv):
     common.no_arguments(argv)
-    results = run.evaluate(common.workdir())
+    results = run.evaluate(assemble.load_tuned(common.workdir(), common.CONFIG.value))
     print("Exits on held-out text, a position being a next token to predict:")
     print(
         table(

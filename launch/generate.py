@@ -32,7 +32,7 @@ COLOUR = flags.DEFINE_enum(
 def main(argv):
     common.no_arguments(argv)
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-    tuned = assemble.load_tuned(common.workdir())
+    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
     policy = None if FULL.value else assemble.load_policy(tuned)
     text = sys.stdin.read() if PROMPT.value == "-" else PROMPT.value
     prompt = tuned.tokenizer.encode(text) if RAW.value else tuned.chat(text)

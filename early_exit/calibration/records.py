@@ -6,14 +6,15 @@ never runs the model again.
 
 import dataclasses
 import json
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from early_exit import confidence as confidences
-
 _ARRAYS = ("exit_depths", "agrees", "correct", "losses")
+_SCORE = "score_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,28 +42,54 @@ class Records:
         exits, positions = self.agrees.shape
         if not positions:
             raise ValueError("records hold no position; give more held-out text")
+        shapes = {
+            "exit_depths": (exits + 1,),
+            "correct": (exits + 1, positions),
+            "losses": (exits + 1, positions),
+        }
+        arrays = {name: getattr(self, name) for name in shapes}
         for name, score in self.scores.items():
-            if score.shape != (exits, positions):
-                raise ValueError(
-                    f"scores {name!r} have the shape {score.shape}, not {(exits, positions)}"
-                )
+            arrays[f"scores {name!r}"] = score
+            shapes[f"scores {name!r}"] = (exits, positions)
+        for name, array in arrays.items():
+            if array.shape != shapes[name]:
+                raise ValueError(f"{name} have the shape {array.shape}, not {shapes[name]}")
+        for name, score in self.scores.items():
             if np.isnan(score).any():
                 raise ValueError(f"scores {name!r} hold NaN; the model or its heads are broken")
 
     def save(self, path: Path) -> None:
-        """Writes one `.npz`."""
+        """Writes one `.npz`, whole or not at all."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        arrays |= {f"score_{name}": score for name, score in self.scores.items()}
-        np.savez_compressed(path, metadata=np.array(json.dumps(self.metadata)), **arrays)
+        arrays |= {f"{_SCORE}{name}": score for name, score in self.scores.items()}
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:  # a name would get `.npz` appended
+            np.savez_compressed(file, metadata=np.array(json.dumps(self.metadata)), **arrays)
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> "Records":
-        """Raises FileNotFoundError where there is none, naming the command that writes it."""
+        """Reads what `save` wrote.
+
+        Raises:
+          FileNotFoundError: no such file, naming the command that writes it.
+          ValueError: a damaged file, or not one of records.
+        """
         if not path.exists():
             raise FileNotFoundError(f"no records at {path}; write them with `launch.calibrate`")
-        with np.load(path, allow_pickle=False) as file:
-            return cls(
-                scores={name: file[f"score_{name}"] for name in confidences.NAMES},
-                metadata=json.loads(str(file["metadata"])),
-                **{name: file[name] for name in _ARRAYS},
-            )
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(
+                    scores={
+                        name.removeprefix(_SCORE): file[name]
+                        for name in file.files
+                        if name.startswith(_SCORE)
+                    },
+                    metadata=json.loads(str(file["metadata"])),
+                    **{name: file[name] for name in _ARRAYS},
+                )
+        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} holds no records ({error!r}); delete it, and `launch.calibrate` will "
+                "write it again"
+            ) from error

@@ -7,7 +7,6 @@ the fingerprint of the heads it came from, so results of an older checkpoint are
 import json
 import os
 import platform
-from pathlib import Path
 
 import jax
 
@@ -38,33 +37,21 @@ def records_of(tuned: Tuned) -> Records:
     return records
 
 
-def calibrate(
-    workdir: Path, confidence: str | None = None, epsilon: float | None = None
-) -> tuple[ExitPolicy, Records]:
-    """Fits an ε-accuracy policy and saves it as `policy.json`.
-
-    Args:
-      confidence, epsilon: the config's (`calibrate`) if None.
-    """
-    tuned = assemble.load_tuned(workdir)
+def calibrate(tuned: Tuned) -> tuple[ExitPolicy, Records]:
+    """Fits an ε-accuracy policy (config section `calibrate`) and saves it as `policy.json`."""
     settings = tuned.config.calibrate
     records = records_of(tuned)
-    policy = thresholds.fit(
-        records,
-        settings.confidence if confidence is None else confidence,
-        settings.epsilon if epsilon is None else epsilon,
-    )
-    policies.save(policy, workdir / assemble.POLICY)
+    policy = thresholds.fit(records, settings.confidence, settings.epsilon)
+    policies.save(policy, tuned.workdir / assemble.POLICY)
     return policy, records
 
 
-def evaluate(workdir: Path) -> dict:
+def evaluate(tuned: Tuned) -> dict:
     """Measures the exits and what decoding with them gains; saves `evaluation.json`.
 
     Speed and agreement are measured on prompts cut from the test split of the run's text, at
-    several ε, with the confidence of the run's policy.
+    several ε, with the confidence of the run's policy (config section `evaluate`).
     """
-    tuned = assemble.load_tuned(workdir)
     settings = tuned.config.evaluate
     policy = assemble.load_policy(tuned)
     records = records_of(tuned)
@@ -133,7 +120,7 @@ def evaluate(workdir: Path) -> dict:
             "system": platform.system(),
         },
     }
-    (workdir / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    (tuned.workdir / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 

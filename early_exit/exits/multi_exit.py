@@ -45,7 +45,10 @@ class MultiExit:
         return heads.Head(self.config, self.exits, self.config.vocab_size, rngs=rngs)
 
     def bind(self, params: Params) -> "Bound":
-        """The modules, holding `params`. Call it inside the jitted function."""
+        """The modules, holding `params`; no heads if `exits` is not among them.
+
+        Call it inside the jitted function.
+        """
         head_definition, _ = base.abstract(self._head)
         backbone_definition, _ = base.abstract(self.config.build)
         return Bound(
@@ -53,6 +56,7 @@ class MultiExit:
             heads=tuple(
                 base.merge(head_definition, params["exits"][str(point)])
                 for point in self.exits.points
+                if "exits" in params
             ),
             token_ids=params.get("token_ids"),
         )

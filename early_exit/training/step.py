@@ -60,6 +60,64 @@ def init_state(exits: base.Params, optimizer: optax.GradientTransformation) -> T
     return {"exits": exits, "opt_state": optimizer.init(exits), "step": jnp.int32(0)}
 
 
+def observe(frozen: base.Params, batch: dict, *, model: MultiExit, recipe: Recipe) -> dict:
+    """Runs the backbone and keeps what the heads are tuned on.
+
+    It runs as far as the loss needs it: to the last exit, or to its end where the final
+    distribution is the teacher.
+
+    Args:
+      frozen: the model's parameters without `exits`.
+      batch: `tokens`, `segments`, `positions`, int32 [B, T].
+
+    Returns:
+      `hidden`, per exit [B, T, D]; `context`, for heads that attend; `teacher`, the final
+      features [B, T, D], absent for cross-entropy; `labels` int32 and `mask` bool, [B, T].
+    """
+    bound = model.bind(frozen)
+    hidden, context = bound.backbone.stem(batch)
+    labels, mask = next_token_targets(batch)
+    observed = {"context": context, "labels": labels, "mask": mask}
+    if recipe.loss == "kl":
+        points = (*model.exits.points, model.config.depth)
+        *at_exits, last = bound.hidden_at_exits(hidden, context, points)
+        observed["teacher"] = bound.backbone.features(last)
+    else:
+        at_exits = list(bound.hidden_at_exits(hidden, context, model.exits.points))
+    return observed | {"hidden": at_exits}
+
+
+def heads_loss(
+    exits: base.Params,
+    frozen: base.Params,
+    observed: dict,
+    *,
+    model: MultiExit,
+    recipe: Recipe,
+) -> tuple[jax.Array, jax.Array]:
+    """The recipe's loss of the heads on what `observe` kept: (scalar, per exit [E])."""
+    bound = model.bind({**frozen, "exits": exits})
+
+    def flat(x):
+        return x.reshape(-1, x.shape[-1])
+
+    targets = {"labels": observed["labels"].reshape(-1)}
+    if recipe.loss == "kl":
+        targets = {"teacher": (flat(observed["teacher"]), bound.backbone.output_table())}
+    per_position = losses.exit_losses(
+        [
+            flat(head.features(hidden, observed["context"])[0])
+            for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
+        ],
+        bound.exit_tables(),
+        token_ids=bound.token_ids,
+        **targets,
+    )
+    mask = observed["mask"].reshape(1, -1)
+    per_exit = (per_position * mask).sum(-1) / jnp.maximum(mask.sum(), 1)
+    return jnp.dot(jnp.array(recipe.weights), per_exit), per_exit
+
+
 def tune_step(
     state: TuneState,
     frozen: base.Params,
@@ -71,55 +129,18 @@ def tune_step(
 ) -> tuple[TuneState, dict[str, jax.Array]]:
     """Updates the exits on one packed batch.
 
-    The backbone runs as far as the loss needs it: to the last exit, or to its end where the final
-    distribution is the teacher.
-
     Args:
-      frozen: the model's parameters without `exits`.
-      batch: `tokens`, `segments`, `positions`, int32 [B, T].
+      frozen, batch: as for `observe`.
 
     Returns:
-      (new state, scalars: `loss`, `loss/exit_<point>`, `grad_norm`, `tokens`).
+      (new state, scalars: `loss`, `loss/exit_<point>`, `grad_norm`).
     """
-    points = model.exits.points
-    labels_BT, mask_BT = next_token_targets(batch)
-    mask = mask_BT.reshape(-1)
-    count = jnp.maximum(mask.sum(), 1)
-    distil = recipe.loss == "kl"
-
-    def flat(x):
-        return x.reshape(-1, x.shape[-1])
-
-    # Outside the differentiated function: the backbone is a constant of the loss.
-    bound = model.bind({**frozen, "exits": state["exits"]})
-    hidden, context = bound.backbone.stem(batch)
-    run_to = (*points, model.config.depth) if distil else points
-    at_exits = list(bound.hidden_at_exits(hidden, context, run_to))
-    teacher = None
-    if distil:
-        final = bound.backbone.features(at_exits[-1])
-        teacher = flat(final), bound.backbone.output_table()
-
-    def loss_fn(exits):
-        bound = model.bind({**frozen, "exits": exits})
-        features = [
-            flat(head.features(h, context)[0])
-            for head, h in zip(bound.heads, at_exits, strict=False)
-        ]
-        per_position = losses.exit_losses(
-            features,
-            bound.exit_tables(),
-            labels=None if distil else labels_BT.reshape(-1),
-            teacher=teacher,
-            token_ids=bound.token_ids,
-        )
-        per_exit = (per_position * mask[None]).sum(-1) / count
-        return jnp.dot(jnp.array(recipe.weights), per_exit), per_exit
-
-    (loss, per_exit), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state["exits"])
+    observed = observe(frozen, batch, model=model, recipe=recipe)
+    (loss, per_exit), gradients = jax.value_and_grad(heads_loss, has_aux=True)(
+        state["exits"], frozen, observed, model=model, recipe=recipe
+    )
     updates, opt_state = optimizer.update(gradients, state["opt_state"], state["exits"])
     exits = optax.apply_updates(state["exits"], updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), "tokens": count}
-    metrics |= {f"loss/exit_{point}": per_exit[e] for e, point in enumerate(points)}
-    new_state = {"exits": exits, "opt_state": opt_state, "step": state["step"] + 1}
-    return new_state, metrics
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+    metrics |= {f"loss/exit_{point}": per_exit[e] for e, point in enumerate(model.exits.points)}
+    return {"exits": exits, "opt_state": opt_state, "step": state["step"] + 1}, metrics

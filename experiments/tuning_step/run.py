@@ -1,0 +1,122 @@
+"""Does tuning pay for the heads alone? Time and memory of one step, SmolLM2-135M, float32.
+
+    python -m experiments.tuning_step.run            # about three minutes on 2 cores
+    python -m experiments.tuning_step.run --check    # exits 1 if a bar falls short
+
+Time: the step beside its two parts run apart, the backbone's forward pass and the heads' forward
+and backward pass, in turns, medians over rounds. Memory: what XLA allocates for temporaries
+(`memory_analysis`), which is exact.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+
+from configs.smollm2_135m import SOURCE, get_config
+from early_exit import assemble
+from early_exit.backbones import base
+from early_exit.backbones.decoder import DecoderConfig
+from early_exit.exits.heads import ExitConfig
+from early_exit.exits.multi_exit import MultiExit
+from early_exit.metrics import table
+from early_exit.pretrained.load import load
+from early_exit.training import step as steps
+from early_exit.training.optimizer import make_optimizer
+from experiments import bars
+
+ROWS, LENGTH = 4, 512
+
+
+def main(argv):
+    del argv
+    pretrained = load(SOURCE)
+    times = _times(pretrained, rounds=2 if bars.QUICK.value else 5)
+    ratio = float(
+        np.median(np.array(times["step"]) / (np.array(times["backbone"]) + times["heads"]))
+    )
+    print(table([(k, float(np.median(v))) for k, v in times.items()], header=("part", "seconds")))
+
+    memory = {
+        (exits, vocabulary): _temporary_bytes(pretrained.config, exits, vocabulary)
+        for exits, vocabulary in ((1, 49152), (6, 49152), (1, 12288), (1, 98304))
+    }
+    rows = [(exits, vocabulary, size / 2**20) for (exits, vocabulary), size in memory.items()]
+    print()
+    print(table(rows, header=("norm exits", "vocabulary", "temporaries, MiB")))
+    bars.conclude(
+        {"seconds": times, "temporary_mib": rows},
+        [
+            bars.Bar("step ÷ (backbone forward + heads)", ratio, 1.15),
+            bars.Bar("temporaries, 6 norm exits ÷ 1", memory[6, 49152] / memory[1, 49152], 1.25),
+            bars.Bar(
+                "temporaries, vocabulary 98304 ÷ 12288", memory[1, 98304] / memory[1, 12288], 1.02
+            ),
+        ],
+    )
+
+
+def _batch(vocab_size: int) -> dict:
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (ROWS, LENGTH))
+    return {
+        "tokens": jnp.array(tokens, jnp.int32),
+        "segments": jnp.ones((ROWS, LENGTH), jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH)),
+    }
+
+
+def _times(pretrained, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the step of the default config and of its parts."""
+    config = get_config()
+    model = MultiExit(pretrained.config, assemble.exit_config(config))
+    recipe = steps.Recipe("kl", (1.0,) * len(model.exits.points))
+    optimizer = make_optimizer(config.tune)
+    frozen = {"backbone": pretrained.params, "token_ids": jnp.arange(model.exits.classes)}
+    exits = model.init_exits(jax.random.key(0), pretrained.params, "copy", frozen["token_ids"])
+    batch = _batch(pretrained.config.vocab_size)
+    settings = {"model": model, "recipe": recipe}
+    observe = jax.jit(functools.partial(steps.observe, **settings))
+    heads = jax.jit(
+        jax.value_and_grad(functools.partial(steps.heads_loss, **settings), has_aux=True)
+    )
+    step = jax.jit(functools.partial(steps.tune_step, optimizer=optimizer, **settings))
+    state, observed = steps.init_state(exits, optimizer), observe(frozen, batch)
+    cases = {
+        "step": lambda: step(state, frozen, batch),
+        "backbone": lambda: observe(frozen, batch),
+        "heads": lambda: heads(exits, frozen, observed),
+    }
+    times = {name: [] for name in cases}
+    for index in range(rounds + 1):  # the first round compiles
+        for name, case in cases.items():
+            began = time.perf_counter()
+            jax.block_until_ready(case())
+            if index:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def _temporary_bytes(config: DecoderConfig, exits: int, vocab_size: int) -> int:
+    """Of a compiled step with so many norm heads that share the output matrix; nothing is run."""
+    config = DecoderConfig(**{**vars(config), "vocab_size": vocab_size})
+    points = tuple(np.linspace(5, config.depth - 1, exits).astype(int).tolist())
+    model = MultiExit(config, ExitConfig(points, head="norm", output="shared"))
+    optimizer = make_optimizer(get_config().tune)
+    _, backbone = base.abstract(config.build)
+    state = jax.eval_shape(lambda heads: steps.init_state(heads, optimizer), model.abstract_exits())
+    step = functools.partial(
+        steps.tune_step,
+        model=model,
+        recipe=steps.Recipe("kl", (1.0,) * exits),
+        optimizer=optimizer,
+    )
+    batch = jax.eval_shape(lambda: _batch(vocab_size))
+    lowered = jax.jit(step, donate_argnums=0).lower(state, {"backbone": backbone}, batch)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    app.run(main)
