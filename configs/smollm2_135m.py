@@ -68,9 +68,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
             "evaluate": {
                 "epsilons": (0.8, 0.9, 0.95),
-                "prompts": 2 if arg.runlocal else 6,
+                "prompts": 2 if arg.runlocal else 4,
                 "prompt_tokens": 96,
-                "new_tokens": 32 if arg.runlocal else 96,
+                "new_tokens": 32 if arg.runlocal else 64,
                 "rounds": 1 if arg.runlocal else 3,
                 # Answered for the report with the run's policy, beside two prompts of the text.
                 "questions": ("Write a Python function that reverses a list.",),

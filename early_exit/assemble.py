@@ -117,7 +117,8 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
       ValueError: the folder belongs to a run with other settings; names those that differ.
     """
     path = workdir / "config.json"
-    if path.exists():
+    # Settings that failed before anything was saved may be mended.
+    if path.exists() and checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
         _check_same_run(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(config.to_json(indent=2) + "\n")

@@ -38,6 +38,11 @@ class ExitPolicy:
         """Whether a position with this score [...] leaves at this exit: bool [...]."""
         return score >= self.thresholds[exit_index]
 
+    def exit_index(self, scores_EN: np.ndarray) -> np.ndarray:
+        """Where positions with these scores leave, int [N]; E is the final exit."""
+        leaves = [np.asarray(self.leaves(e, score)) for e, score in enumerate(scores_EN)]
+        return np.argmax([*leaves, np.ones_like(leaves[0])], axis=0)
+
     def can_leave(self, exit_index: int) -> jax.Array:
         """Whether any score leaves here; where not, the head need not be evaluated."""
         return self.thresholds[exit_index] < NEVER

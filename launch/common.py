@@ -49,4 +49,13 @@ def run(main) -> None:
             sys.exit(f"{type(error).__name__}: {error}\n(--debug shows where)")
 
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # ml_collections: a key that the config lacks
+        cause = error.args[0].args[0] if isinstance(error, AttributeError) else error.args[0]
+        settings = [arg for arg in argv if arg.lstrip("-").startswith(("config.", "noconfig."))]
+        sys.exit(f"no such setting in the config: {cause}\n(given: {' '.join(settings)})")

@@ -1,7 +1,9 @@
 """Answers a prompt with dynamic depth, each token coloured by the depth it needed.
 
-python -m launch.generate --workdir=runs/smollm2 --prompt="Write a haiku about time."
-python -m launch.generate --workdir=runs/smollm2 --prompt="def fibonacci(n):" --raw
+    python -m launch.generate --workdir=runs/smollm2 --prompt="Write a haiku about time."
+    python -m launch.generate --workdir=runs/smollm2 --prompt="def fibonacci(n):" --raw
+
+Text appears as it is decoded; the last line counts the tokens that left at each exit.
 """
 
 import sys

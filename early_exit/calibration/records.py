@@ -42,18 +42,15 @@ class Records:
         exits, positions = self.agrees.shape
         if not positions:
             raise ValueError("records hold no position; give more held-out text")
-        shapes = {
-            "exit_depths": (exits + 1,),
-            "correct": (exits + 1, positions),
-            "losses": (exits + 1, positions),
-        }
-        arrays = {name: getattr(self, name) for name in shapes}
-        for name, score in self.scores.items():
-            arrays[f"scores {name!r}"] = score
-            shapes[f"scores {name!r}"] = (exits, positions)
-        for name, array in arrays.items():
-            if array.shape != shapes[name]:
-                raise ValueError(f"{name} have the shape {array.shape}, not {shapes[name]}")
+        wanted = [
+            ("exit_depths", self.exit_depths, (exits + 1,)),
+            ("correct", self.correct, (exits + 1, positions)),
+            ("losses", self.losses, (exits + 1, positions)),
+            *[(f"scores {name!r}", x, (exits, positions)) for name, x in self.scores.items()],
+        ]
+        for name, array, shape in wanted:
+            if array.shape != shape:
+                raise ValueError(f"{name} have the shape {array.shape}, not {shape}")
         for name, score in self.scores.items():
             if np.isnan(score).any():
                 raise ValueError(f"scores {name!r} hold NaN; the model or its heads are broken")
@@ -78,7 +75,7 @@ class Records:
         if not path.exists():
             raise FileNotFoundError(f"no records at {path}; write them with `launch.calibrate`")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 return cls(
                     scores={
                         name.removeprefix(_SCORE): file[name]

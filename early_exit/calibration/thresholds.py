@@ -2,13 +2,16 @@
 
 Valade 2024 ("Accelerating Large Language Model Inference with Self-Supervised Early Exits"), §3:
 with calibration points sorted by falling score and Acc(k) the accuracy of the k surest,
-τ = score of point k*, k* = max{k : Acc(k) ≥ ε}. Each head is calibrated on its own.
+τ = score of point k*, k* = max{k : Acc(k) ≥ ε}.
 """
 
 import numpy as np
 
 from early_exit import policy as policies
 from early_exit.calibration.records import Records
+
+# Levels that the heads may share: the same for every ε, or thresholds would not rise with it.
+LEVELS = np.arange(1, 401) / 400
 
 
 def epsilon_accuracy(scores: np.ndarray, correct: np.ndarray, epsilon: float) -> float:
@@ -45,9 +48,16 @@ def coverage_at(scores: np.ndarray, correct: np.ndarray, accuracy: float) -> flo
 
 
 def fit(records: Records, confidence: str, epsilon: float) -> policies.ExitPolicy:
-    """An ε-accuracy policy; "correct" is agreement with the full model.
+    """A policy whose leavers, all exits together, agree with the full model at a rate ≥ ε.
 
-    Exits that cannot reach ε never leave; the provenance lists them under `unreachable`.
+    Thresholds fitted head by head promise less than ε in use: the positions that reach a deep
+    exit are those that earlier exits found hard. So the heads share a level ≥ ε, each threshold
+    being the head's own ε-accuracy threshold for that level, and the level is the lowest at which
+    the positions that leave, where they leave, reach ε. Both steps are monotone in ε, hence so is
+    every threshold.
+
+    The provenance states the level, the `agreement` reached, the `coverage` (share of positions
+    that leave early) and the exits that are `unreachable`, which never leave.
 
     Raises:
       ValueError: unknown confidence or ε outside (0, 1].
@@ -55,21 +65,29 @@ def fit(records: Records, confidence: str, epsilon: float) -> policies.ExitPolic
     if confidence not in records.scores:
         known = ", ".join(records.scores)
         raise ValueError(f"unknown confidence {confidence!r}; the records have {known}")
-    thresholds = [
-        epsilon_accuracy(scores, agrees, epsilon)
-        for scores, agrees in zip(records.scores[confidence], records.agrees, strict=True)
-    ]
-    unreachable = [
-        int(depth)
-        for depth, threshold in zip(records.exit_depths[:-1], thresholds, strict=True)
-        if threshold == policies.NEVER
-    ]
+    scores = records.scores[confidence]
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon is an accuracy in (0, 1], not {epsilon}")
+    for level in LEVELS[epsilon <= LEVELS]:
+        policy = policies.make(
+            [epsilon_accuracy(*pair, level) for pair in zip(scores, records.agrees, strict=True)],
+            confidence,
+        )
+        exits = policy.exit_index(scores)
+        leavers = np.flatnonzero(exits < len(scores))
+        agreeing = records.agrees[exits[leavers], leavers].sum()
+        if agreeing >= epsilon * len(leavers) - 1e-9:
+            break
+    thresholds = np.asarray(policy.thresholds)
     return policies.make(
         thresholds,
         confidence,
         method="epsilon_accuracy",
         epsilon=epsilon,
-        positions=int(records.agrees.shape[1]),
-        unreachable=unreachable,
+        level=float(level),
+        agreement=float(agreeing / len(leavers)) if leavers.size else None,
+        coverage=float(leavers.size / exits.size),
+        positions=exits.size,
+        unreachable=records.exit_depths[:-1][thresholds == policies.NEVER].tolist(),
         **records.metadata,
     )

@@ -71,15 +71,14 @@ def compare(
         raise ValueError("one of the policies must be None: the full model to compare with")
     generations: dict[str, list[Generation]] = {}
     rates: dict[str, list[float]] = {name: [] for name in policies}
-    for index in range(rounds + 1):  # the first round compiles
+    for _ in range(rounds):
         for name, policy in policies.items():
             generations[name] = [
                 generate(model, params, [prompt], policy=policy, max_new_tokens=new_tokens)[0]
                 for prompt in prompts
             ]
             tokens = sum(len(g.tokens) - 1 for g in generations[name])
-            if index:
-                rates[name].append(tokens / sum(g.seconds for g in generations[name]))
+            rates[name].append(tokens / sum(g.seconds for g in generations[name]))
     rows = []
     for name in policies:
         exits = np.concatenate([g.exits[1:] for g in generations[name]])

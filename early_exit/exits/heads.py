@@ -42,6 +42,8 @@ class ExitConfig:
             raise ValueError(f"unknown output {self.output!r}; choose one of {', '.join(OUTPUTS)}")
         if not self.points:
             raise ValueError("exits.points is empty; name at least one block to exit after")
+        if not all(isinstance(point, int) for point in self.points):
+            raise ValueError(f"exit points must be ints, as in (6, 12), not {self.points}")
         if list(self.points) != sorted(set(self.points)):
             raise ValueError(f"exit points must rise without repeats, not {self.points}")
         if self.classes < 0:

@@ -5,6 +5,7 @@ a time or for all of them.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -76,14 +77,15 @@ def stream(
     # No token is −1: an empty list would be another shape, hence another program.
     stops = jnp.array([*stop_ids, -1], jnp.int32)
     state = jax.block_until_ready(prefill(params, state, stops, model=model, sampling=sampling))
+    run = functools.partial(
+        decode, params, policy=policy, stop_ids=stops, model=model, sampling=sampling
+    )
+    state = run(state=state, steps=jnp.int32(0))  # compiles, off the clock
     seconds = 0.0
     yield _generations(model, state, prompts, seconds)
     while not bool(state.finished_B.all()):
         began = time.perf_counter()
-        state = decode(
-            params, state, policy, stops, jnp.int32(portion), model=model, sampling=sampling
-        )
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(run(state=state, steps=jnp.int32(portion)))
         seconds += time.perf_counter() - began
         yield _generations(model, state, prompts, seconds)
 

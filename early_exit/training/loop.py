@@ -71,13 +71,13 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
             if saves or validates:
                 settle(*unsettled)
                 unsettled = None
-            if saves:
-                saver.save(step, state, batches.get_state(), run.metadata)
             if validates:
                 rows = run.validate(state["exits"])
                 for row in rows:
                     name = f"exit_{row['exit']}"
                     writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
+            if saves:  # last: a checkpoint stands for all that was written before it
+                saver.save(step, state, batches.get_state(), run.metadata)
     batches.close()
     return run.validate(state["exits"]) if rows is None else rows
 

@@ -141,6 +141,6 @@ def tune_step(
     )
     updates, opt_state = optimizer.update(gradients, state["opt_state"], state["exits"])
     exits = optax.apply_updates(state["exits"], updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
     metrics |= {f"loss/exit_{point}": per_exit[e] for e, point in enumerate(model.exits.points)}
     return {"exits": exits, "opt_state": opt_state, "step": state["step"] + 1}, metrics

@@ -56,11 +56,11 @@ def test_nothing_is_pickled(tmp_path):
         Records.load(path)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, -1])
-def test_damaged_files(tmp_path, kept):
+@pytest.mark.parametrize("end", [0, 1, 100, -1])
+def test_truncated_files(tmp_path, end):
     path = tmp_path / "records.npz"
     records().save(path)
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(ValueError, match="records.npz holds no records.*delete it"):
         Records.load(path)
 
