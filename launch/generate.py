@@ -40,6 +40,7 @@ def main(argv):
     prompt = tuned.tokenizer.encode(text) if RAW.value else tuned.chat(text)
     coloured = COLOUR.value == "always" or (COLOUR.value == "auto" and sys.stdout.isatty())
 
+    exit_depths = tuned.model.exit_depths.tolist()
     shown = 0
     for (answer,) in stream(
         tuned.model,
@@ -55,22 +56,22 @@ def main(argv):
         pieces = detokenize.pieces(tuned.tokenizer, answer.tokens, complete=ended)[shown:]
         if coloured:
             depths = answer.depths[shown:].tolist()
-            sys.stdout.write(token_colours.ansi(pieces, depths, tuned.model.config.depth))
+            sys.stdout.write(token_colours.ansi(pieces, depths, exit_depths))
         else:
             sys.stdout.write(token_colours.printable("".join(pieces)))
         sys.stdout.flush()
         shown = len(answer.tokens)
 
-    counts = np.bincount(answer.exits, minlength=len(tuned.model.exit_depths))
+    counts = np.bincount(answer.exits, minlength=len(exit_depths))
     decoded = len(answer.tokens) - 1
     print("\n")
     if coloured:
-        print(token_colours.legend_ansi(tuned.model.exit_depths.tolist()))
+        print(token_colours.legend_ansi(exit_depths))
     print(
         f"{len(answer.tokens)} tokens, "
         f"{decoded / answer.seconds if decoded else 0:.1f} tokens/s after the prompt, "
         f"mean depth {answer.depths.mean():.1f} of {tuned.model.config.depth}; left after block "
-        + ", ".join(f"{d}: {n}" for d, n in zip(tuned.model.exit_depths, counts, strict=True))
+        + ", ".join(f"{d}: {n}" for d, n in zip(exit_depths, counts, strict=True))
     )
 
 

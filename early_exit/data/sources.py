@@ -108,7 +108,9 @@ def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:
     """Every document with the bytes whose hash decides its split."""
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_path("stdlib"))
-        yield from _folder(root, suffixes=(".py",), skip=_NOT_LIBRARY)
+        for span, identity in _folder(root, suffixes=(".py",), skip=_NOT_LIBRARY):
+            if not span.path.name.startswith("_sysconfigdata"):  # how this Python was built
+                yield span, identity
         return
     path = pathlib.Path(source).expanduser()
     if path.is_dir():

@@ -68,7 +68,7 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
     if full is None:
         raise KeyError("a decoding row of the full model")
     dynamic = [row for row in decoding if row["epsilon"] is not None]
-    training = plots.training_curves(read_metrics(workdir), model["depth"])
+    training = plots.training_curves(read_metrics(workdir), depths)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("early_exit.report"),
         autoescape=True,
@@ -78,7 +78,7 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "percent": lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%",
-        "colour": lambda depth: tokens.hex_colour(tokens.background(depth, model["depth"])),
+        "colour": lambda depth: tokens.hex_colour(tokens.background(depth, depths)),
     }
     return environment.get_template("report.html").render(
         evaluation,
@@ -93,9 +93,9 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
         exits_plot=Markup(plots.exit_bars(evaluation["exits"])),
         training_plot=training and Markup(training),
         training_loss=config.get("tune", {}).get("loss"),
-        legend=Markup(tokens.html_spans([f" {d} " for d in depths], depths, depths[-1])),
+        legend=Markup(tokens.html_spans([f" {d} " for d in depths], depths, depths)),
         heat_maps=[
-            Markup(tokens.html_spans(sample["pieces"], sample["depths"], model["depth"]))
+            Markup(tokens.html_spans(sample["pieces"], sample["depths"], depths))
             for sample in evaluation["samples"]
         ],
     )

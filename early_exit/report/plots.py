@@ -111,7 +111,7 @@ def exit_bars(exits: Sequence[dict[str, Any]]) -> str:
     return _svg("exits", "agreement and coverage of each exit", draw)
 
 
-def training_curves(lines: Sequence[dict[str, Any]], full_depth: int) -> str | None:
+def training_curves(lines: Sequence[dict[str, Any]], exit_depths: Sequence[int]) -> str | None:
     """Training loss of every exit by step; SVG, or None where no line has any.
 
     Args:
@@ -130,7 +130,7 @@ def training_curves(lines: Sequence[dict[str, Any]], full_depth: int) -> str | N
         for point in points:
             name = f"loss/exit_{point}"
             x, y = _thinned(np.array([(line["step"], line[name]) for line in steps], float))
-            colour = tokens.hex_colour(tokens.background(point, full_depth))
+            colour = tokens.hex_colour(tokens.background(point, exit_depths))
             axes.plot(x, y, color=colour, linewidth=1.8)
             ends.append((x[-1], y[-1]))
         axes.margins(x=0.02)

@@ -30,9 +30,12 @@ _VISIBLE = (
 )
 
 
-def background(depth: int, full_depth: int) -> RGB:
-    """The colour of a token that ran `depth` blocks of `full_depth`, 1 ≤ depth ≤ full_depth."""
-    place = (depth - 1) / max(full_depth - 1, 1) * (len(_STOPS) - 1)
+def background(depth: int, exit_depths: Sequence[int]) -> RGB:
+    """The colour of a token that left after `depth` blocks, one of the rising `exit_depths`.
+
+    The exits share the scale evenly, wherever in the model they are: all can be told apart.
+    """
+    place = exit_depths.index(depth) / max(len(exit_depths) - 1, 1) * (len(_STOPS) - 1)
     stop = min(int(place), len(_STOPS) - 2)
     return tuple(
         round(a + (place - stop) * (b - a))
@@ -60,17 +63,18 @@ def printable(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-def ansi(pieces: Sequence[str], depths: Sequence[int], full_depth: int) -> str:
+def ansi(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequence[int]) -> str:
     """The text for a terminal, on 24-bit backgrounds; portions may be printed one after another.
 
     Control characters of the text itself become visible pictures, except newlines and tabs.
 
     Args:
       depths: blocks run for each token.
+      exit_depths: blocks run at each exit, the full model's last.
     """
     out = []
     for piece, depth in zip(pieces, depths, strict=True):
-        behind = background(depth, full_depth)
+        behind = background(depth, exit_depths)
         on = "\x1b[38;2;{};{};{};48;2;{};{};{}m".format(*foreground(behind), *behind)
         # Coloured line by line: a background open at a newline would fill the next line's rest.
         lines = printable(piece).split("\n")
@@ -78,21 +82,22 @@ def ansi(pieces: Sequence[str], depths: Sequence[int], full_depth: int) -> str:
     return "".join(out)
 
 
-def legend_ansi(depths: Sequence[int]) -> str:
-    """One line that explains the colours; `depths` of all exits, the full model's last."""
-    names = [f" {depth} " for depth in depths]
-    return f"blocks run: {ansi(names, depths, depths[-1])}"
+def legend_ansi(exit_depths: Sequence[int]) -> str:
+    """One line that explains the colours."""
+    names = [f" {depth} " for depth in exit_depths]
+    return f"blocks run: {ansi(names, exit_depths, exit_depths)}"
 
 
-def html_spans(pieces: Sequence[str], depths: Sequence[int], full_depth: int) -> str:
+def html_spans(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequence[int]) -> str:
     """The text as HTML, a `<span>` per token; its place must have `white-space: pre-wrap`.
 
     Args:
       depths: blocks run for each token.
+      exit_depths: blocks run at each exit, the full model's last.
     """
-    out = []
+    out, full_depth = [], exit_depths[-1]
     for piece, depth in zip(pieces, depths, strict=True):
-        behind = background(depth, full_depth)
+        behind = background(depth, exit_depths)
         early = f"exit after block {depth} of {full_depth}"
         title = early if depth < full_depth else f"all {full_depth} blocks"
         colours = f"background:{hex_colour(behind)};color:{hex_colour(foreground(behind))}"

@@ -6,6 +6,8 @@ import pytest
 
 from early_exit.report import plots
 
+DEPTHS = [6, 12, 18, 24, 30]
+
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -31,7 +33,7 @@ def svg(request, evaluation):
     return {
         "speed": lambda: plots.quality_against_speed(evaluation["decoding"]),
         "exits": lambda: plots.exit_bars(evaluation["exits"]),
-        "training": lambda: plots.training_curves(training_lines(9, _6=float, _18=float), 30),
+        "training": lambda: plots.training_curves(training_lines(9, _6=float, _18=float), DEPTHS),
     }[request.param]()
 
 
@@ -98,15 +100,15 @@ def test_bars_show_early_exits_only(evaluation):
 def test_curves_are_of_training_steps_alone():
     lines = training_lines(20, _6=lambda step: 1.0, _12=lambda step: 2.0)
     validated = [*lines, {"step": 20, "loss/exit_6": 99.0, "agreement/exit_6": 0.5}]
-    assert plots.training_curves(validated, 30) == plots.training_curves(lines, 30)
-    assert {"block 6", "block 12"} <= texts(plots.training_curves(lines, 30)).keys()
+    assert plots.training_curves(validated, DEPTHS) == plots.training_curves(lines, DEPTHS)
+    assert {"block 6", "block 12"} <= texts(plots.training_curves(lines, DEPTHS)).keys()
 
 
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "agreement/exit_6": 0.5}]])
 def test_without_training_steps_there_is_no_curve(lines):
-    assert plots.training_curves(lines, 30) is None
+    assert plots.training_curves(lines, DEPTHS) is None
 
 
 def test_a_long_run_makes_no_large_plot():
-    svg = plots.training_curves(training_lines(20_000, _6=lambda step: 1 + 1 / step), 30)
+    svg = plots.training_curves(training_lines(20_000, _6=lambda step: 1 + 1 / step), DEPTHS)
     assert len(svg) < 30_000

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from early_exit.report import tokens
 
+DEPTHS = range(1, 31)
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 depths_and_pieces = st.lists(st.tuples(st.integers(1, 30), st.text(max_size=8)), max_size=12)
 
@@ -21,10 +22,10 @@ def luminance(colour):
     return linear, linear @ [0.2126, 0.7152, 0.0722]
 
 
-@pytest.mark.parametrize("full_depth", [1, 2, 6, 30, 80])
-def test_text_has_contrast_at_every_depth(full_depth):
-    for depth in range(1, full_depth + 1):
-        behind = tokens.background(depth, full_depth)
+@pytest.mark.parametrize("exits", [1, 2, 6, 30, 80])
+def test_text_has_contrast_at_every_exit(exits):
+    for depth in range(exits):
+        behind = tokens.background(depth, range(exits))
         levels = sorted(luminance(c)[1] + 0.05 for c in (behind, tokens.foreground(behind)))
         assert levels[1] / levels[0] >= 4.5
 
@@ -37,9 +38,9 @@ DEUTERANOPIA = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0
 @pytest.mark.parametrize("vision", [np.eye(3), PROTANOPIA, DEUTERANOPIA], ids=["", "p", "d"])
 def test_deeper_is_visibly_darker_to_any_eye(vision):
     seen = [
-        np.clip(vision @ luminance(tokens.background(depth, 30))[0], 0, 1)
+        np.clip(vision @ luminance(tokens.background(depth, range(30)))[0], 0, 1)
         @ [0.2126, 0.7152, 0.0722]
-        for depth in range(1, 31)
+        for depth in range(30)
     ]
     lightness = 116 * np.cbrt(seen) - 16  # CIE L*
     assert (np.diff(lightness) < 0).all()
@@ -48,13 +49,17 @@ def test_deeper_is_visibly_darker_to_any_eye(vision):
 
 
 def test_a_model_of_one_block_has_a_colour():
-    assert tokens.background(1, 1) == tokens.background(1, 30)
+    assert tokens.background(1, [1]) == tokens.background(1, [1, 30])
+
+
+def test_exits_share_the_scale_wherever_they_are():
+    assert tokens.background(28, [8, 28, 30]) == tokens.background(2, [1, 2, 3])
 
 
 @given(depths_and_pieces)
 def test_nothing_of_the_text_can_steer_a_terminal(drawn):
     depths, pieces = [d for d, _ in drawn], [p for _, p in drawn]
-    bare = SGR.sub("", tokens.ansi(pieces, depths, 30))
+    bare = SGR.sub("", tokens.ansi(pieces, depths, DEPTHS))
     assert not [c for c in bare if unicodedata.category(c) == "Cc" and c not in "\n\t"]
     assert len(bare) == len("".join(pieces))
     plain = [c for c in "".join(pieces) if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp")]
@@ -62,12 +67,12 @@ def test_nothing_of_the_text_can_steer_a_terminal(drawn):
 
 
 def test_an_escape_sequence_is_shown_instead_of_obeyed():
-    shown = tokens.ansi(["\x1b", "]0;title\x07", "\x9b2J", "\u202ea"], [1] * 4, 30)
+    shown = tokens.ansi(["\x1b", "]0;title\x07", "\x9b2J", "\u202ea"], [1] * 4, DEPTHS)
     assert SGR.sub("", shown) == "␛]0;title␇�2J�a"
 
 
 def test_newlines_and_tabs_stay_and_no_colour_crosses_a_line():
-    shown = tokens.ansi(["a\n\n\tb", "\n", "c"], [1, 2, 3], 3)
+    shown = tokens.ansi(["a\n\n\tb", "\n", "c"], [1, 2, 3], [1, 2, 3])
     assert SGR.sub("", shown) == "a\n\n\tb\nc"
     for line in shown.split("\n"):
         assert not line or (line.startswith("\x1b[38;2;") and line.endswith("\x1b[0m"))
@@ -76,7 +81,7 @@ def test_newlines_and_tabs_stay_and_no_colour_crosses_a_line():
 @given(depths_and_pieces, depths_and_pieces)
 def test_a_terminal_may_be_given_the_text_in_portions(first, second):
     def shown(drawn):
-        return tokens.ansi([p for _, p in drawn], [d for d, _ in drawn], 30)
+        return tokens.ansi([p for _, p in drawn], [d for d, _ in drawn], DEPTHS)
 
     assert shown(first + second) == shown(first) + shown(second)
 
@@ -85,7 +90,7 @@ def test_the_legend_has_the_colour_of_each_exit():
     legend = tokens.legend_ansi([6, 18, 30])
     assert SGR.sub("", legend).split() == ["blocks", "run:", "6", "18", "30"]
     for depth in (6, 18, 30):
-        assert tokens.ansi([f" {depth} "], [depth], 30) in legend
+        assert tokens.ansi([f" {depth} "], [depth], [6, 18, 30]) in legend
 
 
 class Spans(html.parser.HTMLParser):
@@ -107,7 +112,7 @@ class Spans(html.parser.HTMLParser):
 def test_spans_hold_the_text_and_nothing_but_the_text(drawn):
     depths = [d for d, _ in drawn]
     pieces = [f"<b>&amp;'\"{p}" for _, p in drawn]
-    spans = Spans(tokens.html_spans(pieces, depths, 30)).found
+    spans = Spans(tokens.html_spans(pieces, depths, DEPTHS)).found
     assert [len(text) for _, text in spans] == [len(piece) for piece in pieces]
     for (_, text), piece in zip(spans, pieces, strict=True):
         differing = [a for a, b in zip(piece, text, strict=True) if a != b]
@@ -116,7 +121,7 @@ def test_spans_hold_the_text_and_nothing_but_the_text(drawn):
 
 
 def test_spans_say_where_the_token_left():
-    text = tokens.html_spans(["a", "\n", "b"], [6, 12, 30], 30)
+    text = tokens.html_spans(["a", "\n", "b"], [6, 12, 30], [6, 12, 30])
     titles = [attributes["title"] for attributes, _ in Spans(text).found]
     assert titles == ["exit after block 6 of 30", "exit after block 12 of 30", "all 30 blocks"]
     styles = [attributes["style"] for attributes, _ in Spans(text).found]
@@ -126,4 +131,4 @@ def test_spans_say_where_the_token_left():
 @pytest.mark.parametrize("show", [tokens.ansi, tokens.html_spans])
 def test_tokens_without_a_depth_are_an_error(show):
     with pytest.raises(ValueError, match="shorter"):
-        show(["a", "b"], [6], 30)
+        show(["a", "b"], [6], [6, 30])
