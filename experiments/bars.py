@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
+from absl import logging as absl_logging
 
 from early_exit.metrics import table
 
@@ -28,6 +29,12 @@ class Bar:
     def kept(self) -> bool:
         """NaN keeps no bar."""
         return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+
+
+def run(main) -> None:
+    """Runs an absl main without the libraries' own messages."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    app.run(main)
 
 
 def conclude(figures: dict, bars: Sequence[Bar]) -> None:

@@ -28,7 +28,10 @@ def empty(config: DecoderConfig, entries: list[str], batch: int, slots: int, dty
 
 
 def write(cache: Cache, rows: Cache, start_B: jax.Array) -> Cache:
-    """The cache with new rows [B, T, K, d] stored from slot `start_B` of each batch row on."""
+    """The cache with new rows [B, T, K, d] stored from slot `start_B` of each batch row on.
+
+    Blocks of which there are no new rows stay as they are.
+    """
 
     def store(slots_BKSd, rows_BTKd):
         rows_BKTd = rows_BTKd.swapaxes(1, 2).astype(slots_BKSd.dtype)
@@ -38,9 +41,9 @@ def write(cache: Cache, rows: Cache, start_B: jax.Array) -> Cache:
             lambda slots, new, start: jax.lax.dynamic_update_slice(slots, new, (0, start, 0))
         )(slots_BKSd, rows_BKTd, start_B)
 
-    return {
-        name: tuple(store(slots, new) for slots, new in zip(cache[name], rows[name], strict=True))
-        for name in cache
+    return cache | {
+        name: tuple(store(slots, new) for slots, new in zip(cache[name], new_rows, strict=True))
+        for name, new_rows in rows.items()
     }
 
 

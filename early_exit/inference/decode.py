@@ -11,7 +11,6 @@ hold still. Finished rows take no further part.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,107 +21,11 @@ from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.inference import cache as caches
 from early_exit.inference import sampling as samplings
 from early_exit.inference.sampling import Sampling
+from early_exit.inference.state import DecodeState, Emission, append, count, row_keys
 from early_exit.policy import ExitPolicy
 
 # Prompt positions run at a time: enough to be bound by compute, little waste on short prompts.
 PREFILL_CHUNK = 64
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Everything a decode needs to go on; static shapes, B rows of S positions.
-
-    Attributes:
-      tokens_BS: int32, the prompt, then what was decoded.
-      length_B: int32, positions in the cache; `tokens[length]` is the newest token.
-      limit_B: int32, a row ends when it has this many tokens.
-      finished_B: bool, whether the row has met its limit or a stop token.
-      exit_BS: int32, index of the exit each token was emitted at (E is the final one), −1 for
-        the prompt.
-      log_prob_BS: float32, the token's log-probability at that exit, at temperature 1.
-      evaluations_BE: int32 [B, E + 1], how often each head was evaluated.
-      cache: keys and values (`inference.cache`).
-      keys_B: a PRNG key per row; a row draws the same whatever rows stand beside it.
-    """
-
-    tokens_BS: jax.Array
-    length_B: jax.Array
-    limit_B: jax.Array
-    finished_B: jax.Array
-    exit_BS: jax.Array
-    log_prob_BS: jax.Array
-    evaluations_BE: jax.Array
-    cache: caches.Cache
-    keys_B: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Emission:
-    """A token chosen for each row: token, exit and log-probability, each [B]."""
-
-    token: jax.Array
-    exit: jax.Array
-    log_prob: jax.Array
-
-    @classmethod
-    def none(cls, batch: int) -> "Emission":
-        zeros = jnp.zeros(batch, jnp.int32)
-        return cls(zeros, zeros - 1, zeros.astype(jnp.float32))
-
-    def where(self, rows_B: jax.Array, other: "Emission") -> "Emission":
-        """This emission in the given rows, the other's elsewhere."""
-        return jax.tree.map(functools.partial(jnp.where, rows_B), self, other)
-
-
-def initial_state(
-    model: MultiExit,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int | Sequence[int],
-    *,
-    key: jax.Array,
-    dtype=jnp.float32,
-    slots: int | None = None,
-) -> DecodeState:
-    """State for prompts of any lengths, nothing run yet.
-
-    Args:
-      max_new_tokens: at least 1; one number, or one per prompt.
-      key: a PRNG key, split over the rows, or one key per row [B].
-      slots: cache slots to allocate; by default the smallest bucket that holds the longest row.
-
-    Raises:
-      ValueError: an empty prompt, no new tokens, or more positions than the context.
-    """
-    batch = len(prompts)
-    if isinstance(max_new_tokens, int):
-        max_new_tokens = [max_new_tokens] * batch
-    for i, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty; give at least one token")
-        if new < 1:
-            raise ValueError(f"prompt {i} asks for {new} new tokens; ask for at least 1")
-    limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
-    needed = caches.bucket(max(limits), model.config.context_length)
-    slots = needed if slots is None else slots
-    if slots < max(limits):
-        raise ValueError(f"slots={slots} do not hold the longest row's {max(limits)} positions")
-    points = model.exits.points if model.exits.head == "layer" else ()
-    tokens = jnp.zeros((batch, slots), jnp.int32)
-    for i, prompt in enumerate(prompts):
-        tokens = tokens.at[i, : len(prompt)].set(jnp.asarray(prompt, jnp.int32))
-    return DecodeState(
-        tokens_BS=tokens,
-        length_B=jnp.array([len(prompt) for prompt in prompts], jnp.int32),
-        limit_B=jnp.array(limits, jnp.int32),
-        finished_B=jnp.zeros(batch, bool),
-        exit_BS=jnp.full((batch, slots), -1, jnp.int32),
-        log_prob_BS=jnp.zeros((batch, slots), jnp.float32),
-        evaluations_BE=jnp.zeros((batch, len(model.segments)), jnp.int32),
-        cache=caches.empty(model.config, caches.names(model.config, points), batch, slots, dtype),
-        keys_B=key if key.shape == (batch,) else jax.random.split(key, batch),
-    )
 
 
 def _emit(logits_BC, exit_index, keys_B, sampling, token_ids) -> Emission:
@@ -135,30 +38,6 @@ def _emit(logits_BC, exit_index, keys_B, sampling, token_ids) -> Emission:
         exit=jnp.full_like(choice, exit_index),
         log_prob=jnp.take_along_axis(log_probs, choice[:, None], axis=1)[:, 0],
     )
-
-
-def _append(state: DecodeState, emission: Emission, active_B, stop_ids) -> DecodeState:
-    """Writes the chosen tokens behind each active row and settles which rows go on."""
-    rows = jnp.arange(state.tokens_BS.shape[0])
-    at = jnp.where(active_B, state.length_B, state.tokens_BS.shape[1])  # out of range: dropped
-
-    def put(into, values):
-        return into.at[rows, at].set(values, mode="drop")
-
-    stopped = (emission.token[:, None] == stop_ids[None]).any(axis=1)
-    return dataclasses.replace(
-        state,
-        tokens_BS=put(state.tokens_BS, emission.token),
-        exit_BS=put(state.exit_BS, emission.exit),
-        log_prob_BS=put(state.log_prob_BS, emission.log_prob),
-        finished_B=state.finished_B
-        | (active_B & (stopped | (state.length_B + 1 >= state.limit_B))),
-    )
-
-
-def _row_keys(state: DecodeState) -> jax.Array:
-    """One key per row and position."""
-    return jax.vmap(jax.random.fold_in)(state.keys_B, state.length_B)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
@@ -189,15 +68,14 @@ def prefill(
         positions = jnp.broadcast_to((start + jnp.arange(PREFILL_CHUNK))[None], tokens.shape)
         hidden, context = bound.backbone.stem({"tokens": tokens, "positions": positions})
         filled = jnp.full(batch, start)
+        # A chunk runs because some row reaches it; the rows that do not are overwritten later.
+        active = jnp.broadcast_to(start < state.length_B.max(), (batch,))
         rows: caches.Cache = {}
-        for e, (first, last) in enumerate(model.segments):
-            for i in range(first, last):
-                name = f"block/{i}"
-                hidden, rows[name] = bound.backbone.blocks[str(i)](
-                    hidden, context, cache[name], filled
-                )
+        for e, segment in enumerate(model.segments):
+            hidden, new_rows = _run_segment(bound, segment, hidden, context, cache, filled, active)
+            rows |= new_rows
             if e < len(bound.heads) and bound.heads[e].has_block:
-                rows[f"exit/{last}"] = bound.heads[e].block.keys_values(hidden, context)
+                rows[f"exit/{segment[1]}"] = bound.heads[e].block.keys_values(hidden, context)
         offset = state.length_B - 1 - start
         here = (offset >= 0) & (offset < PREFILL_CHUNK)
         at_end = hidden[jnp.arange(batch), jnp.clip(offset, 0, PREFILL_CHUNK - 1)]
@@ -208,14 +86,9 @@ def prefill(
     cache, last_BD = jax.lax.fori_loop(0, chunks, chunk, (state.cache, last_BD))
     state = dataclasses.replace(state, cache=cache)
     logits = bound.backbone.readout(last_BD)
-    emission = _emit(logits, len(model.segments) - 1, _row_keys(state), sampling, None)
-    state = _count(state, len(model.segments) - 1, ~state.finished_B)
-    return _append(state, emission, ~state.finished_B, stop_ids)
-
-
-def _count(state: DecodeState, exit_index: int, rows_B: jax.Array) -> DecodeState:
-    counts = state.evaluations_BE.at[:, exit_index].add(rows_B.astype(jnp.int32))
-    return dataclasses.replace(state, evaluations_BE=counts)
+    emission = _emit(logits, len(model.segments) - 1, row_keys(state), sampling, None)
+    state = count(state, len(model.segments) - 1, ~state.finished_B)
+    return append(state, emission, ~state.finished_B, stop_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
@@ -268,32 +141,17 @@ def _step(
     # The position being run is about to be cached; what it emits stands one further.
     filled = state.length_B
     state = dataclasses.replace(state, length_B=filled + running)
-    keys_B = _row_keys(state)
+    keys_B = row_keys(state)
     cache, rows = state.cache, {}
     active, emission = running, Emission.none(batch)
     final = len(model.segments) - 1
 
     for e, (first, last) in enumerate(model.segments):
         before = hidden
-        names = [f"block/{i}" for i in range(first, last)]
-        blocks = [bound.backbone.blocks[str(i)] for i in range(first, last)]
-
-        def run(hidden, blocks=blocks, names=names, active=active):
-            new_rows = []
-            for block, name in zip(blocks, names, strict=True):
-                deeper, row = block(hidden, context, cache[name], filled)
-                hidden = jnp.where(active[:, None, None], deeper, hidden)
-                new_rows.append(row)
-            return hidden, new_rows
-
-        def propagate(hidden, blocks=blocks):
-            return hidden, [block.keys_values(hidden, context) for block in blocks]
-
-        if e == 0:  # some row is running, or the loop would have ended
-            hidden, new_rows = run(hidden)
-        else:
-            hidden, new_rows = jax.lax.cond(active.any(), run, propagate, hidden)
-        rows.update(zip(names, new_rows, strict=True))
+        hidden, new_rows = _run_segment(
+            bound, (first, last), hidden, context, cache, filled, active
+        )
+        rows |= new_rows
         if e == final or policy is None:
             continue
 
@@ -303,7 +161,7 @@ def _step(
         evaluated, leaving, left, head_rows = consult(before, hidden, filled, active, keys_B)
         emission = left.where(leaving, emission)
         active = active & ~leaving
-        state = _count(state, e, evaluated)
+        state = count(state, e, evaluated)
         if head_rows is not None:
             rows[f"exit/{last}"] = head_rows
 
@@ -312,12 +170,41 @@ def _step(
 
     full = jax.lax.cond(active.any(), read_out, lambda _: Emission.none(batch), hidden)
     emission = full.where(active, emission)
-    state = _count(state, final, active)
-    if policy is None:  # the heads' own blocks were not run, nor will be
-        rows = {name: rows.get(name) for name in cache if name in rows}
-    written = caches.write({name: cache[name] for name in rows}, rows, filled)
-    state = dataclasses.replace(state, cache={**cache, **written})
-    return _append(state, emission, running, stop_ids)
+    state = count(state, final, active)
+    state = dataclasses.replace(state, cache=caches.write(cache, rows, filled))
+    return append(state, emission, running, stop_ids)
+
+
+def _run_segment(
+    bound: Bound,
+    segment: tuple[int, int],
+    hidden_BTD: jax.Array,
+    context,
+    cache: caches.Cache,
+    filled_B: jax.Array,
+    active_B: jax.Array,
+) -> tuple[jax.Array, caches.Cache]:
+    """Runs the segment's blocks for the active rows; the others hold still.
+
+    All that reads the cache stands in a branch, even where it is always taken: outside one, XLA
+    copies a cache that is written later.
+
+    Returns:
+      (hidden states, new keys and values of the segment's blocks, for every row).
+    """
+    blocks = {f"block/{i}": bound.backbone.blocks[str(i)] for i in range(*segment)}
+
+    def run(hidden):
+        rows = {}
+        for name, block in blocks.items():
+            deeper, rows[name] = block(hidden, context, cache[name], filled_B)
+            hidden = jnp.where(active_B[:, None, None], deeper, hidden)
+        return hidden, rows
+
+    def propagate(hidden):
+        return hidden, {name: b.keys_values(hidden, context) for name, b in blocks.items()}
+
+    return jax.lax.cond(active_B.any(), run, propagate, hidden_BTD)
 
 
 def _consult(

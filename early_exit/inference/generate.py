@@ -15,8 +15,9 @@ import numpy as np
 
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.decode import DecodeState, decode, initial_state, prefill
+from early_exit.inference.decode import decode, prefill
 from early_exit.inference.sampling import GREEDY, Sampling
+from early_exit.inference.state import DecodeState, initial_state
 from early_exit.policy import ExitPolicy
 
 

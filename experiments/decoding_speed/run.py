@@ -13,15 +13,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 
 from configs.smollm2_135m import SOURCE
 from early_exit import policy as policies
 from early_exit import tree
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.decode import decode, initial_state, prefill
+from early_exit.inference.decode import decode, prefill
 from early_exit.inference.sampling import GREEDY
+from early_exit.inference.state import initial_state
 from early_exit.metrics import table
 from early_exit.pretrained.load import load
 from experiments import bars
@@ -136,4 +136,4 @@ def _memory_bound(size: int):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    bars.run(main)

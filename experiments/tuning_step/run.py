@@ -14,7 +14,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 
 from configs.smollm2_135m import SOURCE, get_config
 from early_exit import assemble
@@ -119,4 +118,4 @@ def _temporary_bytes(config: DecoderConfig, exits: int, vocab_size: int) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    bars.run(main)
