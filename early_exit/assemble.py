@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from early_exit import checkpoint, tree
@@ -186,6 +187,9 @@ def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
     params = {"backbone": pretrained.params, "exits": exits}
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
+    # All committed to the device, as restored arrays are. A mixture makes a decode's state change
+    # from one call to the next, and every program compile twice.
+    params = jax.device_put(params, jax.local_devices()[0])
     provenance = {"backbone": saved["backbone"], "heads": tree.fingerprint(exits), "step": step}
     return Tuned(model, params, pretrained.tokenizer, config, workdir, provenance)
 

@@ -57,12 +57,6 @@ def match(rules: Iterable[tuple[str, Any]], path: str) -> Any:
     raise KeyError(f"no rule matches parameter {path!r}; add one (order matters, first match wins)")
 
 
-def map_by_rules(rules: Iterable[tuple[str, Any]], tree: Tree) -> Tree:
-    """A tree like `tree` whose leaves are the values of the first matching rules."""
-    rules = list(rules)
-    return unflatten({path: match(rules, path) for path in flatten(tree)})
-
-
 def fingerprint(tree: Tree) -> str:
     """SHA-256 (hex) over paths, shapes, dtypes and bytes: the identity of a set of weights."""
     digest = hashlib.sha256()

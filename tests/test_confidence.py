@@ -28,9 +28,7 @@ def reference(logits, has_rest):
 
 # Multiples of ¼ are exact in float32, and ties among them are common.
 LOGITS = st.integers(2, 6).flatmap(
-    lambda size: st.lists(
-        st.integers(-40, 40).map(lambda x: x / 4), min_size=size, max_size=size
-    )
+    lambda size: st.lists(st.integers(-40, 40).map(lambda x: x / 4), min_size=size, max_size=size)
 )
 
 
@@ -57,12 +55,11 @@ def test_a_batch_scores_as_its_rows_alone(has_rest):
     whole = confidence.summarize(logits, has_rest)
     assert whole.prediction.dtype == jnp.int32 and whole.prediction.shape == (3, 4)
     assert has_rest == bool(whole.declines.any()), "the example must decline somewhere"
+    alone = [confidence.summarize(x, has_rest) for x in logits.reshape(12, 7)]
     for name in confidence.FROM_LOGITS:
-        alone = [
-            [confidence.from_logits(name, confidence.summarize(x, has_rest)) for x in row]
-            for row in logits
-        ]
-        np.testing.assert_allclose(confidence.from_logits(name, whole), alone, atol=1e-6)
+        scores = [confidence.from_logits(name, summary) for summary in alone]
+        got = confidence.from_logits(name, whole).reshape(12)
+        np.testing.assert_allclose(got, scores, atol=1e-6)
 
 
 def test_the_runner_up_may_be_none_of_these():
@@ -101,17 +98,17 @@ def test_unknown_confidence():
 
 def test_similarity_of_a_batch_equals_each_row_alone():
     """A norm over the whole batch instead of each row is right only at batch 1."""
-    before, after = jax.random.normal(jax.random.key(1), (2, 4, 3, 8)) * jnp.array(
-        [0.01, 1.0, 30.0, 4.0]
-    ).reshape(1, 4, 1, 1)
-    whole = np.asarray(confidence.similarity(before, after))
+    sizes = np.array([0.01, 1, 30, 4], np.float32)[:, None, None]
+    before, after = np.random.default_rng(1).standard_normal((2, 4, 3, 8), np.float32) * sizes
+    similarity = jax.jit(confidence.similarity)
+    whole = np.asarray(similarity(before, after))
     assert whole.shape == (4, 3)
     for row in range(4):
         for t in range(3):
             a, b = (np.asarray(x[row, t], np.float64) for x in (before, after))
             cosine = a @ b / np.sqrt(a @ a) / np.sqrt(b @ b)
             np.testing.assert_allclose(whole[row, t], cosine, atol=1e-6)
-            alone = confidence.similarity(before[row : row + 1, t], after[row : row + 1, t])
+            alone = similarity(before[row : row + 1, t], after[row : row + 1, t])
             np.testing.assert_allclose(alone, [cosine], atol=1e-6)
 
 

@@ -17,7 +17,10 @@ exit_losses = jax.jit(losses.exit_losses, static_argnames="chunk")
 def case(vocab, exits=1, reduced=0, scale=1.0, seed=0):
     """Random features and matrices; the keyword arguments of `exit_losses` but the target."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) * scale, jnp.float32)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape) * scale, jnp.float32)
+
     ids = jnp.asarray(rng.permutation(vocab)[:reduced], jnp.int32) if reduced else None
     rows = reduced + 1 if reduced else vocab
     return {
@@ -54,8 +57,7 @@ def dense(features, tables, *, labels=None, teacher=None, token_ids=None):
     negentropy = np.where(positive, target * np.log(np.where(positive, target, 1)), 0).sum(-1)
     return np.stack(
         [
-            negentropy
-            - np.where(positive, target * log_softmax(as64(f) @ as64(t).T), 0).sum(-1)
+            negentropy - np.where(positive, target * log_softmax(as64(f) @ as64(t).T), 0).sum(-1)
             for f, t in zip(features, tables, strict=True)
         ]
     )
@@ -189,9 +191,11 @@ def test_a_teacher_that_leaves_nothing_to_the_rest():
     # Every other token's logit falls by 1000, to a probability of exactly 0.
     others = np.setdiff1d(np.arange(23), inputs["token_ids"])
     inputs["teacher"] = features, table.at[others, 0].add(-1000.0)
-    got, gradients = jax.value_and_grad(
-        lambda f: losses.exit_losses(**inputs | {"features": f}, chunk=8).sum()
-    )(inputs["features"])
+
+    def loss(features):
+        return losses.exit_losses(**inputs | {"features": features}, chunk=8).sum()
+
+    got, gradients = jax.jit(jax.value_and_grad(loss))(inputs["features"])
     np.testing.assert_allclose(got, dense(**inputs).sum(), rtol=1e-5)
     assert np.isfinite(gradients[0]).all()
 
@@ -207,8 +211,10 @@ def test_a_target_is_needed_and_only_one():
 @pytest.mark.parametrize("target", ["labels", "teacher"])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_memory_does_not_grow_with_the_vocabulary(target, reduced):
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
     def temporary_bytes(vocab):
-        shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
         others = {
             "labels": shape(64, dtype=jnp.int32),
             "teacher": (shape(64, 8), shape(vocab, 8)),

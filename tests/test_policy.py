@@ -29,6 +29,12 @@ def test_a_position_leaves_where_its_score_reaches_the_threshold():
     assert [bool(policy.can_leave(e)) for e in range(3)] == [True, False, True]
 
 
+def test_positions_leave_at_the_first_exit_that_lets_them():
+    policy = policies.make([0.5, policies.NEVER, 0.2])
+    scores = np.array([[0.5, 0.4, 0.9, 0.4], [1.0, 1.0, 1.0, 1.0], [0.0, 0.2, 0.9, 0.1]])
+    assert policy.exit_index(scores.astype(np.float32)).tolist() == [0, 2, 0, 3]
+
+
 def test_never_and_forced():
     assert policies.never(3).thresholds.tolist() == [np.inf] * 3
     assert policies.forced(3, 1, "entropy").thresholds.tolist() == [np.inf, -np.inf, np.inf]
@@ -75,7 +81,7 @@ def test_a_disabled_policy_is_none(path):
         ({"thresholds": 0.5}, "policy.json is not an exit policy"),
         ({"provenance": [1]}, "policy.json is not an exit policy"),
         ({"provenance": {"confidence": "margin"}}, "policy.json is not an exit policy"),
-        ({"enabled": "false"}, '"enabled" must be true or false, not \'false\''),
+        ({"enabled": "false"}, "\"enabled\" must be true or false, not 'false'"),
         ({"enabled": 0}, '"enabled" must be true or false, not 0'),
     ],
 )
@@ -138,7 +144,7 @@ def test_other_thresholds_and_provenance_compile_nothing_new():
     for thresholds, provenance in [([0.5, 0.1], {}), ([0.7, np.inf], {"epsilon": 0.9})]:
         policy = policies.make(thresholds, "margin", **provenance)
         left, back = leaves(policy, jnp.float32(0.6))
-        assert bool(left) == (0.6 >= thresholds[0])
+        assert bool(left) == (thresholds[0] <= 0.6)
         np.testing.assert_array_equal(back.thresholds, policy.thresholds)
     leaves(policies.make([0.5, 0.1], "entropy"), jnp.float32(0.6))
     assert traced == ["margin", "entropy"]

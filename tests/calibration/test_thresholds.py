@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from early_exit import policy as policies
@@ -41,7 +41,7 @@ def reference(points, twentieths):
 @example([(0.5, False)], 1)
 @example([(-np.inf, True)], 1)
 @example([(0.5, True)] * 10 + [(0.5, False)] * 2, 17)  # a constant score: all leave, or none
-@example([(1.0, True)] * 19 + [(0.5, False)], 19)  # 19 of 20 is .95, whatever floats say
+@example([(0.5, True)] * 55 + [(0.5, False)] * 45, 11)  # in floating point .55 · 100 > 55
 @example([(1.0, False)] + [(0.5, True)] * 9, 18)  # wrong at the top, right in the long run
 def test_thresholds_equal_the_definition(points, twentieths):
     threshold = epsilon_accuracy(*arrays(points), twentieths / 20)
@@ -91,21 +91,31 @@ def test_scores_are_numbers(scores):
         epsilon_accuracy(np.array(scores), np.ones(len(scores), bool), 0.9)
 
 
-def records():
-    """Exit 4 is right on its surer half, exit 8 never, exit 12 always."""
-    scores = np.array([[0.9, 0.8, 0.2, 0.1]] * 3, np.float32)
-    agrees = np.array([[True, True, False, False], [False] * 4, [True] * 4])
+def records_of(scores, agrees, **metadata):
+    """Records of exits after every fourth block; nothing but the agreement counts."""
+    scores, agrees = np.array(scores, np.float32), np.array(agrees)
+    exits, positions = agrees.shape
     return Records(
-        exit_depths=np.array([4, 8, 12, 16]),
+        exit_depths=np.arange(4, 4 * exits + 5, 4),
         scores={"max_prob": scores, "margin": scores / 2},
         agrees=agrees,
-        correct=~np.concatenate([agrees, agrees[:1]]),  # not what counts
-        losses=np.zeros((4, 4), np.float32),
-        metadata={"heads": "ab12", "step": 7},
+        correct=np.concatenate([~agrees, ~agrees[:1]]),
+        losses=np.zeros((exits + 1, positions), np.float32),
+        metadata=metadata,
     )
 
 
-def test_each_exit_is_fitted_on_its_own_agreement():
+def records():
+    """Exit 4 is right on its surer half, exit 8 never, exit 12 always."""
+    return records_of(
+        [[0.9, 0.8, 0.2, 0.1]] * 3,
+        [[True, True, False, False], [False] * 4, [True] * 4],
+        heads="ab12",
+        step=7,
+    )
+
+
+def test_each_exit_has_its_own_threshold_in_units_of_the_score():
     policy = thresholds.fit(records(), "margin", 0.9)
     np.testing.assert_allclose(policy.thresholds, [0.4, np.inf, 0.05])
     assert policy.confidence == "margin"
@@ -115,11 +125,72 @@ def test_the_provenance_names_unreachable_exits_and_the_records():
     assert thresholds.fit(records(), "max_prob", 0.9).provenance == {
         "method": "epsilon_accuracy",
         "epsilon": 0.9,
+        "level": 0.9,
+        "agreement": 1.0,
+        "coverage": 1.0,
         "positions": 4,
         "unreachable": [8],
         "heads": "ab12",
         "step": 7,
     }
+
+
+def test_a_policy_that_reaches_nothing_never_leaves_and_says_so():
+    policy = thresholds.fit(records_of([[0.5, 0.1]] * 2, [[False] * 2] * 2), "max_prob", 0.1)
+    assert policy.thresholds.tolist() == [np.inf, np.inf]
+    assert policy.provenance["unreachable"] == [4, 8]
+    assert policy.provenance["coverage"] == 0 and policy.provenance["agreement"] is None
+
+
+def test_a_deep_exit_is_not_credited_with_what_left_before_it():
+    """Each head alone reaches .8, but the second only on positions that the first has taken."""
+    agrees = np.ones((2, 10), bool)
+    agrees[0, [0, 8, 9]] = False
+    agrees[1, [8, 9]] = False
+    scores = np.array([[0.9] * 8 + [0.1] * 2, [0.5] * 10], np.float32)
+    alone = [epsilon_accuracy(*pair, 0.8) for pair in zip(scores, agrees, strict=True)]
+    np.testing.assert_allclose(alone, [0.9, 0.5])  # together: 7 of 10
+    policy = thresholds.fit(records_of(scores, agrees), "max_prob", 0.8)
+    np.testing.assert_allclose(policy.thresholds, [0.9, np.inf])
+    assert policy.provenance["agreement"] == 7 / 8
+
+
+def leavers(records, policy):
+    """Whether each position that leaves early agrees where it leaves, one by one."""
+    limits = np.asarray(policy.thresholds)
+    found = []
+    for scores, agrees in zip(records.scores["max_prob"].T, records.agrees.T, strict=True):
+        left = [e for e, score in enumerate(scores) if score >= limits[e]]
+        if left:
+            found.append(bool(agrees[left[0]]))
+    return found
+
+
+MANY = st.integers(1, 3).flatmap(
+    lambda exits: st.lists(
+        st.lists(
+            st.tuples(st.sampled_from([-np.inf, 0.0, 0.5, 1.0]), st.booleans()),
+            min_size=exits,
+            max_size=exits,
+        ),
+        min_size=1,
+        max_size=16,
+    )
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(MANY, st.sampled_from([(0.3, 0.5), (0.5, 0.8), (0.8, 0.9), (0.9, 1.0)]))
+def test_all_leavers_together_reach_the_accuracy(points, epsilons):
+    points = np.array(points, dtype=object)  # [N, E, 2]
+    fitted = records_of(points[..., 0].T.astype(np.float32), points[..., 1].T.astype(bool))
+    both = [thresholds.fit(fitted, "max_prob", epsilon) for epsilon in epsilons]
+    assert (np.asarray(both[0].thresholds) <= np.asarray(both[1].thresholds)).all()
+    for epsilon, policy in zip(epsilons, both, strict=True):
+        found = leavers(fitted, policy)
+        assert not found or np.mean(found) >= epsilon - 1e-9
+        assert policy.provenance["coverage"] == len(found) / len(points)
+        assert policy.provenance["agreement"] == (np.mean(found) if found else None)
 
 
 def test_a_fitted_policy_can_be_saved(tmp_path):
@@ -135,14 +206,7 @@ def test_a_fitted_policy_lets_exactly_the_calibrated_points_leave():
     rng = np.random.default_rng(0)
     scores = rng.random((1, 200), np.float32)
     agrees = rng.random((1, 200)) < scores
-    fitted = Records(
-        np.array([4, 8]),
-        {"max_prob": scores},
-        agrees,
-        np.zeros((2, 200), bool),
-        np.zeros((2, 200), np.float32),
-    )
-    policy = thresholds.fit(fitted, "max_prob", 0.8)
+    policy = thresholds.fit(records_of(scores, agrees), "max_prob", 0.8)
     left = np.asarray(policy.leaves(0, scores[0]))
     assert left.mean() == coverage_at(scores[0], agrees[0], 0.8) > 0.1
     assert agrees[0][left].mean() >= 0.8

@@ -1,0 +1,123 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from conftest import TINY, build
+from early_exit import tree
+from early_exit.backbones import base
+from early_exit.exits.heads import KINDS, OUTPUTS, ExitConfig, Head
+
+D, F, V = TINY.width, TINY.mlp_width, TINY.vocab_size
+QUERY, KEY = TINY.heads * TINY.head_dim, TINY.kv_heads * TINY.head_dim
+NORM = {"scale": (D,)}
+MLP = {
+    "gate/kernel": (D, F),
+    "up/kernel": (D, F),
+    "down/kernel": (F, D),
+}
+BLOCK = {
+    "attention_norm/scale": (D,),
+    "attention/query/kernel": (D, QUERY),
+    "attention/key/kernel": (D, KEY),
+    "attention/value/kernel": (D, KEY),
+    "attention/output/kernel": (QUERY, D),
+    "mlp_norm/scale": (D,),
+    **{f"mlp/{name}": shape for name, shape in MLP.items()},
+}
+PARTS = {
+    "embedding": {},
+    "norm": {"norm": NORM},
+    "mlp": {"mlp_norm": NORM, "mlp": MLP, "norm": NORM},
+    "layer": {"block": BLOCK, "norm": NORM},
+}
+# Rows of a head's own matrix; "none of these" is never in the backbone's.
+ROWS = {("own", 0): V, ("own", 20): 21, ("shared", 0): 0, ("shared", 20): 1}
+
+
+@pytest.mark.parametrize("classes", [0, 20])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_has_exactly_its_parts(kind, output, classes):
+    exits = ExitConfig((2,), head=kind, output=output, classes=classes)
+    _, params = base.abstract(lambda rngs: Head(TINY, exits, V, rngs=rngs))
+    want = {
+        f"{part}/{name}": shape
+        for part, shapes in PARTS[kind].items()
+        for name, shape in shapes.items()
+    }
+    rows = ROWS[output, classes]
+    if rows:
+        want["output/embedding"] = (rows, D)
+    assert {path: leaf.shape for path, leaf in tree.flatten(params).items()} == want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_layer_heads_look_at_other_positions(kind):
+    """And these only at earlier ones."""
+    model, params = build(head=kind)
+    bound = model.bind(params)
+    hidden, context = bound.backbone.stem({"tokens": np.arange(5)[None]})
+
+    def feature_sums(hidden):
+        features, rows = bound.heads[0].features(hidden, context)
+        return features.sum(-1)[0], rows
+
+    slopes, rows = jax.jit(jax.jacobian(feature_sums, has_aux=True))(hidden)
+    influence = np.abs(slopes[:, 0]).sum(-1) > 0  # [T, T]
+    want = np.tri(5) if kind == "layer" else np.eye(5)
+    np.testing.assert_array_equal(influence, want)
+    assert (rows is not None) == bound.heads[0].has_block == (kind == "layer")
+
+
+def test_a_copied_layer_head_is_the_last_block_and_the_final_norm():
+    model, params = build(head="layer")
+    copied = model.init_exits(jax.random.key(0), params["backbone"], "copy", None)
+    bound = model.bind(params | {"exits": copied})
+    hidden, context = bound.backbone.stem({"tokens": np.arange(7)[None]})
+    features, _ = bound.heads[0].features(hidden, context)
+    want = bound.backbone.features(bound.backbone.run_blocks(hidden, 5, 6, context))
+    assert (features == want).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "mpl"}, "unknown head 'mpl'; choose one of embedding, norm, mlp, layer"),
+        ({"output": "tied"}, "unknown output 'tied'; choose one of shared, own"),
+        ({"points": ()}, "exits.points is empty; name at least one block"),
+        ({"points": (4, 2)}, r"exit points must rise without repeats, not \(4, 2\)"),
+        ({"points": (2, 2)}, r"exit points must rise without repeats, not \(2, 2\)"),
+        ({"classes": -1}, r"exits.classes must be 0 \(all\) or positive, not -1"),
+    ],
+)
+def test_descriptions_that_make_no_exits(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExitConfig(**{"points": (2, 4)} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points": (0, 3)}, r"exit points \[0\] lie outside 1…5: the backbone has 6 blocks"),
+        ({"points": (-1, 3, 6, 9)}, r"exit points \[-1, 6, 9\] lie outside 1…5"),
+        ({"points": (6,)}, "its own readout is the exit after block 6"),
+        ({"classes": V}, "exits.classes=61 is not below the vocabulary of 61; use classes=0"),
+    ],
+)
+def test_exits_that_do_not_fit_the_backbone(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_every_block_but_the_last_may_have_an_exit():
+    ExitConfig((1, 2, 3, 4, 5), classes=V - 1).check(6, V)
+
+
+def test_parameters_are_all_there_is():
+    """No stored RNG, cache or running statistics in any head."""
+    for kind in KINDS:
+        exits = ExitConfig((2,), head=kind)
+        head = nnx.eval_shape(lambda e=exits: Head(TINY, e, V, rngs=nnx.Rngs(0)))
+        state = nnx.to_flat_state(nnx.state(head))
+        assert {type(variable) for _, variable in state} == {nnx.Param}

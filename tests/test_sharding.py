@@ -1,0 +1,180 @@
+"""The mesh, the placing of parameters, and one tuning step on eight devices as on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from early_exit import sharding, tree
+
+ROOT = Path(__file__).parents[1]
+
+
+def specs(shapes, **axes):
+    """Path → the spec of an array of that shape."""
+    sizes = tuple(axes.get(axis, 1) for axis in sharding.AXES)
+    mesh = AbstractMesh(sizes, sharding.AXES)
+    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    placed = sharding.shardings(tree.unflatten(leaves), mesh)
+    return {path: leaf.spec for path, leaf in tree.flatten(placed).items()}
+
+
+def test_the_rules_place_a_blocks_parameters():
+    """In front of a sum over `tensor` stands a split of what it sums over."""
+    wide = P("fsdp", "tensor")
+    back = P("tensor", "fsdp")
+    want = {
+        "backbone/blocks/3/attention/query/kernel": ((64, 64), wide),
+        "backbone/blocks/3/attention/key/kernel": ((64, 32), wide),
+        "backbone/blocks/3/attention/value/kernel": ((64, 32), wide),
+        "backbone/blocks/3/attention/output/kernel": ((64, 64), back),
+        "backbone/blocks/3/mlp/gate/kernel": ((64, 128), wide),
+        "backbone/blocks/3/mlp/up/kernel": ((64, 128), wide),
+        "backbone/blocks/3/mlp/down/kernel": ((128, 64), back),
+        "backbone/blocks/3/mlp_norm/scale": ((64,), P()),
+        "backbone/embedding/embedding": ((512, 64), back),
+        "backbone/final_norm/scale": ((64,), P()),
+        "exits/12/mlp/up/kernel": ((64, 128), wide),
+        "exits/12/output/embedding": ((512, 64), back),
+        "token_ids": ((500,), P()),
+    }
+    shapes = {path: shape for path, (shape, _) in want.items()}
+    assert specs(shapes, fsdp=4, tensor=2) == {path: spec for path, (_, spec) in want.items()}
+
+
+def test_what_an_axis_does_not_divide_is_replicated():
+    got = specs({"a/embedding": (4097, 64), "b/embedding": (4096, 63)}, fsdp=2, tensor=4)
+    assert got == {"a/embedding": P(None, "fsdp"), "b/embedding": P("tensor", None)}
+
+
+def test_the_tree_comes_back_in_its_own_structure():
+    params = {"b": {"10": {"kernel": np.ones((2, 2))}, "9": {}}, "a": np.ones(3)}
+    placed = sharding.shardings(params, sharding.make_mesh({}))
+    assert jax.tree.structure(placed) == jax.tree.structure(params)
+    on_mesh = jax.device_put(params, placed)
+    np.testing.assert_array_equal(on_mesh["a"], params["a"])
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"model": 1}, r"unknown mesh axes \['model'\]; the axes are data, fsdp, tensor"),
+        ({"data": 999}, "mesh data=999, fsdp=1, tensor=1 does not use exactly the"),
+        ({"data": -1, "fsdp": -1}, "mesh data=-1, fsdp=-1, tensor=1 does not use exactly"),
+        ({"data": -1, "fsdp": 999}, "mesh data=-1, fsdp=999, tensor=1 does not use exactly"),
+        ({"data": 0}, "mesh data=0, fsdp=1, tensor=1 does not use exactly"),
+        ({"data": -1, "tensor": 0}, "mesh data=-1, fsdp=1, tensor=0 does not use exactly"),
+        ({"data": -2}, "mesh data=-2, fsdp=1, tensor=1 does not use exactly"),
+    ],
+)
+def test_meshes_that_do_not_fit(axes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(axes)
+
+
+# Both losses, on one device and on the meshes; the results go into a file.
+MESHES = {
+    "data": {"data": 8},
+    "all": {"data": 2, "fsdp": -1, "tensor": 2},
+    "fsdp": {"fsdp": 8},
+}
+LOSSES = {"kl": {"head": "mlp", "classes": 20}, "cross_entropy": {"head": "layer"}}
+SCRIPT = """
+import dataclasses, functools, json, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from conftest import TINY, build
+from early_exit import sharding, tree
+from early_exit.training import step as steps
+
+path, meshes, losses = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+assert jax.device_count() == 8
+optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+rng = np.random.default_rng(0)
+batch = {
+    "tokens": rng.integers(0, 64, (8, 16), np.int32),
+    "segments": np.repeat(np.repeat([[1, 2]], 8, 1), 8, 0).astype(np.int32),
+    "positions": np.repeat(np.tile(np.arange(8), 2)[None], 8, 0).astype(np.int32),
+}
+config = dataclasses.replace(TINY, vocab_size=64, depth=2)
+results = {}
+
+def shards(params):  # of those there are
+    return sum(len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(params))
+
+for loss, options in losses.items():
+    model, params = build(config, points=(1,), **options)
+    exits = params.pop("exits")
+    step = functools.partial(
+        steps.tune_step, model=model, recipe=steps.Recipe(loss, (1.0,)), optimizer=optimizer
+    )
+    for name, axes in [("one", None), *meshes.items()]:
+        state, frozen, rows = steps.init_state(exits, optimizer), params, batch
+        run = jax.jit(step)
+        if axes is not None:
+            mesh = sharding.make_mesh(axes)
+            placed, everywhere = sharding.shardings(exits, mesh), sharding.replicated(mesh)
+            opt_state = optax.tree_map_params(
+                optimizer, lambda _, spec: spec, state["opt_state"], placed,
+                transform_non_params=lambda _: everywhere,
+            )
+            where = {"exits": placed, "opt_state": opt_state, "step": everywhere}
+            run = jax.jit(step, out_shardings=(where, everywhere))
+            state = jax.device_put(state, where)
+            frozen = jax.device_put(params, sharding.shardings(params, mesh))
+            rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+        new, metrics = run(state, frozen, rows)
+        results[f"{loss}/{name}/loss"] = metrics["loss"]
+        results[f"{loss}/{name}/shards"] = shards(new["exits"]) / len(jax.tree.leaves(exits))
+        for leaf, value in tree.flatten(new["exits"]).items():
+            results[f"{loss}/{name}/exits/{leaf}"] = value
+np.savez(path, **results)
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sharding") / "results.npz"
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path), json.dumps(MESHES), json.dumps(LOSSES)],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            # What is compared is the partitioning: the least effort on machine code is enough.
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+            "--xla_backend_optimization_level=0",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(path) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_on_eight_devices_is_the_step_on_one(results, loss, mesh):
+    one, many = (
+        {
+            name.removeprefix(f"{loss}/{where}/"): value
+            for name, value in results.items()
+            if name.startswith(f"{loss}/{where}/")
+        }
+        for where in ("one", mesh)
+    )
+    assert one.pop("shards") == 1
+    # The comparison must be between different programs.
+    assert (many.pop("shards") > 1) == (mesh != "data")
+    assert one.keys() == many.keys() and len(one) > 5
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
