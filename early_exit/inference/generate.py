@@ -75,8 +75,9 @@ def stream(
         dtype=jax.tree.leaves(params["backbone"])[0].dtype,
         slots=slots,
     )
-    # No token is −1: an empty list would be another shape, hence another program.
-    stops = jnp.array([*stop_ids, -1], jnp.int32)
+    # Padded with −1, which is no token: another length would be another program.
+    padding = -len(stop_ids) % 8 or 8
+    stops = jnp.array([*stop_ids, *[-1] * padding], jnp.int32)
     state = jax.block_until_ready(prefill(params, state, stops, model=model, sampling=sampling))
     run = functools.partial(
         decode, params, policy=policy, stop_ids=stops, model=model, sampling=sampling

@@ -1,0 +1,1 @@
+"""Settings of runs: one file each, with `get_config(arg)` and beside it `sweep(add)`."""

@@ -1,0 +1,234 @@
+"""The commands as a user types them, on the tiny model: what they print, write and refuse."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+import safetensors.numpy
+
+from early_exit.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = "--config=configs/tiny.py"
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Runs `python -m launch.<command> <flags>` to its end."""
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "EARLY_EXIT_CACHE": str(tmp_path_factory.mktemp("cache")),
+        # Programs that run for milliseconds need not be good, only soon there.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+
+    def run(command, *flags):
+        return subprocess.run(
+            [sys.executable, "-m", f"launch.{command}", *map(str, flags)],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(done):
+    """What an error says; it is a sentence and not a stack."""
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr + done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(launch, tmp_path_factory):
+    """A tuned and calibrated run on its own copy of the model, and what was printed."""
+    model = tmp_path_factory.mktemp("source") / "model"
+    shutil.copytree(ROOT / "tests/fixtures/tiny_chat", model)
+    folder = tmp_path_factory.mktemp("run")
+    settings = {
+        "model.source": model,
+        "evaluate.epsilons": "(0.6,)",
+        "evaluate.prompts": 1,
+        "evaluate.new_tokens": 8,
+        "evaluate.sample_tokens": 8,
+    }
+    flags = [TINY, *(f"--config.{key}={value}" for key, value in settings.items())]
+    tuned = succeeded(launch("tune", *flags, f"--workdir={folder}"))
+    calibrated = succeeded(launch("calibrate", f"--workdir={folder}", "--epsilon=0.6"))
+    return types.SimpleNamespace(
+        folder=folder, model=model, flags=flags, tuned=tuned, calibrated=calibrated
+    )
+
+
+def test_tune_prints_the_exits_and_the_folder(run):
+    header, _, *rows, path = run.tuned.splitlines()
+    assert path == f"tuned exits in {run.folder}"
+    names = header.split()
+    last = [line for line in read_metrics(run.folder) if line["step"] == 12]
+    validation = {name: value for line in last for name, value in line.items()}
+    assert [row.split()[0] for row in rows] == ["2", "4", "6"]
+    for row in rows:
+        point, *printed = row.split()
+        logged = [validation[f"validation/{name}/exit_{point}"] for name in names[1:]]
+        assert printed == [f"{value:.3f}" for value in logged]
+
+
+def test_calibrate_prints_what_it_saves(run):
+    policy = json.loads((run.folder / "policy.json").read_text())
+    *rows, path = run.calibrated.splitlines()[2:]
+    assert path == f"policy in {run.folder / 'policy.json'}"
+    assert [row.split()[-1] for row in rows] == [f"{t:.3f}" for t in policy["thresholds"]]
+    assert policy["provenance"]["epsilon"] == 0.6 and (run.folder / "records.npz").exists()
+
+
+def test_evaluate_and_report(run, launch):
+    printed = succeeded(launch("evaluate", f"--workdir={run.folder}"))
+    assert re.search(r"^full model +[\d.]+ +1\.000 +1\.000 +6\.000$", printed, re.MULTILINE)
+    assert re.search(r"^epsilon 0\.60 ", printed, re.MULTILINE)
+    results = json.loads((run.folder / "evaluation.json").read_text())
+    assert [row["policy"] for row in results["decoding"]] == ["full model", "epsilon 0.60"]
+    assert results["decoding"][1]["mean_depth"] < 6
+    assert [len(sample["pieces"]) for sample in results["samples"]] == [8, 8]
+
+    page = succeeded(launch("report", f"--workdir={run.folder}")).strip()
+    assert page == str(run.folder / "report.html")
+    html = pathlib.Path(page).read_text()
+    assert str(run.model) in html and html.count("<svg") == 3
+
+
+def answer(done):
+    """(the text, {block: tokens that left after it}) of what `generate` printed."""
+    text, _, summary = succeeded(done).rpartition("\n\n")
+    left = re.search(r"left after block (.*)", summary)[1]
+    return text, dict(map(int, pair.split(": ")) for pair in left.split(", "))
+
+
+def test_generate_chats_and_samples_by_the_seed(run, launch):
+    flags = ["--prompt=Hello!", "--max_new_tokens=24", "--temperature=1", "--top_k=50", "--seed=3"]
+    first, second = (
+        answer(launch("generate", f"--workdir={run.folder}", *flags)) for _ in range(2)
+    )
+    assert first == second
+    text, left = first
+    assert sum(left.values()) == 24 and left[2] + left[4] > 0
+    assert len(set(text)) > 5
+
+
+def test_generate_at_full_depth(run, launch):
+    """`--full` and a policy that is switched off both leave the exits alone."""
+    raw = [f"--workdir={run.folder}", "--prompt=def f(self):", "--raw", "--max_new_tokens=24"]
+    coloured, left = answer(launch("generate", *raw, "--full", "--colour=always"))
+    assert left == {2: 0, 4: 0, 6: 24} and "\x1b[" in coloured
+    path = run.folder / "policy.json"
+    policy = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(policy) | {"enabled": False}))
+        assert answer(launch("generate", *raw)) == (re.sub(r"\x1b\[[0-9;]*m", "", coloured), left)
+    finally:
+        path.write_text(policy)
+
+
+def test_a_policy_of_other_heads_is_refused(run, launch):
+    path = run.folder / "policy.json"
+    policy = path.read_text()
+    fields = json.loads(policy)
+    fields["provenance"]["heads"] = "0" * 64
+    try:
+        path.write_text(json.dumps(fields))
+        message = refused(launch("generate", f"--workdir={run.folder}", "--prompt=Hello!"))
+    finally:
+        path.write_text(policy)
+    assert "was fitted to other heads than those of step 12" in message
+    assert "run launch.calibrate again" in message
+
+
+def test_heads_of_another_backbone_are_refused(run, launch):
+    weights = run.model / "model.safetensors"
+    original = weights.read_bytes()
+    tensors = safetensors.numpy.load(original)
+    tensors["model.layers.5.mlp.down_proj.weight"][0, 0] += 1
+    try:
+        safetensors.numpy.save_file(tensors, weights)
+        message = refused(launch("generate", f"--workdir={run.folder}", "--prompt=Hello!"))
+    finally:
+        weights.write_bytes(original)
+    assert "were tuned on a backbone with fingerprint" in message
+    assert "name the backbone they were tuned on" in message
+
+
+def test_a_folder_keeps_its_settings(run, launch):
+    done = launch("tune", *run.flags, "--config.tune.steps=13", f"--workdir={run.folder}")
+    assert "holds a run with other settings (tune.steps: 12 → 13)" in refused(done)
+    assert json.loads((run.folder / "config.json").read_text())["tune"]["steps"] == 12
+
+
+def test_generate_before_tune_says_what_to_do(launch, tmp_path):
+    done = launch("generate", f"--workdir={tmp_path}", "--prompt=Hello!")
+    assert f"no run in {tmp_path}" in refused(done) and "start with launch.tune" in done.stderr
+
+
+def test_help(launch):
+    shown = launch("generate", "--help").stdout
+    assert shown.startswith("Answers a prompt with dynamic depth")
+    assert "python -m launch.generate --workdir=" in shown and "--max_new_tokens" in shown
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([TINY, "--stepz=3"], "Unknown command line flag 'stepz'"),
+        ([TINY, "stray"], "unexpected argument 'stray'"),
+        (
+            [TINY, "--config.tune.stepz=1"],
+            r"no such setting in the config: 'stepz'\nDid you mean \"steps\".*\n.*tune\.stepz=1",
+        ),
+        ([TINY + ":heads=mlp"], "unknown config argument 'heads'; known, with defaults: head=mlp"),
+        ([TINY, "--config.exits.points=2:4"], r"exit points must be ints.* not \('2:4',\)"),
+    ],
+)
+def test_mistyped_commands_change_nothing(launch, tmp_path, flags, message):
+    done = launch("tune", *flags, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert re.search(message, done.stderr + done.stdout)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_sweep_skips_what_is_finished_and_names_what_failed(run, launch, tmp_path):
+    config = tmp_path / "varied.py"
+    config.write_text(
+        "from configs.tiny import get_config\n"
+        "def sweep(add):\n"
+        "    for points in (2, 4), (9,), (1, 3):\n"
+        "        add(**{'exits.points': points})\n"
+    )
+    finished, failed, new = (tmp_path / "sweep" / f"points={p}" for p in ("2-4", "9", "1-3"))
+    shutil.copytree(run.folder, finished)
+    done = launch("sweep", f"--config={config}", *run.flags[1:], f"--workdir={tmp_path / 'sweep'}")
+    assert f"1 of 3 runs did not finish; their logs:\n  {failed / 'log.txt'}" in refused(done)
+    assert "exit points [9] lie outside" in (failed / "log.txt").read_text()
+    assert "3 runs, 1 of them finished before" in done.stdout
+    assert not (finished / "log.txt").exists()
+    assert json.loads((new / "config.json").read_text())["exits"]["points"] == [1, 3]
+
+    text = (tmp_path / "sweep" / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [(row["exits.points"], row["exit"]) for row in rows] == [
+        *(([2, 4], point) for point in (2, 4, 6)),
+        *(([1, 3], point) for point in (1, 3, 6)),
+    ]
+    logged = [x for x in read_metrics(new) if "validation/exit/exit_3" in x][-1]
+    assert logged["step"] == 12 and logged["validation/loss/exit_3"] == rows[4]["loss"]
+    assert f"{rows[4]['loss']:.3f}" in done.stdout

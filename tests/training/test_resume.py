@@ -1,0 +1,133 @@
+"""A run may be killed at any moment, fail, or be finished already: nothing is lost or redone."""
+
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import tiny
+from early_exit import checkpoint
+from early_exit.assemble import CHECKPOINTS, load_config
+from early_exit.config import override
+from early_exit.metrics import FILE
+from early_exit.training import loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+SETTINGS = {
+    "tune.steps": 60,
+    "tune.checkpoint_every": 10,
+    "tune.validate_every": 10,
+    "tune.validation_batches": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A copy of the tiny model, so that a test may change it."""
+    return shutil.copytree(
+        ROOT / "tests/fixtures/tiny_chat", tmp_path_factory.mktemp("source") / "model"
+    )
+
+
+@pytest.fixture(scope="module")
+def config(model):
+    return override(tiny.get_config(), SETTINGS | {"model.source": str(model)})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    """(folder, rows) of a run from its first step to its last."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, loop.tune(config, folder)
+
+
+def state_of(config, folder):
+    """Path → bytes of everything in the newest checkpoint, and the data iterator's state."""
+    like = loop.Run(config, folder).state()
+    state, iterator_state = checkpoint.restore(folder / CHECKPOINTS, like)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}, iterator_state
+
+
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_killed_run_goes_on_bit_equal(config, model, uninterrupted, tmp_path):
+    flags = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.tune", "--config=configs/tiny.py", f"--workdir={tmp_path}"]
+        + [*flags, f"--config.model.source={model}"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    give_up = time.monotonic() + 100
+    while checkpoint.latest_step(tmp_path / CHECKPOINTS) is None:
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    killed_after = checkpoint.latest_step(tmp_path / CHECKPOINTS)
+    assert 10 <= killed_after < 60
+
+    folder, rows = uninterrupted
+    assert loop.tune(config, tmp_path) == rows
+    (found, found_iterator), (wanted, wanted_iterator) = (
+        state_of(config, path) for path in (tmp_path, folder)
+    )
+    assert found.keys() == wanted.keys() and any("opt_state" in path for path in wanted)
+    different = [path for path in wanted if found[path].tobytes() != wanted[path].tobytes()]
+    assert not different
+    assert found_iterator == wanted_iterator
+    assert (tmp_path / FILE).read_text() == (folder / FILE).read_text()
+
+
+def test_a_finished_run_says_what_it_found_and_does_nothing(config, uninterrupted):
+    folder, rows = uninterrupted
+    checkpoints, metrics = files_of(folder / CHECKPOINTS), (folder / FILE).read_text()
+    assert loop.tune(config, folder) == rows
+    assert files_of(folder / CHECKPOINTS) == checkpoints
+    assert (folder / FILE).read_text() == metrics
+
+
+def test_a_run_does_not_go_on_with_another_backbone(config, model, uninterrupted):
+    folder, _ = uninterrupted
+    weights = model / "model.safetensors"
+    original = weights.read_bytes()
+    tensors = safetensors.numpy.load(original)
+    tensors["model.layers.5.mlp.down_proj.weight"][0, 0] += 1
+    try:
+        safetensors.numpy.save_file(tensors, weights)
+        with pytest.raises(ValueError, match="were tuned on a backbone with fingerprint"):
+            loop.tune(config, folder)
+    finally:
+        weights.write_bytes(original)
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoints(config, tmp_path):
+    """The rate rises from 0, so the first step is harmless and the second ruins the heads."""
+    ruinous = override(
+        config, {"tune.learning_rate": 1e30, "tune.steps": 6, "tune.checkpoint_every": 1}
+    )
+    with pytest.raises(FloatingPointError, match="step 3: the loss is .* lower tune.learning_rate"):
+        loop.tune(ruinous, tmp_path)
+    assert checkpoint.latest_step(tmp_path / CHECKPOINTS) == 2
+    like = loop.Run(ruinous, tmp_path).state()
+    for step in (1, 2):
+        state, _ = checkpoint.restore(tmp_path / CHECKPOINTS, like, step)
+        assert int(state["step"]) == step
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_settings_that_failed_before_the_first_checkpoint_can_be_mended(config, tmp_path):
+    with pytest.raises(ValueError, match=r"exit points \[9\] lie outside 1…5"):
+        loop.tune(override(config, {"exits.points": (2, 9)}), tmp_path)
+    loop.Run(override(config, {"exits.points": (2,)}), tmp_path)
+    assert load_config(tmp_path).exits.points == [2]

@@ -1,0 +1,79 @@
+import pathlib
+import runpy
+import sys
+
+import pytest
+
+from early_exit.config import ConfigDict
+from early_exit.training import sweep
+
+BASE = ConfigDict(
+    {"tune": {"steps": 3, "rate": 1e-3}, "exits": {"points": (2, 4), "rate": 0.5}, "text": "a"}
+)
+
+
+def runs_of(*asked, workdir):
+    def add_all(add):
+        for overrides in asked:
+            add(**overrides)
+
+    return sweep.expand(add_all, BASE, workdir)
+
+
+def test_every_run_has_its_config_and_a_folder_that_says_what_it_changes(tmp_path):
+    asked = [
+        {},
+        {"tune.steps": 5, "exits.points": [1, 3]},
+        {"tune.rate": 1e-4, "text": "a folder/or: two"},
+        {"exits.rate": 1},
+    ]
+    runs = runs_of(*asked, workdir=tmp_path)
+    assert [str(run.folder.relative_to(tmp_path)) for run in runs] == [
+        "base",
+        "steps=5,points=1-3",
+        "tune.rate=0.0001,text=a_folder_or__two",
+        "exits.rate=1",
+    ]
+    assert [run.overrides for run in runs] == asked
+    assert runs[0].config == BASE
+    assert runs[1].config.exits.points == (1, 3) and runs[1].config.tune.steps == 5
+    assert not any(run.is_finished for run in runs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_wrong_with_a_sweep_is_said_at_once(tmp_path):
+    asked = [
+        {"tune.stepz": 1, "tune.rate": "fast"},
+        {"tune.steps": 1},
+        {"tune.steps": 1},
+        {"tune.stepz": 1},
+    ]
+    with pytest.raises(ValueError, match="the sweep cannot start") as caught:
+        runs_of(*asked, workdir=tmp_path)
+    assert str(caught.value).split("\n  ")[1:] == [
+        "config has no 'tune.stepz'; did you mean 'tune.steps'?",
+        "config.tune.rate is float (0.001), not str ('fast')",
+        "steps=1: more than one run has this name",
+    ]
+    with pytest.raises(ValueError, match="adds no run"):
+        runs_of(workdir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m", "tiny"])
+def test_the_sweeps_beside_the_configs_fit_them(name, tmp_path):
+    file = runpy.run_path(pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py")
+    runs = sweep.expand(file["sweep"], file["get_config"](), tmp_path)
+    assert len({run.config.to_json() for run in runs}) == len(runs) > 1
+
+
+def test_a_failed_job_does_not_stop_the_next(tmp_path, capsys):
+    def job(name, script):
+        return [sys.executable, "-c", script], tmp_path / name / "log.txt"
+
+    jobs = [job("a", "import sys; print('one'); sys.exit('two')"), job("b", "print('three')")]
+    sweep.run_local(jobs)
+    assert [sorted(log.read_text().split()) for _, log in jobs] == [["one", "two"], ["three"]]
+    printed = capsys.readouterr().out
+    assert "[1/2] a: failed with status 1" in printed and "[2/2] b: finished" in printed
+    sweep.run_local(jobs[1:])
+    assert jobs[1][1].read_text() == "three\nthree\n"  # what an earlier start said is kept
