@@ -8,7 +8,7 @@ PROMPT ?= Write a Python function that reverses a list.
 
 .PHONY: demo test lint clean
 
-# A real language model with four exits: tuned, calibrated, measured, shown. Runs that were
+# A real language model with three exits: tuned, calibrated, measured, shown. Runs that were
 # finished or interrupted go on where they were; remove $(RUN) to start afresh.
 demo: $(VENV)/.demo
 	@$(BIN)/python -m launch.tune --config=$(CONFIG) --workdir=$(RUN)

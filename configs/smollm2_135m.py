@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct (Allal et al. 2025) with four exits, tuned on Python source.
+"""SmolLM2-135M-Instruct (Allal et al. 2025) with three exits, tuned on Python source.
 
     python -m launch.tune --config=configs/smollm2_135m.py --workdir=runs/smollm2
     python -m launch.tune --config=configs/smollm2_135m.py:head=layer,points=10:20 --workdir=…
@@ -18,13 +18,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
         arg,
         head="mlp",
-        points=(8, 20, 24, 28),
+        points=(8, 22, 28),
         output="own",
         classes=4096,
         init="copy",
         runlocal=False,
     )
-    steps = 3 if arg.runlocal else 96
+    steps = 3 if arg.runlocal else 112
     held_out_batches = 1 if arg.runlocal else 8
     return ConfigDict(
         {
@@ -56,9 +56,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "b2": 0.95,
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
-                "checkpoint_every": 32,
+                "checkpoint_every": 28,
                 "keep_checkpoints": 2,
-                "validate_every": 48,
+                "validate_every": 56,
                 "validation_batches": held_out_batches,
             },
             "calibrate": {
