@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN ?= runs/demo
 CONFIG ?= configs/smollm2_135m.py
 BIN := $(VENV)/bin
-PROMPT ?= Write a Python function that reverses a list.
+PROMPT ?= What is a list in Python?
 
 .PHONY: demo test lint clean
 

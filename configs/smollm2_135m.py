@@ -63,7 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
             "calibrate": {
                 "confidence": "max_prob",
-                "epsilon": 0.9,  # agreement with the full model among those who leave
+                "epsilon": 0.95,  # agreement with the full model among those who leave
                 "batches": held_out_batches,
             },
             "evaluate": {
@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "new_tokens": 32 if arg.runlocal else 64,
                 "rounds": 1 if arg.runlocal else 3,
                 # Answered for the report with the run's policy, beside two prompts of the text.
-                "questions": ("Write a Python function that reverses a list.",),
+                "questions": ("What is a list in Python?",),
                 "sample_tokens": 48 if arg.runlocal else 160,
             },
         }

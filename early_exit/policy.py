@@ -43,6 +43,15 @@ class ExitPolicy:
         leaves = [np.asarray(self.leaves(e, score)) for e, score in enumerate(scores_EN)]
         return np.argmax([*leaves, np.ones_like(leaves[0])], axis=0)
 
+    def check(self, exits: int) -> None:
+        """Raises ValueError where the policy is not for a model with so many exits."""
+        (found,) = self.thresholds.shape
+        if found != exits:
+            raise ValueError(
+                f"the policy has {found} thresholds but the model has {exits} exits; "
+                "calibrate this model, or name its own policy"
+            )
+
     def can_leave(self, exit_index: int) -> jax.Array:
         """Whether any score leaves here; where not, the head need not be evaluated."""
         return self.thresholds[exit_index] < NEVER
@@ -117,9 +126,8 @@ def load(path: Path, *, exits: int) -> ExitPolicy | None:
         raise ValueError(f"{path} is not an exit policy: {error!r}") from error
     if not isinstance(enabled, bool):
         raise ValueError(f'{path}: "enabled" must be true or false, not {enabled!r}')
-    if len(thresholds) != exits:
-        raise ValueError(
-            f"{path} has {len(thresholds)} thresholds but the model has {exits} exits; "
-            "calibrate this model, or name its own policy"
-        )
+    try:
+        policy.check(exits)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return policy if enabled else None

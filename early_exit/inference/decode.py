@@ -108,9 +108,15 @@ def decode(
       policy: when rows leave; None compiles the plain full model, without any exit in it.
       stop_ids: int32 [n], tokens that end a row.
       steps: int32 scalar; not static, so streaming in small portions compiles nothing new.
+
+    Raises:
+      ValueError: the policy is for another number of exits.
     """
     bound = model.bind(params)
-    tables = () if policy is None else bound.exit_tables()
+    tables = ()
+    if policy is not None:
+        policy.check(exits=len(model.exits.points))
+        tables = bound.exit_tables()
 
     def unfinished(carry):
         state, step = carry
@@ -155,10 +161,20 @@ def _step(
         if e == final or policy is None:
             continue
 
-        consult = functools.partial(
-            _consult, bound, tables[e], e, policy, sampling, context, cache.get(f"exit/{last}")
+        evaluated, leaving, left, head_rows = _consult(
+            bound,
+            e,
+            tables[e],
+            policy,
+            sampling,
+            hidden=hidden,
+            before=before,
+            context=context,
+            past=cache.get(f"exit/{last}"),
+            filled_B=filled,
+            active_B=active,
+            keys_B=keys_B,
         )
-        evaluated, leaving, left, head_rows = consult(before, hidden, filled, active, keys_B)
         emission = left.where(leaving, emission)
         active = active & ~leaving
         state = count(state, e, evaluated)
@@ -209,19 +225,24 @@ def _run_segment(
 
 def _consult(
     bound: Bound,
-    table: jax.Array,
     exit_index: int,
+    table: jax.Array,
     policy: ExitPolicy,
     sampling: Sampling,
+    *,
+    hidden: jax.Array,
+    before: jax.Array,
     context,
     past,
-    before: jax.Array,
-    hidden: jax.Array,
     filled_B: jax.Array,
     active_B: jax.Array,
     keys_B: jax.Array,
 ):
     """Asks one exit which rows leave, and with what token.
+
+    Args:
+      hidden, before: [B, 1, D], at this exit and at the one before it.
+      past: the head's own cached keys and values, if it has a block.
 
     Returns:
       (rows whose head was evaluated, rows that leave, their emission, the head's new keys and

@@ -286,3 +286,10 @@ def test_sampling_draws_from_the_exits_distribution(tiny):
     assert len(draws) > 200
     assert chi_square(softmax(logits / temperature)) > 1e-3
     assert chi_square(softmax(logits)) < 1e-6, "the test cannot tell a wrong temperature"
+
+
+@pytest.mark.parametrize("exits", [1, 3])
+def test_a_policy_for_another_number_of_exits_is_refused(tiny, exits):
+    """An index past its end would be clamped, and some other exit's threshold used."""
+    with pytest.raises(ValueError, match=f"{exits} thresholds but the model has 2 exits"):
+        run(*tiny, [PROMPT], policies.never(exits), 3)
