@@ -76,7 +76,7 @@ def evaluate(tuned: Tuned) -> dict:
         name = f"epsilon {policy.provenance['epsilon']:.2f}"
         continued = [(tuned.tokenizer.decode(prompt), prompt) for prompt in prompts[:2]]
         answered = [(f"{text}\n\n", tuned.chat(text)) for text in settings.questions]
-        for text, prompt in continued + answered:
+        for text, prompt in answered + continued:
             (answer,) = generate(
                 tuned.model,
                 tuned.params,
