@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from early_exit.backbones.layers import CACHE_CHUNK
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.inference import cache as caches
 
@@ -80,7 +81,8 @@ def initial_state(
       slots: cache slots to allocate; by default the smallest bucket that holds the longest row.
 
     Raises:
-      ValueError: an empty prompt, no new tokens, or more positions than the context.
+      ValueError: an empty prompt, a token outside the vocabulary, no new tokens, more positions
+        than the context, or slots that do not fit.
     """
     batch = len(prompts)
     if isinstance(max_new_tokens, int):
@@ -90,11 +92,19 @@ def initial_state(
             raise ValueError(f"prompt {i} is empty; give at least one token")
         if new < 1:
             raise ValueError(f"prompt {i} asks for {new} new tokens; ask for at least 1")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise ValueError(
+                f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}, but the model "
+                f"knows 0 to {model.config.vocab_size - 1}; use the model's own tokenizer"
+            )
     limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
     needed = caches.bucket(max(limits), model.config.context_length)
     slots = needed if slots is None else slots
-    if slots < max(limits):
-        raise ValueError(f"slots={slots} do not hold the longest row's {max(limits)} positions")
+    if slots < max(limits) or slots % CACHE_CHUNK:
+        raise ValueError(
+            f"slots={slots} must be a multiple of {CACHE_CHUNK} that holds the longest row's "
+            f"{max(limits)} positions"
+        )
     points = model.exits.points if model.exits.head == "layer" else ()
     tokens = jnp.zeros((batch, slots), jnp.int32)
     for i, prompt in enumerate(prompts):

@@ -247,6 +247,8 @@ def test_long_prompts_cross_chunks(tiny):
         ([[]], 3, "prompt 0 is empty"),
         ([[1], [1]], [3, 0], "prompt 1 asks for 0 new tokens"),
         ([[1] * 510], 3, "513 positions but the model's context is 512"),
+        ([[1], [2, 61]], 3, "prompt 1 has token ids from 2 to 61, but the model knows 0 to 60"),
+        ([[-1]], 3, "prompt 0 has token ids from -1"),
     ],
 )
 def test_bad_prompts(tiny, prompts, new, message):
@@ -293,3 +295,9 @@ def test_a_policy_for_another_number_of_exits_is_refused(tiny, exits):
     """An index past its end would be clamped, and some other exit's threshold used."""
     with pytest.raises(ValueError, match=f"{exits} thresholds but the model has 2 exits"):
         run(*tiny, [PROMPT], policies.never(exits), 3)
+
+
+@pytest.mark.parametrize("slots", [128, 300])
+def test_slots_that_do_not_fit_are_refused(tiny, slots):
+    with pytest.raises(ValueError, match=f"slots={slots} must be a multiple of 128 that holds"):
+        run(*tiny, [[1] * 140], None, 3, slots=slots)
