@@ -11,9 +11,13 @@ PROMPT ?= What is a list in Python?
 # A real language model with three exits: tuned, calibrated, measured, shown. Runs that were
 # finished or interrupted go on where they were; remove $(RUN) to start afresh.
 demo: $(VENV)/.demo
+	@echo "== Tuning exits behind the frozen model (5 to 8 minutes on 2 cores, once) =="
 	@$(BIN)/python -m launch.tune --config=$(CONFIG) --workdir=$(RUN)
+	@echo "== Calibrating when to leave, on text the exits have not seen =="
 	@$(BIN)/python -m launch.calibrate --workdir=$(RUN)
+	@echo "== $(PROMPT) =="
 	@$(BIN)/python -m launch.generate --workdir=$(RUN) --prompt="$(PROMPT)"
+	@echo "== Measuring: full model and dynamic depth in turns =="
 	@$(BIN)/python -m launch.evaluate --workdir=$(RUN)
 	@$(BIN)/python -m launch.report --workdir=$(RUN)
 

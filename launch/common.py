@@ -47,6 +47,9 @@ def run(main) -> None:
             if DEBUG.value:
                 raise
             sys.exit(f"{type(error).__name__}: {error}\n(--debug shows where)")
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from the last save", file=sys.stderr)
+            sys.exit(130)
 
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     app.run(guarded, flags_parser=_parse_flags)
