@@ -16,7 +16,7 @@ Tree = Any
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Nested dicts with string keys → {"a/b/c": leaf}, in sorted path order.
+    """Nested dicts with string keys → {"a/b/c": leaf}, in the order of jax's leaves.
 
     Raises:
       TypeError: a container is not a dict, or a key is not a string.

@@ -49,10 +49,17 @@ class Backbone(nnx.Module):
 
 
 class BackboneConfig(abc.ABC):
-    """Frozen description of a backbone; builds it and the parts that exit heads are made of."""
+    """Frozen description of a backbone; builds it and the parts that exit heads are made of.
+
+    Attributes:
+      depth: number of blocks.
+      width: of the hidden states and of the features, D.
+      vocab_size: rows of the output matrix, V.
+    """
 
     depth: int
     width: int
+    vocab_size: int
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> Backbone: ...
