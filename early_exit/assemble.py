@@ -8,6 +8,7 @@ config and the backbone's fingerprint are in it, and refuses one that does not f
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Tuned:
     workdir: Path
     metadata: dict[str, Any]
 
-    @property
+    @functools.cached_property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the end of a turn, and the end of a text."""
         ends = {self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get("<|endoftext|>")}
@@ -102,13 +103,13 @@ def packing(config: ConfigDict, tokenizer) -> dict[str, Any]:
     }
 
 
-def held_out(config: ConfigDict, tokenizer, split: str, num_batches: int) -> tuple[list[dict], str]:
-    """The first packed batches of a split of the run's text, and the split's hash."""
-    documents = sources.documents(config.data.source, split)
-    batches = pipeline.evaluation_batches(
-        documents, num_batches=num_batches, **packing(config, tokenizer)
+def first_batches(config: ConfigDict, tokenizer, split: str, num_batches: int) -> list[dict]:
+    """The first packed batches of a split of the run's text, always the same ones."""
+    return pipeline.evaluation_batches(
+        sources.documents(config.data.source, split),
+        num_batches=num_batches,
+        **packing(config, tokenizer),
     )
-    return batches, sources.data_hash(documents)
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:

@@ -28,8 +28,7 @@ def epsilon_accuracy(scores: np.ndarray, correct: np.ndarray, epsilon: float) ->
     Raises:
       ValueError: ε outside (0, 1], no points, or NaN among the scores.
     """
-    if not 0 < epsilon <= 1:
-        raise ValueError(f"epsilon is an accuracy in (0, 1], not {epsilon}")
+    _check_epsilon(epsilon)
     if not scores.size or np.isnan(scores).any():
         raise ValueError("calibration needs at least one score, and no NaN among them")
     order = np.argsort(-scores, kind="stable")
@@ -40,6 +39,11 @@ def epsilon_accuracy(scores: np.ndarray, correct: np.ndarray, epsilon: float) ->
     ends_group = np.append(falling[1:] != falling[:-1], True)
     candidates = np.flatnonzero(reached & ends_group & (falling > -np.inf))
     return float(falling[candidates[-1]]) if candidates.size else policies.NEVER
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon is an accuracy in (0, 1], not {epsilon}")
 
 
 def coverage_at(scores: np.ndarray, correct: np.ndarray, accuracy: float) -> float:
@@ -66,8 +70,7 @@ def fit(records: Records, confidence: str, epsilon: float) -> policies.ExitPolic
         known = ", ".join(records.scores)
         raise ValueError(f"unknown confidence {confidence!r}; the records have {known}")
     scores = records.scores[confidence]
-    if not 0 < epsilon <= 1:
-        raise ValueError(f"epsilon is an accuracy in (0, 1], not {epsilon}")
+    _check_epsilon(epsilon)
     for level in LEVELS[epsilon <= LEVELS]:
         policy = policies.make(
             [epsilon_accuracy(*pair, level) for pair in zip(scores, records.agrees, strict=True)],

@@ -23,16 +23,21 @@ from early_exit.policy import ExitPolicy
 
 
 def records_of(tuned: Tuned) -> Records:
-    """The model on the run's calibration text; read back if this model has been recorded."""
+    """The model on the run's calibration text; read back if this model has been recorded on it."""
     path = tuned.workdir / "records.npz"
+    documents = sources.documents(tuned.config.data.source, "calibration")
+    metadata = tuned.metadata | {
+        "data": sources.data_hash(documents),
+        "num_batches": tuned.config.calibrate.batches,
+    }
     if path.exists():
         records = Records.load(path)
-        if records.metadata["heads"] == tuned.metadata["heads"]:
+        if records.metadata == metadata:
             return records
-    batches, data_hash = assemble.held_out(
-        tuned.config, tuned.tokenizer, "calibration", tuned.config.calibrate.batches
+    batches = assemble.first_batches(
+        tuned.config, tuned.tokenizer, "calibration", metadata["num_batches"]
     )
-    records = exits.record(tuned.model, tuned.params, batches, data=data_hash, **tuned.metadata)
+    records = exits.record(tuned.model, tuned.params, batches, **metadata)
     records.save(path)
     return records
 

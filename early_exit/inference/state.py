@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from early_exit.backbones.layers import CACHE_CHUNK
 from early_exit.exits.multi_exit import MultiExit
@@ -106,11 +107,11 @@ def initial_state(
             f"{max(limits)} positions"
         )
     points = model.exits.points if model.exits.head == "layer" else ()
-    tokens = jnp.zeros((batch, slots), jnp.int32)
-    for i, prompt in enumerate(prompts):
-        tokens = tokens.at[i, : len(prompt)].set(jnp.asarray(prompt, jnp.int32))
+    tokens = np.zeros((batch, slots), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
     return DecodeState(
-        tokens_BS=tokens,
+        tokens_BS=jnp.array(tokens),
         length_B=jnp.array([len(prompt) for prompt in prompts], jnp.int32),
         limit_B=jnp.array(limits, jnp.int32),
         finished_B=jnp.zeros(batch, bool),

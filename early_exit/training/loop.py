@@ -151,16 +151,21 @@ class Run:
 
     def validate(self, exits: dict) -> list[dict]:
         """A row per exit on the first held-out batches (`evaluation.exits.summary`)."""
-        batches, _ = assemble.held_out(
+        records = evaluation.record(
+            self.model,
+            self.frozen | {"exits": exits},
+            map(self.place_batch, self._validation_batches),
+        )
+        return evaluation.summary(records)
+
+    @functools.cached_property
+    def _validation_batches(self) -> list[dict]:
+        return assemble.first_batches(
             self.config,
             self.pretrained.tokenizer,
             "validation",
             self.config.tune.validation_batches,
         )
-        records = evaluation.record(
-            self.model, self.frozen | {"exits": exits}, map(self.place_batch, batches)
-        )
-        return evaluation.summary(records)
 
     def _place(self, params: dict) -> dict:
         return jax.device_put(params, sharding.shardings(params, self.mesh))
@@ -186,7 +191,7 @@ class Run:
             return saved
         token_ids = []
         if self.config.exits.classes:
-            sample, _ = assemble.held_out(
+            sample = assemble.first_batches(
                 self.config, self.pretrained.tokenizer, "train", self.config.data.frequency_batches
             )
             token_ids = transforms.frequent_tokens(

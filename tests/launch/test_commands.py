@@ -141,6 +141,18 @@ def test_generate_at_full_depth(run, launch):
         path.write_text(policy)
 
 
+def test_another_amount_of_calibration_text_is_recorded_anew(run, launch, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.folder, folder)
+    before = json.loads((folder / "policy.json").read_text())["provenance"]
+    succeeded(
+        launch("calibrate", *run.flags, "--config.calibrate.batches=1", f"--workdir={folder}")
+    )
+    after = json.loads((folder / "policy.json").read_text())["provenance"]
+    assert (before["num_batches"], after["num_batches"]) == (4, 1)
+    assert after["positions"] < before["positions"]
+
+
 def test_a_policy_of_other_heads_is_refused(run, launch):
     path = run.folder / "policy.json"
     policy = path.read_text()
