@@ -5,26 +5,31 @@
 
 The one idea: a run is its folder. Every command after `tune` needs only the folder, because the
 config and the backbone's fingerprint are in it, and refuses one that does not fit the weights.
+What a run was exported to stands for it (see `exits.artefact`): heads and policy, with the
+backbone beside them as `transformers` has it, or without.
 """
 
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from early_exit import checkpoint, tree
+from early_exit import checkpoint, files, tree
 from early_exit import config as configs
 from early_exit import policy as policies
 from early_exit.backbones import base
 from early_exit.config import ConfigDict
 from early_exit.data import pipeline, sources
+from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
+from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.load import Pretrained, load
 
 CHECKPOINTS = "checkpoints"
@@ -43,7 +48,7 @@ class Tuned:
       params: `backbone`, `exits` and, for reduced heads, `token_ids`.
       tokenizer: the backbone's.
       config: the run's.
-      workdir: the run's folder.
+      workdir: the folder of the run, or of what it was exported to.
       metadata: what anything derived from the model is marked with: the fingerprints of the
         `backbone` and the `heads`, and the `step` of the checkpoint.
     """
@@ -118,6 +123,8 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
     Raises:
       ValueError: the folder belongs to a run with other settings; names those that differ.
     """
+    if artefact.is_in(workdir):
+        raise ValueError(f"{workdir} holds an exported model; use another --workdir")
     path = workdir / "config.json"
     # Settings that failed before anything was saved may be mended.
     if path.exists() and checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
@@ -150,11 +157,13 @@ def _differences(before: dict, after: dict, prefix: str = ""):
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """The config that a run was tuned with.
+    """The config that a run, or what it was exported to, was tuned with.
 
     Raises:
       FileNotFoundError: no run in that folder.
     """
+    if artefact.is_in(workdir):
+        return configs.ConfigDict(artefact.describe(workdir).config)
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"no run in {workdir} ({path} is missing); start with launch.tune")
@@ -162,20 +171,30 @@ def load_config(workdir: Path) -> ConfigDict:
 
 
 def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
-    """The tuned model of a run, from its newest checkpoint.
+    """The tuned model of a run, from its newest checkpoint, or of what it was exported to.
 
     Args:
       config: settings for what follows tuning (`calibrate`, `evaluate`), instead of the run's.
 
     Raises:
-      FileNotFoundError: no run, or no checkpoint yet.
-      ValueError: `config` describes other heads than the run's, or the checkpoint belongs to
-        another backbone than the config's source gives.
+      FileNotFoundError: no run, no checkpoint yet, or no backbone for heads exported without one.
+      ValueError: `config` describes other heads than the run's, or the heads belong to another
+        backbone than the config's source gives.
     """
     if config is None:
         config = load_config(workdir)
     else:
         _check_same_run(config, workdir)
+    read = _exported if artefact.is_in(workdir) else _checkpointed
+    model, params, tokenizer, provenance = read(workdir, config)
+    # All committed to the device, as restored arrays are. A mixture makes a decode's state change
+    # from one call to the next, and every program compile twice.
+    params = jax.device_put(params, jax.local_devices()[0])
+    provenance["heads"] = tree.fingerprint(params["exits"])
+    return Tuned(model, params, tokenizer, config, workdir, provenance)
+
+
+def _checkpointed(workdir: Path, config: ConfigDict):
     checkpoints = workdir / CHECKPOINTS
     step = checkpoint.latest_step(checkpoints)
     if step is None:
@@ -188,11 +207,42 @@ def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
     params = {"backbone": pretrained.params, "exits": exits}
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
-    # All committed to the device, as restored arrays are. A mixture makes a decode's state change
-    # from one call to the next, and every program compile twice.
-    params = jax.device_put(params, jax.local_devices()[0])
-    provenance = {"backbone": saved["backbone"], "heads": tree.fingerprint(exits), "step": step}
-    return Tuned(model, params, pretrained.tokenizer, config, workdir, provenance)
+    return model, params, pretrained.tokenizer, {"backbone": saved["backbone"], "step": step}
+
+
+def _exported(workdir: Path, config: ConfigDict):
+    described = artefact.describe(workdir)
+    beside = [workdir / name for name in ("config.json", "model.safetensors")]
+    if any(path.exists() for path in beside):
+        source = str(workdir)
+    elif not isinstance(source := config.get("model", {}).get("source"), str):
+        raise ValueError(f"{workdir / artefact.DESCRIPTION} names no backbone in config.model")
+    pretrained = load(source, described.dtype)
+    model, params = artefact.attach(workdir, pretrained.config, pretrained.params)
+    provenance = {"backbone": described.backbone, "step": described.step}
+    return model, params, pretrained.tokenizer, provenance
+
+
+def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
+    """Writes a new folder with the backbone, as `transformers` has it, the heads and the policy.
+
+    It loads with `load_tuned`, and its backbone with `transformers`. It appears whole or not at
+    all; with `exits_only`, it has no backbone, and goes with the one that the config names.
+
+    Raises:
+      FileExistsError: there is something under that name.
+      ValueError: a backbone that `transformers` has no config for, or a policy of other heads.
+      OSError: the folder cannot be written.
+    """
+    policy = tuned.workdir / POLICY
+    with files.new_folder(folder) as inside:
+        if policy.exists():
+            load_policy(tuned)  # refuses one that does not fit
+            shutil.copyfile(policy, inside / POLICY)
+        if not exits_only:
+            write_backbone(inside, tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
+        config, step = json.loads(tuned.config.to_json()), tuned.metadata["step"]
+        artefact.write(inside, tuned.model, tuned.params, config, step)
 
 
 def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:

@@ -15,7 +15,7 @@ from early_exit.pretrained.sources import cache_folder
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The run's settings; after tuning, the run's folder has them."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 DEBUG = flags.DEFINE_bool("debug", False, "Show the whole stack of an error.")
 
 # What users meet: bad settings, missing files, damaged weights, a full disk, a diverged run.
@@ -32,8 +32,16 @@ def no_arguments(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
 
 
-def run(main) -> None:
-    """Runs an absl main, printing expected errors as one message (exit status 1)."""
+def run(main, *, on_run: bool = True) -> None:
+    """Runs an absl main, printing expected errors as one message (exit status 1).
+
+    Args:
+      on_run: the command works on a run's folder; else it has no --config and no --workdir.
+    """
+    if on_run:
+        flags.mark_flag_as_required("workdir")
+    else:
+        del flags.FLAGS.config, flags.FLAGS.workdir
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:  # Orbax tells its every step at level INFO

@@ -18,7 +18,7 @@ FLOORS = (
     ("exits", "losses", "policy", "pretrained"),
     ("backbones", "confidence"),
     ("sharding", "data", "checkpoint", "metrics"),
-    ("tree", "config"),
+    ("tree", "config", "files"),
 )
 # Beside the standard library, these rooms import nothing but this.
 ONLY = {

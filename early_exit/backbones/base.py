@@ -9,6 +9,7 @@ import abc
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, Any]
@@ -41,11 +42,23 @@ class Backbone(nnx.Module):
 
     @abc.abstractmethod
     def output_table(self) -> jax.Array:
-        """The output matrix, [classes, D]: logits are `features @ table.T`."""
+        """The output matrix, [classes, D]: logits are `features @ table.T + output_bias`.
+
+        Raises:
+          ValueError: the network has none (`num_classes` is 0).
+        """
+
+    def output_bias(self) -> jax.Array | None:
+        """What is added to the logits, [classes]; None for nothing (language models)."""
+        return None
 
     def readout(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states after the last block → logits [..., classes], float32."""
-        return logits(self.features(hidden), self.output_table())
+        """Hidden states after the last block → logits [..., classes], float32.
+
+        Raises:
+          ValueError: the network has no output matrix.
+        """
+        return logits(self.features(hidden), self.output_table(), self.output_bias())
 
 
 class BackboneConfig(abc.ABC):
@@ -54,15 +67,19 @@ class BackboneConfig(abc.ABC):
     Attributes:
       depth: number of blocks.
       width: of the hidden states and of the features, D.
-      vocab_size: rows of the output matrix, V.
+      num_classes: rows of the output matrix; 0 if the network has none and ends in features.
     """
 
     depth: int
     width: int
-    vocab_size: int
+    num_classes: int
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> Backbone: ...
+
+    def at(self, point: int) -> "BackboneConfig":
+        """What describes heads after block `point`: itself, unless width changes with depth."""
+        return self
 
     @abc.abstractmethod
     def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -77,14 +94,24 @@ class BackboneConfig(abc.ABC):
         """One whole block."""
 
 
-def logits(features: jax.Array, table: jax.Array) -> jax.Array:
-    """`features @ table.T` accumulated in float32: [..., D] × [C, D] → [..., C] float32."""
-    return jax.lax.dot_general(
+class Classifier(nnx.Module):
+    """The output matrix [C, D] and bias [C] of a network that tells classes apart."""
+
+    def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(init(rngs.params(), (num_classes, width)))
+        self.bias = nnx.Param(jnp.zeros(num_classes))
+
+
+def logits(features: jax.Array, table: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """`features @ table.T + bias` in float32: [..., D] × [C, D] + [C] → [..., C] float32."""
+    out = jax.lax.dot_general(
         features,
         table,
         (((features.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=jax.numpy.float32,
+        preferred_element_type=jnp.float32,
     )
+    return out if bias is None else out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

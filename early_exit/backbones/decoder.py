@@ -1,8 +1,9 @@
 """The one decoder: causal language models described by a frozen config.
 
-Beside the `Backbone` contract, its blocks have the two calls that cached decoding needs: a block
-runs new positions against a read-only cache and returns their keys and values, or
-(`keys_values`) returns only those.
+The one idea: families differ by a few independent choices (norm, positions, biases, what follows
+what), not by classes. Beside the `Backbone` contract, its blocks have the two calls that cached
+decoding needs: a block runs new positions against a read-only cache and returns their keys and
+values, or (`keys_values`) returns only those.
 """
 
 import dataclasses
@@ -11,15 +12,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from early_exit.backbones import base, layers
+from early_exit.backbones import base, layers, rotary
 
 # Keys and values of one block: each [B, K, S, d] in a cache, [B, T, K, d] for new positions.
 KeyValue = tuple[jax.Array, jax.Array]
 
+NORMS = ("rms", "layer")
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(base.BackboneConfig):
-    """Llama-family decoder: RMSNorm, rotary positions, grouped queries, SwiGLU, no biases."""
+    """A pre-norm causal transformer; the defaults are Llama's.
+
+    Attributes:
+      vocab_size, width, depth: V, D, L.
+      heads, kv_heads, head_dim: of attention; `heads / kv_heads` queries share keys and values.
+      mlp_width: inner width of the feed-forward part.
+      context_length: positions the model was made for.
+      norm: `rms` (scale) or `layer` (mean taken off; scale and bias).
+      gated: the feed-forward part multiplies its inner values by an activated gate.
+      activation: one of `layers.ACTIVATIONS`.
+      parallel: both parts of a block read its input, and their sum is added (GPT-NeoX).
+      qkv_bias, attention_output_bias, mlp_bias: which linear layers add a bias.
+      qk_norm: queries and keys are RMS-normed, head by head, before they are turned (Qwen3).
+      rotary_fraction: of each head, what is turned by its position; with 0, positions have a
+        learned embedding instead (GPT-2).
+      rope_theta, rope_scaling: see `rotary`.
+      window: a position sees itself and the window − 1 before it; None for all before it.
+      full_blocks: blocks (from 0) that see everything despite the window.
+      tied: the output matrix is the embedding.
+    """
 
     vocab_size: int
     width: int
@@ -29,98 +51,178 @@ class DecoderConfig(base.BackboneConfig):
     head_dim: int
     mlp_width: int
     context_length: int
+    norm: str = "rms"
     norm_eps: float = 1e-5
+    gated: bool = True
+    activation: str = "silu"
+    parallel: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rotary_fraction: float = 1.0
     rope_theta: float = 10_000.0
+    rope_scaling: rotary.Scaling | None = None
+    window: int | None = None
+    full_blocks: tuple[int, ...] = ()
     tied: bool = True
 
     def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
+        if self.activation not in layers.ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}; choose one of "
+                f"{', '.join(layers.ACTIVATIONS)}"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+        if not 0 <= self.rotary_fraction <= 1:
+            raise ValueError(f"rotary_fraction must lie in 0…1, not {self.rotary_fraction}")
+        if self.rotary_fraction and (self.rotary_dim % 2 or not self.rotary_dim):
+            raise ValueError(
+                "rotary positions turn an even number of dimensions, not "
+                f"{self.rotary_dim} (head_dim={self.head_dim}, fraction {self.rotary_fraction})"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 position, not {self.window}")
+        if not set(self.full_blocks) <= set(range(self.depth if self.window else 0)):
+            raise ValueError(
+                f"full_blocks={self.full_blocks} must name blocks from 0 to {self.depth - 1} of a "
+                "model with a window"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return self.vocab_size
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of each head are turned."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    def window_of(self, block: int) -> int | None:
+        """The window of a block (from 0); None if it sees everything."""
+        return None if block in self.full_blocks else self.window
 
     def build(self, rngs: nnx.Rngs) -> "Decoder":
         return Decoder(self, rngs=rngs)
 
-    def build_norm(self, rngs: nnx.Rngs) -> nnx.RMSNorm:
-        return nnx.RMSNorm(self.width, epsilon=self.norm_eps, rngs=rngs)
+    def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
+        if self.norm == "rms":
+            return nnx.RMSNorm(self.width, epsilon=self.norm_eps, rngs=rngs)
+        return nnx.LayerNorm(self.width, epsilon=self.norm_eps, use_fast_variance=False, rngs=rngs)
 
     def build_mlp(self, rngs: nnx.Rngs) -> "MLP":
         return MLP(self, rngs=rngs)
 
     def build_block(self, rngs: nnx.Rngs) -> "Block":
-        return Block(self, rngs=rngs)
+        """A block like the last one."""
+        return Block(self, self.window_of(self.depth - 1), rngs=rngs)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every block needs: rotary angles [B, T, d/2] and the mask among the new positions."""
+    """What every block needs beside the hidden states.
 
-    angles: jax.Array
+    Attributes:
+      rotation: of the new positions; None where positions are learned.
+      mask: [B or 1, 1, T, T], which new positions see which.
+      window_mask: the same for blocks with a window; None if there are none.
+    """
+
+    rotation: rotary.Rotation | None
     mask: jax.Array
+    window_mask: jax.Array | None
 
 
-def _linear(inputs: int, outputs: int, depth: int, *, residual: bool = False, rngs: nnx.Rngs):
+def _linear(
+    config: DecoderConfig,
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    *,
+    residual: bool = False,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
     """N(0, 0.02); projections back into the residual stream are scaled by 1/√(2·depth)."""
-    deviation = 0.02 / (2 * depth) ** 0.5 if residual else 0.02
+    deviation = 0.02 / (2 * config.depth) ** 0.5 if residual else 0.02
     return nnx.Linear(
         inputs,
         outputs,
-        use_bias=False,
+        use_bias=bias,
         kernel_init=nnx.initializers.normal(deviation),
         rngs=rngs,
     )
 
 
-def _table(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
-    init = nnx.initializers.normal(0.02)
-    return nnx.Embed(config.vocab_size, config.width, embedding_init=init, rngs=rngs)
+def _table(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(rows, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, window: int | None, *, rngs: nnx.Rngs):
         c = self.config = config
-        self.query = _linear(c.width, c.heads * c.head_dim, c.depth, rngs=rngs)
-        self.key = _linear(c.width, c.kv_heads * c.head_dim, c.depth, rngs=rngs)
-        self.value = _linear(c.width, c.kv_heads * c.head_dim, c.depth, rngs=rngs)
-        self.output = _linear(c.heads * c.head_dim, c.width, c.depth, residual=True, rngs=rngs)
+        self.window = window
+        inner, kv_inner = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.query = _linear(c, c.width, inner, c.qkv_bias, rngs=rngs)
+        self.key = _linear(c, c.width, kv_inner, c.qkv_bias, rngs=rngs)
+        self.value = _linear(c, c.width, kv_inner, c.qkv_bias, rngs=rngs)
+        if c.qk_norm:
+            self.query_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, rngs=rngs)
+            self.key_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, rngs=rngs)
+        bias = c.attention_output_bias
+        self.output = _linear(c, inner, c.width, bias, residual=True, rngs=rngs)
 
     def keys_values(self, x_BTD: jax.Array, context: Context) -> KeyValue:
         shape = (*x_BTD.shape[:2], self.config.kv_heads, self.config.head_dim)
-        key = layers.rotate(self.key(x_BTD).reshape(shape), context.angles)
+        key = self.key(x_BTD).reshape(shape)
+        if self.config.qk_norm:
+            key = self.key_norm(key)
+        if context.rotation is not None:
+            key = rotary.rotate(key, context.rotation)
         return key, self.value(x_BTD).reshape(shape)
 
     def __call__(self, x_BTD, context: Context, past=None, past_length_B=None):
         batch, length, _ = x_BTD.shape
         query = self.query(x_BTD).reshape(batch, length, self.config.heads, self.config.head_dim)
-        query = layers.rotate(query, context.angles)
+        if self.config.qk_norm:
+            query = self.query_norm(query)
+        if context.rotation is not None:
+            query = rotary.rotate(query, context.rotation)
         key, value = self.keys_values(x_BTD, context)
-        mixed = layers.attend(query, key, value, context.mask, past, past_length_B)
+        mask = context.mask if self.window is None else context.window_mask
+        mixed = layers.attend(query, key, value, mask, past, past_length_B, self.window)
         return self.output(mixed.reshape(batch, length, -1)), (key, value)
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward (Shazeer 2020)."""
+    """Feed-forward part: plain, or gated (Shazeer 2020)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        c = config
-        self.gate = _linear(c.width, c.mlp_width, c.depth, rngs=rngs)
-        self.up = _linear(c.width, c.mlp_width, c.depth, rngs=rngs)
-        self.down = _linear(c.mlp_width, c.width, c.depth, residual=True, rngs=rngs)
+        c = self.config = config
+        if c.gated:
+            self.gate = _linear(c, c.width, c.mlp_width, c.mlp_bias, rngs=rngs)
+        self.up = _linear(c, c.width, c.mlp_width, c.mlp_bias, rngs=rngs)
+        self.down = _linear(c, c.mlp_width, c.width, c.mlp_bias, residual=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        activation = layers.ACTIVATIONS[self.config.activation]
+        if self.config.gated:
+            return self.down(activation(self.gate(x)) * self.up(x))
+        return self.down(activation(self.up(x)))
 
 
 class Block(nnx.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, window: int | None, *, rngs: nnx.Rngs):
+        self.parallel = config.parallel
         self.attention_norm = config.build_norm(rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, window, rngs=rngs)
         self.mlp_norm = config.build_norm(rngs)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -133,8 +235,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, KeyValue]:
         """Hidden states → (hidden states, keys and values of the new positions)."""
         mixed, rows = self.attention(self.attention_norm(hidden_BTD), context, past, past_length_B)
-        hidden_BTD = hidden_BTD + mixed
-        return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD)), rows
+        mixed = hidden_BTD + mixed
+        read = hidden_BTD if self.parallel else mixed
+        return mixed + self.mlp(self.mlp_norm(read)), rows
 
     def keys_values(self, hidden_BTD: jax.Array, context: Context) -> KeyValue:
         """Only what later positions will look at; the block itself is not run."""
@@ -145,29 +248,49 @@ class Decoder(base.Backbone):
     """Embedding, blocks, final norm, output matrix (the embedding itself when tied)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.embedding = _table(config, rngs)
-        self.blocks = nnx.Dict({str(i): Block(config, rngs=rngs) for i in range(config.depth)})
-        self.final_norm = config.build_norm(rngs)
-        if not config.tied:
-            self.output = _table(config, rngs)
+        c = self.config = config
+        self.embedding = _table(c.vocab_size, c.width, rngs)
+        if not c.rotary_fraction:
+            self.positions = _table(c.context_length, c.width, rngs)
+        self.blocks = nnx.Dict(
+            {str(i): Block(c, c.window_of(i), rngs=rngs) for i in range(c.depth)}
+        )
+        self.final_norm = c.build_norm(rngs)
+        if not c.tied:
+            self.output = _table(c.vocab_size, c.width, rngs)
 
     def stem(self, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Context]:
         """Inputs:
         tokens: int32 [B, T];
         positions: int32 [B, T], optional, counting from 0 in each row if absent;
         segments: int32 [B, T], optional; positions see only positions of their own segment.
+
+        Raises:
+          ValueError: positions are learned, and there are fewer than T of them.
         """
-        tokens_BT = inputs["tokens"]
+        c = self.config
+        tokens_BT, segments = inputs["tokens"], inputs.get("segments")
         length = tokens_BT.shape[1]
         positions = inputs.get("positions")
         if positions is None:
+            if not c.rotary_fraction and length > c.context_length:
+                raise ValueError(
+                    f"{length} positions, but the model has learned {c.context_length}; "
+                    "use shorter sequences"
+                )
             positions = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)
-        context = Context(
-            angles=layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta),
-            mask=layers.causal_mask(inputs.get("segments"), length),
-        )
-        return self.embedding(tokens_BT), context
+        # Calling the module would compute in the type it was built with, not that of the weights.
+        hidden, rotation = jnp.take(self.embedding.embedding[...], tokens_BT, axis=0), None
+        if c.rotary_fraction:
+            rotation = rotary.rotation(positions, c.rotary_dim, c.rope_theta, c.rope_scaling)
+        else:
+            # Padding may stand beyond the last position: it gets that one, not NaN.
+            hidden += self.positions.embedding[...].at[positions].get(mode="clip")
+        mask = layers.causal_mask(segments, length)
+        window_mask = None
+        if c.window is not None:
+            window_mask = layers.causal_mask(segments, length, c.window)
+        return hidden, Context(rotation, mask, window_mask)
 
     def run_blocks(self, hidden, start, stop, context):
         for i in range(start, stop):

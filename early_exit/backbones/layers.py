@@ -1,4 +1,4 @@
-"""Pieces shared by the transformer backbones: rotary positions and cached attention.
+"""What the transformer backbones share: activations, masks and cached attention.
 
 The one idea: attention to earlier positions reads the cache in chunks, only as many as are
 filled, and never writes it. New keys and values are returned to the caller, who stores them
@@ -8,30 +8,30 @@ Shapes: B batch, T new positions, S cache slots, H query heads, K key/value head
 G = H / K queries per key/value head, d head width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 # Positions read from the cache at a time: the grain in which cost follows the filled length.
 CACHE_CHUNK = 128
 
 
-def rotary_angles(positions_BT: jax.Array, head_dim: int, theta: float) -> jax.Array:
-    """Angles [B, T, head_dim // 2] in float32 (Su et al. 2021, RoFormer, eq. 15)."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
+def causal_mask(segments_BT: jax.Array | None, length: int, window: int | None = None) -> jax.Array:
+    """[B or 1, 1, T, T], true where a position may look: not ahead, not into another segment.
 
-
-def rotate(x_BTNd: jax.Array, angles_BTa: jax.Array) -> jax.Array:
-    """Rotates the two halves of each head against each other ("half rotation")."""
-    cos, sin = jnp.cos(angles_BTa)[:, :, None], jnp.sin(angles_BTa)[:, :, None]
-    first, second = jnp.split(x_BTNd.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNd.dtype)
-
-
-def causal_mask(segments_BT: jax.Array | None, length: int) -> jax.Array:
-    """[B or 1, 1, T, T], true where a position may look: not ahead, not into another segment."""
-    mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    With a `window`, only at itself and the window − 1 positions before it.
+    """
+    all_pairs = jnp.ones((1, 1, length, length), bool)
+    mask = jnp.tril(all_pairs)
+    if window is not None and window < length:
+        mask &= jnp.triu(all_pairs, 1 - window)
     if segments_BT is not None:
         mask &= (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     return mask
@@ -44,6 +44,7 @@ def attend(
     mask: jax.Array,
     past: tuple[jax.Array, jax.Array] | None = None,
     past_length_B: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Softmax attention of T new positions over themselves and over the filled cache.
 
@@ -51,7 +52,10 @@ def attend(
       mask: [B or 1, 1, T, T], true where a new position may look at another new one.
       past: keys and values of earlier positions, each [B, K, S, d], read only;
         S is a multiple of `CACHE_CHUNK`.
-      past_length_B: int32, how many slots of each row are filled.
+      past_length_B: int32, how many slots of each row are filled; new position t of row b is the
+        one that slot past_length[b] + t will hold.
+      window: slots before a new position's own that it may look at, plus one; None for all. Chunks
+        that no row's window reaches are not read. `mask` has it already.
 
     Returns:
       [B, T, H, d] in the query's dtype; scores and sums are float32.
@@ -106,11 +110,19 @@ def attend(
             jax.lax.dynamic_slice_in_dim(x, start, CACHE_CHUNK, axis=2)
             for x in (past_key, past_value)
         )
-        filled = (start + jnp.arange(CACHE_CHUNK))[None] < past_length_B[:, None]
-        return scores_and_values(key, value, filled[:, None, None, :], carry)
+        slots = start + jnp.arange(CACHE_CHUNK)
+        allowed = (slots[None] < past_length_B[:, None])[:, None, None, :]
+        if window is not None:
+            allowed &= slots[None, None, None] >= first_seen[:, None, :, None]
+        return scores_and_values(key, value, allowed, carry)
 
+    first_chunk = 0
+    if window is not None:
+        own_slot = past_length_B[:, None] + jnp.repeat(jnp.arange(length), group)[None]
+        first_seen = jnp.maximum(own_slot - (window - 1), 0)  # [B, T·G]
+        first_chunk = first_seen.min() // CACHE_CHUNK
     chunks = (past_length_B.max() + CACHE_CHUNK - 1) // CACHE_CHUNK
-    _, total, mixed = jax.lax.fori_loop(0, chunks, past_chunk, carry)
+    _, total, mixed = jax.lax.fori_loop(first_chunk, chunks, past_chunk, carry)
     out = (mixed / total[..., None]).astype(query_BTHd.dtype)
     out = out.reshape(batch, kv_heads, length, group, head_dim).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, length, heads, head_dim)

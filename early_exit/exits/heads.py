@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from early_exit.backbones.base import BackboneConfig
@@ -28,12 +29,15 @@ class ExitConfig:
         then norm) or `layer` (one whole block, then norm).
       output: `own`, an output matrix of each head, or `shared`, the backbone's.
       classes: how many tokens a head can predict, the most frequent ones; 0 for all.
+      gate: whether each head has a gate, which tells from the hidden state alone whether the head
+        will agree with the full model.
     """
 
     points: tuple[int, ...]
     head: str = "mlp"
     output: str = "own"
     classes: int = 0
+    gate: bool = False
 
     def __post_init__(self):
         if self.head not in KINDS:
@@ -49,17 +53,22 @@ class ExitConfig:
         if self.classes < 0:
             raise ValueError(f"exits.classes must be 0 (all) or positive, not {self.classes}")
 
-    def check(self, depth: int, vocab_size: int) -> None:
+    def check(self, depth: int, num_classes: int) -> None:
         """Raises ValueError where the exits do not fit a backbone."""
+        if not num_classes:
+            raise ValueError(
+                "the backbone has no output matrix, so its exits have nothing to predict; give its "
+                "config num_classes"
+            )
         outside = [point for point in self.points if not 1 <= point < depth]
         if outside:
             raise ValueError(
                 f"exit points {outside} lie outside 1…{depth - 1}: the backbone has {depth} "
                 f"blocks, and its own readout is the exit after block {depth}"
             )
-        if self.classes >= vocab_size:
+        if self.classes >= num_classes:
             raise ValueError(
-                f"exits.classes={self.classes} is not below the vocabulary of {vocab_size}; "
+                f"exits.classes={self.classes} is not below the vocabulary of {num_classes}; "
                 "use classes=0 to predict every token"
             )
 
@@ -68,7 +77,7 @@ class Head(nnx.Module):
     """One exit's head. Of its parts only those that `ExitConfig` asks for exist."""
 
     def __init__(
-        self, backbone: BackboneConfig, exits: ExitConfig, vocab_size: int, *, rngs: nnx.Rngs
+        self, backbone: BackboneConfig, exits: ExitConfig, num_classes: int, *, rngs: nnx.Rngs
     ):
         if exits.head == "mlp":
             self.mlp_norm = backbone.build_norm(rngs)
@@ -77,12 +86,14 @@ class Head(nnx.Module):
             self.block = backbone.build_block(rngs)
         if exits.head != "embedding":
             self.norm = backbone.build_norm(rngs)
-        rows = exits.classes + 1 if exits.classes else vocab_size
+        rows = exits.classes + 1 if exits.classes else num_classes
         if exits.output == "shared":
             rows = 1 if exits.classes else 0  # only "none of these" is not in the backbone's
         if rows:
             init = nnx.initializers.normal(0.02)
             self.output = nnx.Embed(rows, backbone.width, embedding_init=init, rngs=rngs)
+        if exits.gate:
+            self.gate = Gate(backbone, rngs=rngs)
 
     @property
     def has_block(self) -> bool:
@@ -104,3 +115,23 @@ class Head(nnx.Module):
         if hasattr(self, "norm"):
             hidden = self.norm(hidden)
         return hidden, rows
+
+    def gate_score(self, hidden: jax.Array) -> jax.Array:
+        """How likely the head agrees, judged by hidden states [..., D] alone: float32 [...]."""
+        return jax.nn.sigmoid(self.gate(hidden))
+
+
+class Gate(nnx.Module):
+    """Norm, a narrow hidden layer, and the logit of "this head will agree"."""
+
+    WIDTH = 64
+
+    def __init__(self, backbone: BackboneConfig, *, rngs: nnx.Rngs):
+        self.norm = backbone.build_norm(rngs)
+        self.hidden = nnx.Linear(backbone.width, self.WIDTH, rngs=rngs)
+        self.logit = nnx.Linear(self.WIDTH, 1, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] → float32 [...]."""
+        narrow = jax.nn.silu(self.hidden(self.norm(hidden)))
+        return self.logit(narrow)[..., 0].astype(jnp.float32)

@@ -28,7 +28,7 @@ class MultiExit:
     exits: heads.ExitConfig
 
     def __post_init__(self):
-        self.exits.check(self.config.depth, self.config.vocab_size)
+        self.exits.check(self.config.depth, self.config.num_classes)
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
@@ -42,7 +42,7 @@ class MultiExit:
         return np.array([*self.exits.points, self.config.depth])
 
     def _head(self, rngs: nnx.Rngs) -> heads.Head:
-        return heads.Head(self.config, self.exits, self.config.vocab_size, rngs=rngs)
+        return heads.Head(self.config, self.exits, self.config.num_classes, rngs=rngs)
 
     def bind(self, params: Params) -> "Bound":
         """The modules, holding `params`; no heads if `exits` is not among them.
@@ -65,12 +65,14 @@ class MultiExit:
         """The exits' parameters as shapes of the given dtype."""
         _, head = base.abstract(self._head)
         head = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), head)
-        return {str(point): head for point in self.exits.points}
+        return {str(point): dict(head) for point in self.exits.points}
 
     def init_exits(
         self, key: jax.Array, backbone: Params, source: str, token_ids: jax.Array | None
     ) -> Params:
         """Parameters of every head, `source` being `copy` or `random` (see `exits.init`).
+
+        Gates are drawn at random in any case.
 
         Raises:
           ValueError: unknown `source`, or `token_ids` that do not fit `exits.classes`.
@@ -80,17 +82,24 @@ class MultiExit:
         given = 0 if token_ids is None else len(token_ids)
         if given != self.exits.classes:
             raise ValueError(f"exits.classes={self.exits.classes} but {given} token ids were given")
-        if source == "copy":
-            return {
-                point: init.copied(head, backbone, int(point), self.config.depth, token_ids)
-                for point, head in self.abstract_exits().items()
-            }
         dtype = jax.tree.leaves(backbone)[0].dtype
+
+        def drawn(build, point):
+            _, params = base.split(build(nnx.Rngs(jax.random.fold_in(key, point))))
+            return jax.tree.map(lambda x: x.astype(dtype), params)
+
+        if source == "random":
+            return {str(point): drawn(self._head, point) for point in self.exits.points}
         params = {}
-        for point in self.exits.points:
-            _, head = base.split(self._head(nnx.Rngs(jax.random.fold_in(key, point))))
-            params[str(point)] = jax.tree.map(lambda x: x.astype(dtype), head)
+        for point, head in self.abstract_exits().items():
+            # The backbone has nothing that a gate could copy.
+            gate = {"gate": drawn(self._gate, int(point))} if head.pop("gate", None) else {}
+            copied = init.copied(head, backbone, int(point), self.config.depth, token_ids)
+            params[point] = copied | gate
         return params
+
+    def _gate(self, rngs: nnx.Rngs) -> heads.Gate:
+        return heads.Gate(self.config, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)

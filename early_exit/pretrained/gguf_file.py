@@ -87,8 +87,8 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 def open_tensors(
     path: pathlib.Path,
-) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """A Llama GGUF file as (config, shapes, read); see `tensors.Checkpoint`.
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, str], Callable[[str], np.ndarray]]:
+    """A Llama GGUF file as (config, shapes, dtypes, read); see `tensors.Checkpoint`.
 
     Raises:
       ValueError: a damaged file, another architecture, or metadata that is missing.
@@ -118,7 +118,8 @@ def open_tensors(
         return tensor
 
     shapes = {name: stored[gguf_name].shape for name, gguf_name in gguf_names.items()}
-    return config, shapes, read
+    dtypes = {name: stored[gguf_name].type.name for name, gguf_name in gguf_names.items()}
+    return config, shapes, dtypes, read
 
 
 def _transformers_name(name: str) -> str:
@@ -234,6 +235,8 @@ def _parse_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Stored]]:
         shape = tuple(cursor.u64() for _ in range(cursor.u32()))[::-1]
         if not shape:
             raise ValueError(f"{name} has no dimensions")
+        if name in infos:
+            raise ValueError(f"{name} is there twice")
         infos[name] = shape, GGMLQuantizationType(cursor.u32()), cursor.u64()
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:

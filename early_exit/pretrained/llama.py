@@ -1,16 +1,43 @@
-"""The Llama family: transformers' config and tensor names → the decoder's.
+"""Llama and its relatives (SmolLM2, Mistral, Qwen2, Qwen3): transformers' config and tensors →
+the decoder's, and back.
 
-A family is a module with two functions: `config` translates the config, or refuses what the
-backbone cannot do, and `rules` gives the table of tensor names. Nothing else about a family is
-known elsewhere.
+A family is a module with the names below: which `model_type`s it serves, `config` and `to_hf`,
+which translate the config in both directions or refuse what the backbone cannot do, and the table
+of tensors. Nothing else about a family is known elsewhere.
 """
 
 from typing import Any
 
 from early_exit.backbones.decoder import DecoderConfig
+from early_exit.pretrained import decoders
+from early_exit.pretrained.table import STORED, TRANSPOSED, Entry
 
-# A linear layer's weight is [out, in] in torch, its kernel [in, out] here.
-_TRANSPOSED = (1, 0)
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+MODEL_TYPES = tuple(_CLASSES)
+# Under which `transformers` may store the network; the first is the one it is exported with.
+PREFIXES = ("model.", "")
+# Regexes found in the names of tensors that are not needed.
+IGNORED = (r"rotary_emb\.inv_freq$",)
+
+_NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED += ("intermediate_size", "max_position_embeddings")
+# Where transformers' default for an absent entry is not the one that follows from the others.
+_DEFAULTS = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def config(hf: dict[str, Any]) -> DecoderConfig:
@@ -19,61 +46,129 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     Raises:
       ValueError: entries are missing, or ask for what the decoder does not do (all are named).
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    asked_and_supported = {
-        "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (hf.get("attention_bias") or False, False),
-        "mlp_bias": (hf.get("mlp_bias") or False, False),
-        "sliding_window": (hf.get("sliding_window"), None),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "partial_rotary_factor": (
-            rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)),
-            1,
-        ),
+    kind = hf.get("model_type", "llama")
+    hf = _DEFAULTS.get(kind, {}) | hf
+    rope = decoders.rope_entries(hf)
+    types, window = _layer_types(kind, hf)
+    asked = {
+        "hidden_act": (hf.get("hidden_act", "silu"), decoders.ACTIVATIONS),
+        "partial_rotary_factor": (rope["partial_rotary_factor"], (1,)),
+        "layer_types": (sorted({*types} - {_SLIDING, _FULL}), ([],)),
+        "length of layer_types": (len(types), (hf.get("num_hidden_layers") or 0,)),
     }
-    refused = [
-        f"{name} = {asked!r} (only {supported!r} is supported)"
-        for name, (asked, supported) in asked_and_supported.items()
-        if asked != supported
-    ]
-    if refused:
-        raise ValueError(f"this Llama needs what the decoder does not do: {'; '.join(refused)}")
-    try:
-        heads = hf["num_attention_heads"]
-        return DecoderConfig(
-            vocab_size=hf["vocab_size"],
-            width=hf["hidden_size"],
-            depth=hf["num_hidden_layers"],
-            heads=heads,
-            kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            mlp_width=hf["intermediate_size"],
-            context_length=hf["max_position_embeddings"],
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
-            tied=hf.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise ValueError(f"the model's config lacks {error}") from error
+    if kind == "llama":
+        asked["sliding_window"] = (hf.get("sliding_window"), (None,))
+    decoders.check(hf, _NEEDED, asked, decoders.rope_problems(rope))
+    heads = hf["num_attention_heads"]
+    full_blocks = [i for i, seen in enumerate(types) if seen == _FULL]
+    is_windowed = len(full_blocks) < len(types)
+    all_biases = kind in ("llama", "qwen3") and bool(hf.get("attention_bias"))
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        width=hf["hidden_size"],
+        depth=hf["num_hidden_layers"],
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        mlp_width=hf["intermediate_size"],
+        context_length=hf["max_position_embeddings"],
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        activation=decoders.ACTIVATIONS[hf.get("hidden_act", "silu")],
+        qkv_bias=all_biases or kind == "qwen2",
+        attention_output_bias=all_biases,
+        mlp_bias=kind == "llama" and bool(hf.get("mlp_bias")),
+        qk_norm=kind == "qwen3",
+        rope_theta=rope["rope_theta"],
+        rope_scaling=decoders.rope_scaling(rope),
+        window=window if is_windowed else None,
+        full_blocks=tuple(full_blocks) if is_windowed else (),
+        tied=hf.get("tie_word_embeddings", False),
+    )
 
 
-def rules(config: DecoderConfig) -> list[tuple[str, str | None, tuple[int, ...] | None]]:
-    """Ordered (regex of the whole tensor name, our path, order of axes); the first match counts.
+def _layer_types(kind: str, hf: dict[str, Any]) -> tuple[list[str], int | None]:
+    """(what each block attends to, the window); Qwen switches the window on by itself."""
+    window, depth = hf.get("sliding_window"), hf.get("num_hidden_layers") or 0
+    if kind == "llama" or not window:
+        return [_FULL] * depth, None
+    if kind == "mistral":
+        return [_SLIDING] * depth, window
+    if not hf.get("use_sliding_window"):
+        return [_FULL] * depth, None
+    full = min(hf["max_window_layers"], depth)
+    return hf.get("layer_types") or [_FULL] * full + [_SLIDING] * (depth - full), window
 
-    No path: the tensor is not needed. No order: as stored. Tensors that lead to one path must be
-    equal, as a stored output matrix that is tied to the embedding.
+
+def to_hf(decoder: DecoderConfig) -> dict[str, Any]:
+    """The `config.json` with which `transformers` builds the same network.
+
+    Raises:
+      ValueError: none of the model types can be it.
     """
-    block, ours = r"model\.layers\.(\d+)\.", r"blocks/\1/"
+    d = decoder
+    common = {
+        "vocab_size": d.vocab_size,
+        "hidden_size": d.width,
+        "num_hidden_layers": d.depth,
+        "num_attention_heads": d.heads,
+        "num_key_value_heads": d.kv_heads,
+        "head_dim": d.head_dim,
+        "intermediate_size": d.mlp_width,
+        "max_position_embeddings": d.context_length,
+        "rms_norm_eps": d.norm_eps,
+        "hidden_act": decoders.ACTIVATION_NAMES[d.activation],
+        "rope_parameters": decoders.rope_parameters(d),
+        "tie_word_embeddings": d.tied,
+    }
+    windows = {
+        "use_sliding_window": d.window is not None,
+        "sliding_window": d.window,
+        "max_window_layers": d.depth,
+        "layer_types": [_SLIDING if d.window_of(i) else _FULL for i in range(d.depth)],
+    }
+    own = {
+        "llama": {"attention_bias": d.attention_output_bias, "mlp_bias": d.mlp_bias},
+        "mistral": {"sliding_window": d.window},
+        "qwen2": windows,
+        "qwen3": windows | {"attention_bias": d.attention_output_bias},
+    }
+    if d.width % d.heads:  # transformers refuses such a Llama, but not the same as a Mistral
+        del own["llama"]
+    for kind, more in own.items():
+        hf = {"architectures": [_CLASSES[kind]], "model_type": kind} | common | more
+        if config(hf) == decoder:
+            return hf
+    raise ValueError(f"none of {', '.join(MODEL_TYPES)} in transformers can be {decoder}")
+
+
+def entries(config: DecoderConfig) -> list[Entry]:
+    """Every tensor of a checkpoint."""
+    c = config
+    found = [Entry("model.embed_tokens.weight", ("embedding/embedding",))]
+    for i in range(c.depth):
+        parts = [
+            ("input_layernorm", "attention_norm/scale", STORED, False),
+            ("self_attn.q_proj", "attention/query/kernel", TRANSPOSED, c.qkv_bias),
+            ("self_attn.k_proj", "attention/key/kernel", TRANSPOSED, c.qkv_bias),
+            ("self_attn.v_proj", "attention/value/kernel", TRANSPOSED, c.qkv_bias),
+            ("self_attn.o_proj", "attention/output/kernel", TRANSPOSED, c.attention_output_bias),
+            ("post_attention_layernorm", "mlp_norm/scale", STORED, False),
+            ("mlp.gate_proj", "mlp/gate/kernel", TRANSPOSED, c.mlp_bias),
+            ("mlp.up_proj", "mlp/up/kernel", TRANSPOSED, c.mlp_bias),
+            ("mlp.down_proj", "mlp/down/kernel", TRANSPOSED, c.mlp_bias),
+        ]
+        if c.qk_norm:
+            parts += [
+                ("self_attn.q_norm", "attention/query_norm/scale", STORED, False),
+                ("self_attn.k_norm", "attention/key_norm/scale", STORED, False),
+            ]
+        for theirs, ours, layout, bias in parts:
+            found += decoders.layer(
+                f"model.layers.{i}.{theirs}", f"blocks/{i}/{ours}", layout, bias
+            )
+    output = "embedding" if c.tied else "output"
     return [
-        (r"model\.embed_tokens\.weight", "embedding/embedding", None),
-        (block + r"input_layernorm\.weight", ours + "attention_norm/scale", None),
-        (block + r"self_attn\.q_proj\.weight", ours + "attention/query/kernel", _TRANSPOSED),
-        (block + r"self_attn\.k_proj\.weight", ours + "attention/key/kernel", _TRANSPOSED),
-        (block + r"self_attn\.v_proj\.weight", ours + "attention/value/kernel", _TRANSPOSED),
-        (block + r"self_attn\.o_proj\.weight", ours + "attention/output/kernel", _TRANSPOSED),
-        (block + r"post_attention_layernorm\.weight", ours + "mlp_norm/scale", None),
-        (block + r"mlp\.(gate|up|down)_proj\.weight", ours + r"mlp/\2/kernel", _TRANSPOSED),
-        (r"model\.norm\.weight", "final_norm/scale", None),
-        (r"lm_head\.weight", f"{'embedding' if config.tied else 'output'}/embedding", None),
-        (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", None, None),
+        *found,
+        Entry("model.norm.weight", ("final_norm/scale",)),
+        Entry("lm_head.weight", (f"{output}/embedding",), optional=c.tied),
     ]

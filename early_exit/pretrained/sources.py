@@ -48,7 +48,11 @@ def fetch(source: str) -> pathlib.Path:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
-        raise ValueError(f"{path} is neither a folder nor a .gguf file")
+        raise ValueError(
+            f"{path} is neither a folder nor a .gguf file; put model.safetensors beside a "
+            "config.json and name the folder. Pickled weights (.pth, .bin) become safetensors by "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+        )
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id and path.suffix != ".gguf":
         return _fetch_hub(**hub_id.groupdict())

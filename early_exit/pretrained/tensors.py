@@ -5,16 +5,15 @@ is refused before anything heavy is read, and importing needs one tensor more me
 result itself.
 """
 
-import contextlib
 import dataclasses
-import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import safetensors
 
+from early_exit import files
 from early_exit.pretrained import gguf_file
 
 
@@ -26,12 +25,14 @@ class Checkpoint:
       path: the folder or file.
       config: what `config.json` says, or would say.
       shapes: name → shape of every tensor; matrices of linear layers are [out, in].
+      dtypes: name → its stored dtype, as safetensors or GGUF spell it, such as F32 or Q4_1.
       read: name → the tensor, in its stored dtype (dequantised to float32 if it was quantised).
     """
 
     path: pathlib.Path
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     read: Callable[[str], np.ndarray]
 
 
@@ -47,25 +48,32 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
     config_path = path / "config.json"
     if not config_path.exists():
         raise FileNotFoundError(f"{path} has no config.json; is it a model folder?")
-    file_of = {}
-    shapes = {}
+    origin, stored = {}, {}
     for file, names in _shards(path).items():
-        with _opened(file) as shard:
-            present = shard.keys()
-            if absent := sorted(names - set(present)):
-                raise ValueError(
-                    f"the index of {path} says {file.name} holds {', '.join(absent)}, but it does "
-                    "not; the download is incomplete or its parts are of different models"
-                )
-            for name in names or present:
-                file_of[name] = file
-                shapes[name] = tuple(shard.get_slice(name).get_shape())
+        present = files.read_header(file)
+        if absent := sorted(names - present.keys()):
+            raise ValueError(
+                f"the index of {path} says {file.name} holds {', '.join(absent)}, but it does "
+                "not; the download is incomplete or its parts are of different models"
+            )
+        for name in names or present:
+            today = _todays_name(name)
+            origin[today], stored[today] = (file, name), present[name]
 
-    def read(name: str) -> np.ndarray:
-        with _opened(file_of[name]) as shard:
-            return shard.get_tensor(name)
+    return Checkpoint(
+        path,
+        files.read_json(config_path),
+        {name: tensor.shape for name, tensor in stored.items()},
+        {name: tensor.dtype for name, tensor in stored.items()},
+        lambda name: files.read_tensor(*origin[name]),
+    )
 
-    return Checkpoint(path, _read_json(config_path), shapes, read)
+
+def _todays_name(name: str) -> str:
+    """Checkpoints that began in TensorFlow, such as Google's BERTs, spell LayerNorms otherwise."""
+    return re.sub(
+        r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: {"gamma": "weight", "beta": "bias"}[m[0]], name
+    )
 
 
 def _shards(folder: pathlib.Path) -> dict[pathlib.Path, set[str]]:
@@ -77,12 +85,16 @@ def _shards(folder: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     if not index_path.exists():
         raise FileNotFoundError(
             f"{folder} has neither model.safetensors nor model.safetensors.index.json; save the "
-            "weights as safetensors (pickled .bin files are not read)"
+            "weights as safetensors (pickled .bin and .pth files are not read)"
         )
     shards: dict[pathlib.Path, set[str]] = {}
-    weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict):
+    weight_map = files.read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f'{index_path} has no "weight_map"; download it again')
+    # Names of files in this very folder, and no path that leads out of it.
+    wrong = [f for f in weight_map.values() if not isinstance(f, str) or pathlib.Path(f).name != f]
+    if wrong:
+        raise ValueError(f"{index_path} names {wrong[0]!r}, which is no file of its own folder")
     for name, file in weight_map.items():
         shards.setdefault(folder / file, set()).add(name)
     if missing := sorted(file.name for file in shards if not file.exists()):
@@ -91,22 +103,3 @@ def _shards(folder: pathlib.Path) -> dict[pathlib.Path, set[str]]:
             "missing shards"
         )
     return shards
-
-
-@contextlib.contextmanager
-def _opened(file: pathlib.Path):
-    try:
-        with safetensors.safe_open(file, framework="numpy") as shard:
-            yield shard
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is truncated or damaged ({error}); download it again") from error
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content

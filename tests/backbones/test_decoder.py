@@ -179,7 +179,15 @@ def test_parameters_are_all_there_is():
     ("changes", "message"),
     [
         ({"kv_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
-        ({"head_dim": 5}, "rotary positions need an even head_dim, not 5"),
+        ({"head_dim": 5}, "an even number of dimensions, not 5"),
+        ({"rotary_fraction": 0.5}, r"not 3 \(head_dim=6, fraction 0.5\)"),
+        ({"rotary_fraction": 0.1}, "even number of dimensions, not 0"),
+        ({"rotary_fraction": 1.5}, "rotary_fraction must lie in 0…1, not 1.5"),
+        ({"norm": "batch"}, "unknown norm 'batch'; choose one of rms, layer"),
+        ({"activation": "tanh"}, "unknown activation 'tanh'; choose one of silu"),
+        ({"window": 0}, "window must be at least 1 position, not 0"),
+        ({"full_blocks": (1,)}, r"full_blocks=\(1,\) must name blocks .* with a window"),
+        ({"window": 4, "full_blocks": (6,)}, r"full_blocks=\(6,\) must name blocks from 0 to 5"),
     ],
 )
 def test_configs_that_make_no_decoder(changes, message):

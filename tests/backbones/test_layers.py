@@ -1,6 +1,4 @@
-"""Cached attention and rotary positions against float64 numpy."""
-
-import functools
+"""Cached attention against float64 numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +38,35 @@ def case(new, kv_heads=KV_HEADS, lengths=LENGTHS):
     return rows, past
 
 
-attend = jax.jit(layers.attend)
+attend = jax.jit(layers.attend, static_argnames="window")
 
 
-@pytest.mark.parametrize(("new", "kv_heads"), [(1, 2), (5, 2), (3, 1), (2, HEADS)])
-def test_cached_attention_equals_plain_attention(new, kv_heads):
+@pytest.mark.parametrize(
+    ("new", "kv_heads", "window"),
+    [
+        (1, 2, None),
+        (5, 2, None),
+        (3, 1, None),
+        (2, HEADS, None),
+        (1, 2, 1),
+        (5, 2, 3),
+        (5, 1, 100),
+        (3, 2, 128),
+        (3, 2, 129),
+        (3, 2, 1000),
+    ],
+)
+def test_cached_attention_equals_plain_attention(new, kv_heads, window):
     (query, key, value), past = case(new, kv_heads)
-    mask = layers.causal_mask(None, new)
-    got = attend(query, key, value, mask, past, jnp.asarray(LENGTHS))
+    mask = layers.causal_mask(None, new, window)
+    got = attend(query, key, value, mask, past, jnp.asarray(LENGTHS), window=window)
     for b, length in enumerate(LENGTHS):
         keys, values = (
             np.concatenate([old[b, :, :length].swapaxes(0, 1), rows[b]])
             for old, rows in zip(past, (key, value), strict=True)
         )
-        seen = np.concatenate([np.ones((new, length), bool), mask[0, 0]], axis=1)
+        distance = length + np.arange(new)[:, None] - np.arange(length + new)[None]
+        seen = (distance >= 0) & (distance < (window or SLOTS))
         np.testing.assert_allclose(got[b], plain_attention(query[b], keys, values, seen), atol=1e-5)
 
 
@@ -113,6 +126,20 @@ def test_unfilled_slots_have_no_influence(garbage):
     np.testing.assert_array_equal(attend(query, key, value, mask, broken, short), want)
 
 
+def test_chunks_out_of_every_window_are_not_read():
+    """Cost follows the window: what is too far back may be NaN."""
+    (query, key, value), past = case(2, lengths=np.array([200, 250]))
+    lengths = jnp.array([200, 250])
+    broken = tuple(x.at[:, :, : layers.CACHE_CHUNK].set(jnp.nan) for x in past)
+    for window, reaches in ((72, False), (74, True)):  # 200 − 73 = 127, the first chunk's last
+        mask = layers.causal_mask(None, 2, window)
+        clean = attend(query, key, value, mask, past, lengths, window=window)
+        got = attend(query, key, value, mask, broken, lengths, window=window)
+        assert jnp.isnan(got).any() == reaches
+        if not reaches:
+            np.testing.assert_array_equal(got, clean)
+
+
 def test_large_scores_do_not_overflow():
     (query, key, value), past = case(2)
     out = attend(query * 1e3, key, value, layers.causal_mask(None, 2), past, jnp.asarray(LENGTHS))
@@ -149,38 +176,16 @@ def test_causal_mask():
     ]
 
 
-@functools.partial(jax.jit, static_argnames="theta")
-def rotated(x, positions, theta=10_000.0):
-    """x [d] at each of the positions, [P, d]."""
-    angles = layers.rotary_angles(positions[None], len(x), theta)
-    many = jnp.broadcast_to(x[None, None, None], (1, len(positions), 1, len(x)))
-    return layers.rotate(many, angles)[0, :, 0]
-
-
-def test_rotary_scores_depend_only_on_the_distance():
-    query, key = np.random.default_rng(0).standard_normal((2, 16), np.float32)
-    positions = np.arange(0, 100, 7)
-    by_distance = []
-    for distance in (0, 1, 5, 90):
-        scores = (rotated(query, positions + distance) * rotated(key, positions)).sum(-1)
-        np.testing.assert_allclose(scores, scores[0], atol=1e-4)
-        by_distance.append(scores[0])
-    assert np.std(by_distance) > 0.1, "the distance must matter"
-
-
-def test_rotation_keeps_lengths_and_starts_at_the_identity():
-    x = np.random.default_rng(1).standard_normal(16, np.float32)
-    turned = np.asarray(rotated(x, np.array([0, 1, 1000])))
-    np.testing.assert_array_equal(turned[0], x)
-    np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x), rtol=1e-5)
-
-
-def test_pairs_turn_at_falling_speeds():
-    """Element i of the first half turns with element i of the second, by position · θ^(−2i/d)."""
-    theta, dim = 500.0, 8
-    for i in range(4):
-        unit = np.eye(dim, dtype=np.float32)[i]
-        angle = 3 * theta ** (-2 * i / dim)
-        want = np.zeros(dim)
-        want[i], want[i + 4] = np.cos(angle), np.sin(angle)
-        np.testing.assert_allclose(rotated(unit, np.array([3]), theta)[0], want, atol=1e-6)
+def test_a_windowed_mask_sees_no_further_than_the_window():
+    got = layers.causal_mask(None, 5, 2)[0, 0].astype(int).tolist()
+    assert got == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+    segments = jnp.array([[1, 1, 1, 2, 2]])
+    got = layers.causal_mask(segments, 5, 2)[0, 0].astype(int).tolist()
+    assert got[2:] == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    np.testing.assert_array_equal(layers.causal_mask(None, 5, 5), layers.causal_mask(None, 5))

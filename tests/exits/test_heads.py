@@ -6,7 +6,7 @@ from flax import nnx
 from conftest import TINY, build
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.exits.heads import KINDS, OUTPUTS, ExitConfig, Head
+from early_exit.exits.heads import KINDS, OUTPUTS, ExitConfig, Gate, Head
 
 D, F, V = TINY.width, TINY.mlp_width, TINY.vocab_size
 QUERY, KEY = TINY.heads * TINY.head_dim, TINY.kv_heads * TINY.head_dim
@@ -35,11 +35,21 @@ PARTS = {
 ROWS = {("own", 0): V, ("own", 20): 21, ("shared", 0): 0, ("shared", 20): 1}
 
 
+GATE = {
+    "gate/norm/scale": (D,),
+    "gate/hidden/kernel": (D, Gate.WIDTH),
+    "gate/hidden/bias": (Gate.WIDTH,),
+    "gate/logit/kernel": (Gate.WIDTH, 1),
+    "gate/logit/bias": (1,),
+}
+
+
+@pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("classes", [0, 20])
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_has_exactly_its_parts(kind, output, classes):
-    exits = ExitConfig((2,), head=kind, output=output, classes=classes)
+def test_a_head_has_exactly_its_parts(kind, output, classes, gate):
+    exits = ExitConfig((2,), head=kind, output=output, classes=classes, gate=gate)
     _, params = base.abstract(lambda rngs: Head(TINY, exits, V, rngs=rngs))
     want = {
         f"{part}/{name}": shape
@@ -49,6 +59,8 @@ def test_a_head_has_exactly_its_parts(kind, output, classes):
     rows = ROWS[output, classes]
     if rows:
         want["output/embedding"] = (rows, D)
+    if gate:
+        want |= GATE
     assert {path: leaf.shape for path, leaf in tree.flatten(params).items()} == want
 
 
@@ -78,6 +90,20 @@ def test_a_copied_layer_head_is_the_last_block_and_the_final_norm():
     features, _ = bound.heads[0].features(hidden, context)
     want = bound.backbone.features(bound.backbone.run_blocks(hidden, 5, 6, context))
     assert (features == want).all()
+
+
+def test_a_gate_judges_every_position_by_its_hidden_state_alone():
+    model, params = build(gate=True)
+    hidden = jax.random.normal(jax.random.key(0), (2, 5, D)) * 30
+    head, other = model.bind(params).heads
+    scores = head.gate_score(hidden)
+    assert scores.shape == (2, 5) and scores.dtype == np.float32
+    assert ((scores >= 0) & (scores <= 1)).all()
+    alone = [[float(head.gate_score(h)) for h in row] for row in hidden]
+    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    # The gate has a norm of its own: it sees where a state points, not how long it is.
+    np.testing.assert_allclose(head.gate_score(hidden * 100), scores, atol=1e-3)
+    assert np.ptp(scores) > 0.1 and not np.allclose(other.gate_score(hidden), scores, atol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +136,11 @@ def test_exits_that_do_not_fit_the_backbone(options, message):
         build(**options)
 
 
+def test_a_backbone_that_predicts_nothing_has_no_exits():
+    with pytest.raises(ValueError, match="no output matrix.* give its config num_classes"):
+        ExitConfig((1,)).check(depth=6, num_classes=0)
+
+
 def test_every_block_but_the_last_may_have_an_exit():
     ExitConfig((1, 2, 3, 4, 5), classes=V - 1).check(6, V)
 
@@ -117,7 +148,7 @@ def test_every_block_but_the_last_may_have_an_exit():
 def test_parameters_are_all_there_is():
     """No stored RNG, cache or running statistics in any head."""
     for kind in KINDS:
-        exits = ExitConfig((2,), head=kind)
+        exits = ExitConfig((2,), head=kind, gate=True)
         head = nnx.eval_shape(lambda e=exits: Head(TINY, e, V, rngs=nnx.Rngs(0)))
         state = nnx.to_flat_state(nnx.state(head))
         assert {type(variable) for _, variable in state} == {nnx.Param}

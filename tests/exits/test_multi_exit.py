@@ -111,6 +111,29 @@ def test_random_weights_follow_from_the_key_and_the_exit(kind):
         assert abs(leaf.std() / deviation - 1) < 5 / (2 * leaf.size) ** 0.5
 
 
+@pytest.mark.parametrize("source", ["copy", "random"])
+def test_gates_are_drawn_whatever_the_rest_starts_from(source):
+    """The rest is as without gates: a comparison with and without starts from the same heads."""
+    gated, params = build(head="mlp", gate=True)
+    bare, _ = build(head="mlp")
+    first = exits_of(gated, params["backbone"], source, seed=3)
+    again = exits_of(gated, params["backbone"], source, seed=3)
+    other = exits_of(gated, params["backbone"], source, seed=4)
+    assert tree.fingerprint(first) == tree.fingerprint(again)
+    gate, elsewhere, deeper = (
+        tree.flatten(head["gate"]) for head in (first["2"], other["2"], first["4"])
+    )
+    for path, leaf in gate.items():
+        if path.endswith("kernel"):
+            assert (leaf != elsewhere[path]).mean() > 0.99
+            assert (leaf != deeper[path]).mean() > 0.99
+        else:
+            np.testing.assert_array_equal(leaf, float(path.endswith("scale")))
+    for point, head in exits_of(bare, params["backbone"], source, seed=3).items():
+        rest = {name: part for name, part in first[point].items() if name != "gate"}
+        assert tree.fingerprint(rest) == tree.fingerprint(head)
+
+
 def test_one_exit_draws_the_same_whatever_others_there_are():
     one, params = build(points=(4,))
     two, _ = build(points=(2, 4))
@@ -121,7 +144,7 @@ def test_one_exit_draws_the_same_whatever_others_there_are():
 
 @pytest.mark.parametrize("source", ["copy", "random"])
 def test_heads_have_the_backbones_dtype(source):
-    model, params = build(head="layer", classes=len(IDS))
+    model, params = build(head="layer", classes=len(IDS), gate=True)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["backbone"])
     exits = exits_of(model, half, source, token_ids=IDS)
     described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), exits)
@@ -162,7 +185,7 @@ def test_adding_exits_leaves_the_full_models_logits_alone(tiny):
     want = without_exits(params["backbone"])
     for options in (
         {"points": (1, 2, 3, 4, 5), "head": "layer"},
-        {"points": (3,), "head": "mlp", "classes": 7, "output": "shared"},
+        {"points": (3,), "head": "mlp", "classes": 7, "output": "shared", "gate": True},
     ):
         model, other = build(**options)
         other["backbone"] = params["backbone"]

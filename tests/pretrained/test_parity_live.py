@@ -1,5 +1,6 @@
 """Our import and decoder against torch and transformers, in one process."""
 
+import copy
 import pathlib
 import runpy
 
@@ -36,23 +37,59 @@ def run(pretrained, tokens):
     return jax.tree.map(np.asarray, forward(pretrained.params, jnp.asarray(tokens)))
 
 
+ROPE = {"rope_theta": 300.0, "rope_type": "default"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA = dict(vocab_size=83, hidden_size=32, intermediate_size=70, num_hidden_layers=2)
+LLAMA |= dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=ROPE)
+GPT2 = dict(vocab_size=71, n_embd=30, n_layer=2, n_head=5, n_positions=40)
+GPT2 |= dict(bos_token_id=0, eos_token_id=0)
+NEOX = dict(vocab_size=71, hidden_size=40, intermediate_size=60, num_hidden_layers=2)
+NEOX |= dict(num_attention_heads=5)
+
+
 @pytest.mark.parametrize(
-    "sizes",
+    ("family", "changes"),
     [
-        dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=4),
-        dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=1, rms_norm_eps=1e-2),
-        dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=5),
-        dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=20),
-        dict(hidden_size=32, num_attention_heads=2, tie_word_embeddings=True),
+        ("Llama", dict(num_key_value_heads=4)),
+        ("Llama", dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=1)),
+        ("Llama", dict(num_hidden_layers=5, attention_bias=True, rms_norm_eps=1e-2)),
+        ("Llama", dict(head_dim=20, mlp_bias=True, hidden_act="gelu_pytorch_tanh")),
+        ("Llama", dict(num_attention_heads=2, tie_word_embeddings=True)),
+        ("Llama", dict(rope_parameters=ROPE | LLAMA3, max_position_embeddings=16)),
+        ("Llama", dict(rope_parameters=ROPE | YARN | {"truncate": False, "beta_fast": 3.0})),
+        ("Llama", dict(rope_parameters=ROPE | YARN | {"mscale": 0.7, "mscale_all_dim": 1.3})),
+        ("Llama", dict(rope_parameters=ROPE | YARN | {"attention_factor": 1.4})),
+        ("Mistral", dict(sliding_window=7, head_dim=6)),
+        ("Mistral", dict(sliding_window=None, num_key_value_heads=1)),
+        ("Mistral", dict(sliding_window=1)),
+        ("Qwen2", dict(hidden_size=36, num_attention_heads=3, num_key_value_heads=3)),
+        ("Qwen2", dict(rope_parameters=ROPE | YARN, tie_word_embeddings=True)),
+        (
+            "Qwen2",
+            dict(
+                num_hidden_layers=3,
+                use_sliding_window=True,
+                sliding_window=6,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            ),
+        ),
+        ("Qwen3", dict(head_dim=14, attention_bias=True)),
+        ("Qwen3", dict(head_dim=6, use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+        ("GPT2", dict()),
+        ("GPT2", dict(n_inner=50, tie_word_embeddings=False, activation_function="relu")),
+        ("GPTNeoX", dict()),
+        ("GPTNeoX", dict(use_parallel_residual=False, rotary_pct=0.5, rotary_emb_base=50)),
+        ("GPTNeoX", dict(attention_bias=False, hidden_act="gelu_new", tie_word_embeddings=True)),
+        ("GPTNeoX", dict(rope_parameters={"rope_type": "linear", "factor": 3.0})),
     ],
-    ids=lambda sizes: "-".join(map(str, sizes.values())),
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
-def test_random_llamas(sizes, tmp_path):
-    helpers = runpy.run_path(str(FIXTURES / "make_tiny_llama.py"))
-    defaults = dict(vocab_size=83, intermediate_size=70, num_hidden_layers=2)
-    rope = {"rope_theta": 300.0, "rope_type": "default"}
-    config = transformers.LlamaConfig(**defaults | sizes, rope_parameters=rope)
-    model = helpers["random_llama"](config, seed=1)
+def test_random_decoders(family, changes, tmp_path):
+    helpers = runpy.run_path(str(FIXTURES / "make_decoders.py"))
+    sizes = {"GPT2": GPT2, "GPTNeoX": NEOX}.get(family, LLAMA)
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy(sizes | changes))
+    model = helpers["random_model"](config, seed=1)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
 

@@ -1,0 +1,173 @@
+"""What the parts of a model cost: multiply-adds and bytes, from shapes alone.
+
+The one idea: the cost is read from the traced program. Every matrix product and convolution in it
+is counted, whatever the family, and the parameters that it uses are what must be read. No weight
+is needed, and nothing runs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+
+from early_exit import tree
+from early_exit.backbones import base
+from early_exit.backbones.resnet import ResNetConfig
+from early_exit.exits import heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one part for one input.
+
+    Attributes:
+      multiply_adds: of matrix products and convolutions; elementwise work is not counted.
+      bytes: of the parameters that are read.
+    """
+
+    multiply_adds: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.multiply_adds + other.multiply_adds, self.bytes + other.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneCost:
+    """Of one input: a token (without attention to others), or an image.
+
+    Attributes:
+      stem: what comes before the first block; nothing where that is a look-up.
+      blocks: each block, first to last.
+      readout: what follows the last block; nothing for a network without an output matrix.
+      hidden: shapes of the hidden states after each block.
+      context: what the blocks need beside them, as shapes.
+    """
+
+    stem: Cost
+    blocks: tuple[Cost, ...]
+    readout: Cost
+    hidden: tuple[Any, ...]
+    context: Any
+
+    @property
+    def full(self) -> Cost:
+        return sum(self.blocks, self.stem + self.readout)
+
+    @property
+    def mean_block(self) -> tuple[float, float]:
+        """(multiply-adds, bytes)."""
+        total, depth = sum(self.blocks, Cost()), len(self.blocks)
+        return total.multiply_adds / depth, total.bytes / depth
+
+    def before(self, point: int) -> Cost:
+        """What has been run when the hidden states after block `point` are there."""
+        return sum(self.blocks[:point], self.stem)
+
+
+def multiply_adds(function: Callable, *args) -> int:
+    """In one call of `function`; `args` may be shapes. Loops of unknown length count once."""
+    return _multiply_adds(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _multiply_adds(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        out = equation.outvars[0].aval
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += out.size * math.prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            total += out.size * kernel.size // outputs
+        else:
+            inner = [_multiply_adds(sub) for sub in jax.extend.core.jaxprs_in_params(params)]
+            times = params["length"] if name == "scan" else 1
+            total += times * (max(inner, default=0) if name == "cond" else sum(inner))
+    return total
+
+
+def _cost(function: Callable, params: base.Params, *args) -> Cost:
+    """Of `function(params, *args)`: only the parameters that it uses are read."""
+    traced = jax.make_jaxpr(function)(params, *args).jaxpr
+    used = {
+        variable
+        for equation in traced.eqns
+        for variable in equation.invars
+        if not isinstance(variable, jax.extend.core.Literal)
+    }
+    leaves = zip(jax.tree.leaves(params), traced.invars, strict=False)
+    return Cost(
+        _multiply_adds(traced), tree.size_in_bytes([leaf for leaf, var in leaves if var in used])
+    )
+
+
+def smallest_input(config: base.BackboneConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """One token, or one image of the size that networks with such a stem are made for."""
+    if isinstance(config, ResNetConfig):
+        size = 224 if config.stem == "imagenet" else 32
+        return {"images": jax.ShapeDtypeStruct((1, size, size, config.channels), jnp.float32)}
+    return {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+
+
+def backbone(config: base.BackboneConfig, dtype=jnp.float32) -> BackboneCost:
+    """The cost of a backbone with parameters of that dtype."""
+    definition, params = base.abstract(config.build)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+
+    def stem(params, inputs):
+        return base.merge(definition, params).stem(inputs)
+
+    inputs = smallest_input(config)
+    first = _cost(stem, params, inputs)
+    if not first.multiply_adds:  # a look-up reads rows of its tables, not the tables
+        first = Cost()
+    hidden, context = jax.eval_shape(stem, params, inputs)
+    blocks, shapes, known = [], [], {}
+    for index in range(config.depth):
+        # Blocks of the same parameters and input cost the same, and tracing is slow.
+        own = tree.flatten(params["blocks"][str(index)])
+        like = tuple((name, leaf.shape) for name, leaf in own.items()), hidden.shape
+        if like not in known:
+
+            def block(params, hidden, context, index=index):
+                network = base.merge(definition, params)
+                return network.run_blocks(hidden, index, index + 1, context)
+
+            out = jax.eval_shape(block, params, hidden, context)
+            known[like] = _cost(block, params, hidden, context), out
+        cost, hidden = known[like]
+        blocks.append(cost)
+        shapes.append(hidden)
+
+    def readout(params, hidden):
+        return base.merge(definition, params).readout(hidden)
+
+    last = _cost(readout, params, hidden) if config.num_classes else Cost()
+    return BackboneCost(first, tuple(blocks), last, tuple(shapes), context)
+
+
+def head(
+    config: base.BackboneConfig, exits: heads.ExitConfig, of: BackboneCost, point: int, dtype
+) -> tuple[Cost, int]:
+    """(cost of evaluating the head after block `point`, how many parameters it has of its own)."""
+    definition, params = base.abstract(
+        lambda rngs: heads.Head(config.at(point), exits, config.num_classes, rngs=rngs)
+    )
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    rows = exits.classes + 1 if exits.classes else config.num_classes
+    table = jax.ShapeDtypeStruct((rows, config.at(point).width), dtype)
+
+    def call(params, hidden, context):
+        features, _ = base.merge(definition, params["head"]).features(hidden, context)
+        return base.logits(features, params["table"])
+
+    everything = {"head": params, "table": table}
+    return _cost(call, everything, of.hidden[point - 1], of.context), tree.count(params)

@@ -1,0 +1,163 @@
+"""What the families of causal language models share in reading and writing a `config.json`.
+
+The one idea: a config is refused in one error that names everything the decoder does not do.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from early_exit.backbones import rotary
+from early_exit.backbones.decoder import DecoderConfig
+from early_exit.pretrained.table import Entry, Layout
+
+# transformers' names of the activations → ours; of several that are equal it is given the last.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu_python": "gelu",
+    "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+ACTIVATION_NAMES = {ours: theirs for theirs, ours in ACTIVATIONS.items()} | {"silu": "silu"}
+
+# What each kind of rotary scaling cannot do without; then, what must be a number if it is there.
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_NUMBERS = ("rope_theta", "original_max_position_embeddings", "attention_factor", "beta_fast")
+_NUMBERS += ("beta_slow", "mscale", "mscale_all_dim")
+
+
+def check(
+    hf: Mapping[str, Any],
+    needed: Iterable[str],
+    asked: Mapping[str, tuple[Any, Collection]],
+    others: Iterable[str] = (),
+) -> None:
+    """Refuses a config.
+
+    Args:
+      needed: entries that must be there.
+      asked: name → (what the config asks for, what is supported).
+      others: what else is wrong.
+
+    Raises:
+      ValueError: naming all that is missing or not supported.
+    """
+    lacking = [repr(name) for name in needed if hf.get(name) is None]
+    problems = [f"the model's config lacks {', '.join(lacking)}"] if lacking else []
+    refused = [
+        f"{name} = {value!r} (only {' or '.join(map(repr, supported))} is supported)"
+        for name, (value, supported) in asked.items()
+        if value not in list(supported)
+    ]
+    if quantised := hf.get("quantization_config"):
+        refused.append(f"quantization_config = {quantised!r}")
+    refused += others
+    if refused:
+        problems.append(f"the model needs what the decoder does not do: {'; '.join(refused)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def rope_entries(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries about rotary positions, however old the config: transformers 5 has
+    `rope_parameters`, before there were `rope_theta` and `rope_scaling`."""
+    rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    for name, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", 1.0)):
+        if rope.get(name) is None:
+            rope[name] = default if hf.get(name) is None else hf[name]
+    # Where a config has it outside, transformers prefers that.
+    context = hf.get("original_max_position_embeddings")
+    context = context or rope.get("original_max_position_embeddings")
+    rope["original_max_position_embeddings"] = context or hf.get("max_position_embeddings")
+    return rope
+
+
+def rope_problems(rope: Mapping[str, Any]) -> list[str]:
+    """What of `rope_entries` is not supported, missing, or no number."""
+    if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+        return [f"rope_parameters that differ by layer type ({', '.join(nested)})"]
+    kind = rope["rope_type"]
+    if kind not in _NEEDED:
+        return [f"rope_type = {kind!r} (only {' or '.join(map(repr, _NEEDED))} is supported)"]
+    problems = []
+    for name in (*_NEEDED[kind], *_NUMBERS):
+        value = rope.get(name)
+        if value is None and name in _NEEDED[kind]:
+            problems.append(f"rope_type = {kind!r} without {name}")
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            problems.append(f"{name} = {value!r} of rotary positions, which is no positive number")
+    if kind == "llama3" and not problems:
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        if high <= low:
+            problems.append(f"high_freq_factor = {high} is not above low_freq_factor = {low}")
+    return problems
+
+
+def rope_scaling(rope: Mapping[str, Any]) -> rotary.Scaling | None:
+    """The scaling that entries which have passed `check` describe, as transformers computes it."""
+    kind, factor = rope["rope_type"], rope.get("factor")
+    context = rope["original_max_position_embeddings"]
+    if kind == "linear":
+        return rotary.Linear(factor)
+    if kind == "llama3":
+        return rotary.Llama3(factor, context, rope["low_freq_factor"], rope["high_freq_factor"])
+    if kind == "yarn":
+        attention_factor = rope.get("attention_factor")
+        if attention_factor is None:
+            attention_factor = _yarn_attention(factor)
+            if (own := rope.get("mscale")) and (all_dim := rope.get("mscale_all_dim")):
+                attention_factor = _yarn_attention(factor, own) / _yarn_attention(factor, all_dim)
+        truncate = rope.get("truncate", True)
+        fast, slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
+        return rotary.Yarn(factor, context, attention_factor, fast, slow, truncate)
+    return None
+
+
+def _yarn_attention(factor: float, scale: float = 1.0) -> float:
+    """Peng et al. 2023, eq. 22."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
+    """transformers 5's `rope_parameters` for a decoder with rotary positions."""
+    parameters: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    match config.rope_scaling:
+        case rotary.Linear(factor):
+            return parameters | {"rope_type": "linear", "factor": factor}
+        case rotary.Llama3(factor, context, low, high):
+            return parameters | {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": context,
+            }
+        case rotary.Yarn(factor, context, attention_factor, fast, slow, truncate):
+            return parameters | {
+                "rope_type": "yarn",
+                "factor": factor,
+                "attention_factor": attention_factor,
+                "beta_fast": fast,
+                "beta_slow": slow,
+                "truncate": truncate,
+                "original_max_position_embeddings": context,
+            }
+    return parameters
+
+
+def layer(name: str, path: str, layout: Layout, bias: bool) -> list[Entry]:
+    """The tensors of a linear layer or LayerNorm: `path` ends in `kernel` or `scale`."""
+    found = [Entry(f"{name}.weight", (path,), layout)]
+    if bias:
+        found.append(Entry(f"{name}.bias", (f"{path.rpartition('/')[0]}/bias",)))
+    return found

@@ -1,0 +1,36 @@
+"""Exports a run: the backbone as transformers has it, and beside it the heads and the policy.
+
+    python -m launch.export --workdir=runs/smollm2 --to=exported
+    python -m launch.export --workdir=runs/smollm2 --to=heads --exits_only
+
+Every command takes the new folder for --workdir. The first loads with transformers, too; the
+second needs the backbone that the run's config names.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from early_exit import assemble
+from early_exit.metrics import table
+from launch import common
+
+TO = flags.DEFINE_string("to", None, "The folder to write; there must be nothing of that name.")
+EXITS_ONLY = flags.DEFINE_bool("exits_only", False, "Leave the backbone out.")
+
+
+def main(argv):
+    common.no_arguments(argv)
+    folder = Path(TO.value)
+    if folder.exists():  # before a model is loaded for nothing
+        raise FileExistsError(f"{folder} exists already; name a new folder")
+    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
+    assemble.export(tuned, folder, exits_only=EXITS_ONLY.value)
+    sizes = [(path.name, f"{path.stat().st_size / 1e6:.3f}") for path in sorted(folder.iterdir())]
+    print(table(sizes, header=("file", "MB")))
+    print(f"exported to {folder}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("to")
+    common.run(main)

@@ -1,0 +1,125 @@
+"""What `launch.inspect` says of sources, runs and exports, and that it reads no weights for it."""
+
+import pathlib
+import re
+
+import pytest
+from absl import app
+
+from configs import tiny as tiny_config
+from conftest import build
+from early_exit import assemble, files, tree
+from early_exit.exits import artefact
+from early_exit.pretrained.export import write_backbone
+from launch import inspect
+
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(files, "read_tensor", refuse)
+
+
+@pytest.fixture
+def inspected(capsys):
+    """(facts, rows of both tables by their first column, the whole text) of what is printed."""
+
+    def run(name):
+        inspect.main(["inspect", str(name)])
+        text = capsys.readouterr().out
+        facts = dict(
+            re.split(r"  +", line, maxsplit=1) for line in text.split("\n\n")[0].split("\n")
+        )
+        rows = {}
+        for line in text.split("\n"):
+            match = re.fullmatch(r"(\w.*?)((?:  +\d[\d.e-]*)+)", line)
+            if match:
+                rows[match[1]] = [float(number) for number in match[2].split()]
+        return facts, rows, text
+
+    return run
+
+
+def test_a_source_of_weights(inspected):
+    facts, rows, text = inspected(FIXTURES / "tiny_chat")
+    assert facts == {
+        "source": str(FIXTURES / "tiny_chat"),
+        "family": "llama",
+        "depth": "6 blocks",
+        "width": "32",
+        "parameters": "76,192",
+        "dtype": "float32, 0.3 MB (stored as F16)",
+        "context": "512 positions",
+        "vocabulary": "320 tokens",
+    }
+    attention, mlp = 32 * 32 * 2 + 2 * 32 * 16, 3 * 32 * 64
+    block = attention + mlp + 64
+    assert rows["blocks 1–6, each"][1] == 1
+    assert rows["readout"][3] == pytest.approx(4 * (320 * 32 + 32) / 1e6, abs=1e-3)
+    assert rows["readout"][4] == pytest.approx((320 * 32 + 32) / block, abs=1e-3)
+    assert rows["full model"][2] == rows["full model"][5] == 1
+    assert "after any of the blocks 1–5" in text and "exits" not in facts
+    assert rows["layer"][1] == pytest.approx((block + 32 + 320 * 32) / block, abs=1e-3)
+
+
+def test_a_run_before_its_first_checkpoint(inspected, tmp_path):
+    config = tiny_config.get_config()
+    config.model.source = str(FIXTURES / "tiny_chat")
+    assemble.save_config(config, tmp_path)
+    facts, rows, _ = inspected(tmp_path)
+    assert facts["source"] == str(FIXTURES / "tiny_chat")
+    assert facts["state"] == "a run without a checkpoint yet"
+    assert facts["exits"] == "after blocks 2, 4"
+    assert facts["heads"] == "mlp, own output matrix, 128 classes"
+    first, second = (rows[f"head after block {point}"] for point in (2, 4))
+    blocks = rows["blocks 1–6, each"]
+    leaving = rows["all, leaving after 4"]
+    assert first == second
+    # Four blocks, and the heads of both exits passed.
+    assert leaving[5] == pytest.approx(4 * blocks[5] + 2 * first[5], abs=4e-3)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_export(inspected, tmp_path, beside):
+    model, params = build(head="norm", output="shared", classes=9)
+    source, folder = tmp_path / "source", tmp_path / "out"
+    for path in (source, folder) if beside else (source,):
+        path.mkdir()
+        write_backbone(path, model.config, params["backbone"])
+    folder.mkdir(exist_ok=True)
+    artefact.write(folder, model, params, {"model": {"source": str(source)}}, step=7)
+    facts, rows, _ = inspected(folder)
+    assert facts["source"] == str(folder if beside else source)
+    with_or_without = "with" if beside else "without"
+    assert facts["state"] == f"exported from step 7, {with_or_without} its backbone"
+    assert facts["heads"] == "norm, shared output matrix, 9 classes"
+    assert facts["parameters"] == f"{tree.count(params['backbone']):,}"
+    share = 4 * (24 + 10 * 24) / tree.size_in_bytes(params["backbone"])
+    assert rows["head after block 2"][5] == pytest.approx(share, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"), [("resnet_basic", "7"), ("resnet_bottleneck", "none")]
+)
+def test_a_classifier(inspected, name, classes):
+    facts, rows, text = inspected(FIXTURES / name)
+    assert facts["family"] == "resnet" and facts["classes"].startswith(classes)
+    assert rows["stem"][0] > 0 and ("readout" in rows) == (classes != "none")
+    assert "for this family there are none yet" in text
+
+
+def test_every_family_is_inspected(inspected):
+    for config in FIXTURES.glob("*/config.json"):
+        facts, rows, _ = inspected(config.parent)
+        assert rows["full model"][2] == 1 and int(facts["depth"].split()[0]) > 1
+
+
+def test_what_is_no_model(inspected, tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        inspected(tmp_path)
+    with pytest.raises(app.UsageError, match="name one thing"):
+        inspect.main(["inspect"])
