@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         points=(8, 22, 28),
         output="own",
         classes=4096,
+        gate=False,
         init="copy",
         runlocal=False,
     )
@@ -35,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "head": arg.head,
                 "output": arg.output,
                 "classes": arg.classes,
+                "gate": arg.gate,
                 "init": arg.init,
             },
             "data": {

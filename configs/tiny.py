@@ -11,7 +11,9 @@ from early_exit.config import ConfigDict, over, override, parse_arg, prod
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, head="mlp", points=(2, 4), output="own", classes=128, init="copy")
+    arg = parse_arg(
+        arg, head="mlp", points=(2, 4), output="own", classes=128, gate=False, init="copy"
+    )
     settings = {f"exits.{name}": value for name, value in arg.items()}
     return override(
         smollm2_135m.get_config(),

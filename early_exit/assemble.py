@@ -85,6 +85,7 @@ def exit_config(config: ConfigDict) -> ExitConfig:
         head=config.exits.head,
         output=config.exits.output,
         classes=config.exits.classes,
+        gate=config.exits.gate,
     )
 
 
@@ -253,7 +254,7 @@ def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:
       ValueError: not a policy, or one fitted to other heads.
     """
     path = tuned.workdir / POLICY if path is None else path
-    policy = policies.load(path, exits=len(tuned.model.exits.points))
+    policy = policies.load(path, exit_depths=tuned.model.exit_depths)
     if policy is not None and policy.provenance.get("heads") != tuned.metadata["heads"]:
         raise ValueError(
             f"{path} was fitted to other heads than those of step {tuned.metadata['step']} in "

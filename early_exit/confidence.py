@@ -3,8 +3,10 @@
 The one idea: decoding and offline evaluation call these same functions on the same summary of a
 distribution, so a threshold fitted on records does in the loop exactly what it did on paper.
 
-`max_prob`, `margin` and `entropy` need the head's logits; `similarity` needs only hidden states
-(Schuster et al. 2022, CALM, §3.5), so with it a head is evaluated only where an exit is taken.
+`max_prob`, `margin` and `entropy` need the head's logits, `patience` the predictions of the heads
+before as well (Zhou et al. 2020, PABEE: how many in a row have said the same). `similarity` of
+hidden states (Schuster et al. 2022, CALM, §3.5) and a learned `gate` on them need no logits: with
+these a head is evaluated only where an exit is taken.
 """
 
 import dataclasses
@@ -12,8 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-FROM_LOGITS = ("max_prob", "margin", "entropy")
-FROM_HIDDEN = ("similarity",)
+FROM_LOGITS = ("max_prob", "margin", "entropy", "patience")
+FROM_HIDDEN = ("similarity", "gate")
 NAMES = FROM_LOGITS + FROM_HIDDEN
 
 
@@ -61,8 +63,29 @@ def summarize(logits: jax.Array, has_rest: bool = False) -> Summary:
     )
 
 
-def from_logits(name: str, summary: Summary) -> jax.Array:
+def agreeing(summary: Summary, predicted: jax.Array, before: jax.Array) -> jax.Array:
+    """How many heads in a row, just before this one, predicted what it predicts: int32 [...].
+
+    A head that declines agrees with none, and none with it.
+
+    Args:
+      predicted: what the head before said (−1: nothing).
+      before: how many heads before that one had said the same.
+    """
+    same = (summary.prediction == predicted) & ~summary.declines
+    return jnp.where(same, before + 1, 0)
+
+
+def said(summary: Summary) -> jax.Array:
+    """The prediction [...], −1 where the head declines."""
+    return jnp.where(summary.declines, -1, summary.prediction)
+
+
+def from_logits(name: str, summary: Summary, agreeing: jax.Array) -> jax.Array:
     """Score [...] float32 of a head's prediction; −inf where the head declines to predict.
+
+    Args:
+      agreeing: see the function of that name.
 
     Raises:
       ValueError: `name` is not one of `FROM_LOGITS`.
@@ -73,6 +96,8 @@ def from_logits(name: str, summary: Summary) -> jax.Array:
         score = jnp.exp(summary.top) - jnp.exp(summary.second)
     elif name == "entropy":
         score = 1 - summary.entropy
+    elif name == "patience":
+        score = agreeing.astype(jnp.float32)
     else:
         raise ValueError(f"unknown confidence {name!r}; choose one of {', '.join(FROM_LOGITS)}")
     return jnp.where(summary.declines, -jnp.inf, score)

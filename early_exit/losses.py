@@ -132,3 +132,62 @@ def exit_losses(
             cross = cross + rest * value
         losses.append(normalizer_e - cross + negentropy)
     return jnp.stack(losses)
+
+
+def right(
+    features: Sequence[jax.Array],
+    tables: Sequence[jax.Array],
+    *,
+    labels: jax.Array | None = None,
+    teacher: tuple[jax.Array, jax.Array] | None = None,
+    token_ids: jax.Array | None = None,
+    chunk: int = CHUNK,
+) -> jax.Array:
+    """Whether every exit's best token is the target's, bool [E, N]; the arguments of `exit_losses`.
+
+    Against `labels` that is accuracy, against a `teacher` agreement. A reduced head whose most
+    probable class is "none of these" is right nowhere.
+    """
+    target = labels if teacher is None else _best(*teacher, chunk)[1]
+    found = []
+    for feature, table in zip(features, tables, strict=True):
+        peak, best = _best(feature, table if token_ids is None else table[:-1], chunk)
+        if token_ids is not None:
+            declines = logits(feature, table[-1:])[:, 0] > peak
+            best = jnp.where(declines, -1, token_ids[best])
+        found.append(best == target)
+    return jnp.stack(found)
+
+
+def _best(features_ND, table_CD, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(the greatest logit, its row of the table), [N] each."""
+    rows = table_CD.shape[0]
+    chunk = _chunk_size(rows, chunk)
+    ids = jnp.pad(jnp.arange(rows) + 1, (0, -rows % chunk)).reshape(-1, chunk) - 1
+
+    def body(best, xs):
+        table, ids = xs
+        values = jnp.where((ids >= 0)[None], logits(features_ND, table), -jnp.inf)
+        here = values.max(-1)
+        better = here > best[0]
+        index = jnp.where(better, ids[values.argmax(-1)], best[1])
+        return (jnp.where(better, here, best[0]), index), None
+
+    count = features_ND.shape[0]
+    start = jnp.full(count, -jnp.inf), jnp.zeros(count, jnp.int32)
+    return jax.lax.scan(body, start, (_chunked(table_CD, chunk), ids))[0]
+
+
+def gate_losses(logits_EN: jax.Array, right_EN: jax.Array, mask_N: jax.Array) -> jax.Array:
+    """Binary cross-entropy of each exit's gate with "this head is right", float32 [E].
+
+    Balanced: where heads are right and where they are not weigh half each, whatever their shares.
+
+    Args:
+      logits_EN: the gates' logits.
+      right_EN: bool.
+      mask_N: bool, positions that count.
+    """
+    losses = jnp.where(right_EN, jax.nn.softplus(-logits_EN), jax.nn.softplus(logits_EN))
+    halves = [right_EN & mask_N[None], ~right_EN & mask_N[None]]
+    return sum((losses * half).sum(-1) / jnp.maximum(half.sum(-1), 1) for half in halves) / 2

@@ -1,26 +1,47 @@
-"""Answers a prompt with dynamic depth, each token coloured by the depth it needed.
+"""Answers prompts with dynamic depth, each token coloured by the depth it needed.
 
     python -m launch.generate --workdir=runs/smollm2 --prompt="Write a haiku about time."
-    python -m launch.generate --workdir=runs/smollm2 --prompt="def fibonacci(n):" --raw
+    python -m launch.generate --workdir=runs/smollm2 --prompt="def square(x):" --raw --mode=lookup
+    python -m launch.generate --workdir=runs/smollm2 --input=prompts.txt --output=answers.jsonl
 
-Text appears as it is decoded; the last line counts the tokens that left at each exit.
+One prompt is answered as it is decoded; the last line counts the tokens that left at each exit. A
+file has a prompt on each line, as text or (`.jsonl`) as an object with a "prompt"; the answers go,
+in the same order, to a JSONL file with their statistics.
 """
 
+import dataclasses
+import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 from early_exit import assemble
-from early_exit.inference import detokenize
-from early_exit.inference.generate import stream
+from early_exit.inference import mode as modes
+from early_exit.inference.detokenize import Detokenizer, pieces
+from early_exit.inference.generate import Generation, generate, stream
 from early_exit.inference.sampling import Sampling
+from early_exit.metrics import table
 from early_exit.report import tokens as token_colours
 from launch import common
 
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer, or - for standard input.")
+INPUT = flags.DEFINE_string("input", None, "File of prompts, instead of --prompt.")
+OUTPUT = flags.DEFINE_string("output", None, "JSONL file for the answers to --input.")
+BATCH = flags.DEFINE_integer("batch", 8, "Prompts of --input decoded together.", lower_bound=1)
+MODE = flags.DEFINE_enum(
+    "mode",
+    "lossy",
+    list(modes.BY_NAME),
+    "lossy: early tokens stand, and skipped blocks get projected keys and values; deferred: they "
+    "stand, and skipped blocks are caught up with, exactly; verified: the full model checks them, "
+    "and the answer is its own; lookup: verified, and earlier text proposes tokens too.",
+)
+WINDOW = flags.DEFINE_integer("window", 8, "Most positions in one pass, except with lossy.")
 RAW = flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.")
-FULL = flags.DEFINE_bool("full", False, "Run the full model instead of the run's exit policy.")
+FULL = flags.DEFINE_bool("full", False, "Consult no exit.")
 NEW = flags.DEFINE_integer("max_new_tokens", 160, "Most tokens to answer with.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable tokens; 0 is all.")
@@ -33,48 +54,139 @@ COLOUR = flags.DEFINE_enum(
 
 def main(argv):
     common.no_arguments(argv)
-    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+    if (PROMPT.value is None) == (INPUT.value is None):
+        raise ValueError("give either --prompt or --input")
+    if (INPUT.value is None) != (OUTPUT.value is None):
+        raise ValueError("--input and --output go together")
+    texts = _read_prompts(Path(INPUT.value)) if INPUT.value else None
+    mode = dataclasses.replace(
+        modes.BY_NAME[MODE.value],
+        window=WINDOW.value,
+        sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
+    )
     tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
-    policy = None if FULL.value else assemble.load_policy(tuned)
-    text = sys.stdin.read() if PROMPT.value == "-" else PROMPT.value
-    prompt = tuned.tokenizer.encode(text) if RAW.value else tuned.chat(text)
-    coloured = COLOUR.value == "always" or (COLOUR.value == "auto" and sys.stdout.isatty())
+    settings = {
+        "policy": None if FULL.value else assemble.load_policy(tuned),
+        "mode": mode,
+        "max_new_tokens": NEW.value,
+        "stop_ids": tuned.stop_ids,
+        "seed": SEED.value,
+    }
+    if texts is None:
+        text = sys.stdin.read() if PROMPT.value == "-" else PROMPT.value
+        _show(tuned, text, settings)
+    else:
+        _answer_all(tuned, texts, settings, Path(OUTPUT.value))
 
+
+def _tokens(tuned: assemble.Tuned, text: str) -> list[int]:
+    return tuned.tokenizer.encode(text) if RAW.value else tuned.chat(text)
+
+
+def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
+    """Prints an answer as it comes."""
+    coloured = COLOUR.value == "always" or (COLOUR.value == "auto" and sys.stdout.isatty())
     exit_depths = tuned.model.exit_depths.tolist()
-    shown = 0
-    for (answer,) in stream(
-        tuned.model,
-        tuned.params,
-        [prompt],
-        policy=policy,
-        max_new_tokens=NEW.value,
-        stop_ids=tuned.stop_ids,
-        sampling=sampling,
-        seed=SEED.value,
-    ):
+    detokenizer, shown = Detokenizer(tuned.tokenizer), 0
+    for (answer,) in stream(tuned.model, tuned.params, [_tokens(tuned, text)], **settings):
         ended = len(answer.tokens) == NEW.value or answer.tokens[-1] in tuned.stop_ids
-        pieces = detokenize.pieces(tuned.tokenizer, answer.tokens, complete=ended)[shown:]
+        added = detokenizer.add(answer.tokens[shown:], complete=ended)
         if coloured:
             depths = answer.depths[shown:].tolist()
-            sys.stdout.write(token_colours.ansi(pieces, depths, exit_depths))
+            sys.stdout.write(token_colours.ansi(added, depths, exit_depths))
         else:
-            sys.stdout.write(token_colours.printable("".join(pieces)))
+            sys.stdout.write(token_colours.printable("".join(added)))
         sys.stdout.flush()
         shown = len(answer.tokens)
 
-    counts = np.bincount(answer.exits, minlength=len(exit_depths))
-    decoded = len(answer.tokens) - 1
     print("\n")
     if coloured:
         print(token_colours.legend_ansi(exit_depths))
+    decoded = len(answer.tokens) - 1
+    facts = _statistics(answer, tuned)
+    left = ", ".join(f"{where}: {n}" for where, n in facts["exits"].items())
     print(
         f"{len(answer.tokens)} tokens, "
         f"{decoded / answer.seconds if decoded else 0:.1f} tokens/s after the prompt, "
-        f"mean depth {answer.depths.mean():.1f} of {tuned.model.config.depth}; left after block "
-        + ", ".join(f"{d}: {n}" for d, n in zip(exit_depths, counts, strict=True))
+        f"{facts['layers_per_token']:.1f} of {tuned.model.config.depth} blocks per token; "
+        f"proposed after {left}"
     )
 
 
+def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: Path) -> None:
+    """Answers a file of prompts and writes them whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prompts = [_tokens(tuned, text) for text in texts]
+    answers = generate(tuned.model, tuned.params, prompts, batch=BATCH.value, **settings)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for text, answer in zip(texts, answers, strict=True):
+            row = {
+                "prompt": text,
+                "text": "".join(pieces(tuned.tokenizer, answer.tokens)),
+                "tokens": answer.tokens.tolist(),
+                "depths": answer.depths.tolist(),
+                "log_probs": answer.log_probs.tolist(),
+                "statistics": _statistics(answer, tuned),
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    rows = [_statistics(answer, tuned) for answer in answers]
+    columns = ("new_tokens", "layers_per_token", "megabytes_per_token", "tokens_per_second")
+    means = [float(np.mean([row[name] for row in rows])) for name in columns]
+    print(table([(len(rows), *means)], header=("answers", *columns)))
+    print(path)
+
+
+def _statistics(answer: Generation, tuned: assemble.Tuned) -> dict:
+    """What an answer took after its first token, which comes out of the prompt's pass."""
+    decoded = max(len(answer.tokens) - 1, 1)
+    places = [*(f"block {depth}" for depth in tuned.model.exit_depths), "text"]
+    found = np.bincount(answer.exits, minlength=len(places))
+    counts = answer.counts
+    return {
+        "new_tokens": len(answer.tokens),
+        "exits": {
+            place: int(n) for place, n in zip(places, found, strict=True) if n or place != "text"
+        },
+        "layers_per_token": answer.layer_tokens / decoded,
+        "evaluations": counts.evaluations_BE.tolist(),
+        "drafts_checked": counts.drafted_BW.tolist(),
+        "drafts_accepted": counts.accepted_BW.tolist(),
+        "megabytes_per_token": answer.bytes_read / decoded / 1e6,
+        "seconds": answer.seconds,
+        "tokens_per_second": decoded / answer.seconds if answer.seconds else 0.0,
+    }
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The prompts of a file; empty lines are skipped.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: no prompt in it, or a line that is no object with a "prompt".
+    """
+    prompts = []
+    # Not `splitlines`, which also splits at characters that a JSON string may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            prompts.append(line)
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: not an object with a "prompt" ({error!r})'
+            ) from error
+        if not isinstance(prompt, str):
+            raise ValueError(f'{path}, line {number}: "prompt" is not text')
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one on each line")
+    return prompts
+
+
 if __name__ == "__main__":
-    flags.mark_flag_as_required("prompt")
     common.run(main)

@@ -1,5 +1,11 @@
 """Strictness for all tests, and one tiny model that most of them share."""
 
+import os
+from pathlib import Path
+
+# Programs that run for milliseconds need not be good, only soon there.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import jax
 import numpy as np
 import pytest
@@ -40,6 +46,17 @@ def build(config=TINY, seed=0, **exits):
     )
     params["exits"] = jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params["exits"])
     return model, params
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Every compiled program holds memory maps; Linux gives a process 65,530, then XLA crashes."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

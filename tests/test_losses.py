@@ -200,6 +200,78 @@ def test_a_teacher_that_leaves_nothing_to_the_rest():
     assert np.isfinite(gradients[0]).all()
 
 
+def who_is_right(features, tables, *, labels=None, teacher=None, token_ids=None):
+    """The same by definition: the best of all logits in float64, per exit."""
+    as64 = functools.partial(np.asarray, dtype=np.float64)
+    target = labels if teacher is None else (as64(teacher[0]) @ as64(teacher[1]).T).argmax(-1)
+    kept = np.arange(len(tables[0])) if token_ids is None else np.append(token_ids, -1)
+    best = [(as64(f) @ as64(t).T).argmax(-1) for f, t in zip(features, tables, strict=True)]
+    return np.stack([kept[b] == np.asarray(target) for b in best])
+
+
+@pytest.mark.parametrize("target", ["labels", "teacher"])
+@pytest.mark.parametrize(
+    ("vocab", "exits", "reduced", "chunk"),
+    [(12, 1, 0, 100), (23, 3, 0, 5), (23, 1, 0, 1), (30, 2, 11, 8), (30, 2, 29, 7)],
+)
+def test_right_is_who_says_what_the_target_says(vocab, exits, reduced, chunk, target):
+    right = jax.jit(losses.right, static_argnames="chunk")
+    found = []
+    for seed in range(8):
+        inputs = pick(case(vocab, exits, reduced, seed=seed), target)
+        if target == "teacher":  # a little like the exits, or nobody would ever be right
+            kept = jnp.arange(vocab) if not reduced else inputs["token_ids"]
+            features, table = inputs["teacher"]
+            like = inputs["tables"][0][: len(kept)]
+            inputs["teacher"] = inputs["features"][0], table.at[kept].set(like + 0.3 * table[kept])
+        got = right(**inputs, chunk=chunk)
+        np.testing.assert_array_equal(got, who_is_right(**inputs))
+        found.append(np.asarray(got))
+    assert 0 < np.mean(found) < 1
+
+
+def test_a_head_that_declines_is_right_nowhere():
+    """Each position's label is the head's own best token."""
+    inputs = pick(case(23, 1, 11), "labels")
+    (features,), (table,) = inputs["features"], inputs["tables"]
+    table = table.at[-1].multiply(3)
+    logits = np.asarray(features @ table.T)
+    inputs |= {"tables": [table], "labels": inputs["token_ids"][logits[:, :-1].argmax(-1)]}
+    declines = logits[:, -1] > logits[:, :-1].max(-1)
+    assert 0 < declines.sum() < N
+    np.testing.assert_array_equal(losses.right(**inputs)[0], ~declines)
+
+
+def test_a_gates_loss_is_balanced_over_the_positions_that_count():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 40)) * 4
+    right = rng.random((3, 40)) < [[0.1], [0.5], [0.95]]
+    mask = rng.random(40) < 0.7
+    expected = []
+    for e in range(3):
+        said = 1 / (1 + np.exp(-logits[e]))
+        of_right = [-np.log(said[n]) for n in range(40) if mask[n] and right[e, n]]
+        of_wrong = [-np.log(1 - said[n]) for n in range(40) if mask[n] and not right[e, n]]
+        expected.append((np.mean(of_right) + np.mean(of_wrong)) / 2)
+    got = losses.gate_losses(jnp.asarray(logits, jnp.float32), jnp.asarray(right), mask)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_gate_learns_from_one_kind_alone(share):
+    """A head that is always right, or never: the other half of the loss is nothing, not NaN."""
+    right, mask = jnp.full((1, 5), bool(share)), jnp.arange(5) < 3
+
+    def loss(logits):
+        return losses.gate_losses(logits, right, mask).sum()
+
+    value, slope = jax.value_and_grad(loss)(jnp.zeros((1, 5)))
+    np.testing.assert_allclose(value, np.log(2) / 2, rtol=1e-6)
+    sign = -1 if share else 1
+    np.testing.assert_allclose(slope, [[sign / 12] * 3 + [0, 0]], rtol=1e-6)
+    assert losses.gate_losses(jnp.full((1, 5), 1e4), right, mask)[0] in (0, 5e3)
+
+
 def test_a_target_is_needed_and_only_one():
     inputs = case(12)
     with pytest.raises(ValueError, match="either labels or a teacher"):

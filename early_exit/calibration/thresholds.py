@@ -76,7 +76,7 @@ def fit(records: Records, confidence: str, epsilon: float) -> policies.ExitPolic
             [epsilon_accuracy(*pair, level) for pair in zip(scores, records.agrees, strict=True)],
             confidence,
         )
-        exits = policy.exit_index(scores)
+        exits = policy.exit_index(scores, records.exit_depths)
         leavers = np.flatnonzero(exits < len(scores))
         agreeing = records.agrees[exits[leavers], leavers].sum()
         if agreeing >= epsilon * len(leavers) - 1e-9:

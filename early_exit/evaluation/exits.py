@@ -56,7 +56,8 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit) -> dict:
         return summary, token, loss
 
     tokens, losses = [], []
-    scores = {name: [] for name in confidences.NAMES}
+    scores = {name: [] for name in confidences.NAMES if name != "gate" or model.exits.gate}
+    predicted, agreeing = jnp.full_like(labels, -1), jnp.zeros_like(labels)
     for head, table, before, after in zip(
         bound.heads, bound.exit_tables(), (hidden, *at_exits), at_exits, strict=False
     ):
@@ -64,9 +65,13 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit) -> dict:
         summary, token, loss = statistics(features, table, bound.token_ids)
         tokens.append(token)
         losses.append(loss)
+        agreeing = confidences.agreeing(summary, predicted, agreeing)
+        predicted = confidences.said(summary)
         for name in confidences.FROM_LOGITS:
-            scores[name].append(confidences.from_logits(name, summary))
+            scores[name].append(confidences.from_logits(name, summary, agreeing))
         scores["similarity"].append(confidences.similarity(before, after).reshape(-1))
+        if model.exits.gate:
+            scores["gate"].append(head.gate_score(after).reshape(-1))
     _, token, loss = statistics(
         bound.backbone.features(at_exits[-1]), bound.backbone.output_table(), None
     )

@@ -19,6 +19,7 @@ from early_exit.data import sources
 from early_exit.evaluation import exits, tradeoff
 from early_exit.inference import detokenize
 from early_exit.inference.generate import generate
+from early_exit.inference.mode import LOOKUP, LOSSY, Mode
 from early_exit.policy import ExitPolicy
 
 
@@ -61,18 +62,21 @@ def evaluate(tuned: Tuned) -> dict:
     policy = assemble.load_policy(tuned)
     records = records_of(tuned)
     confidence = policy.confidence if policy else tuned.config.calibrate.confidence
-    by_name: dict[str, ExitPolicy | None] = {"full model": None}
+    cases: dict[str, tuple[ExitPolicy | None, Mode]] = {"full model": (None, LOSSY)}
     epsilons: dict[str, float | None] = {"full model": None}
     for epsilon in settings.epsilons:
         name = f"epsilon {epsilon:.2f}"
-        by_name[name] = thresholds.fit(records, confidence, epsilon)
+        cases[name] = thresholds.fit(records, confidence, epsilon), LOSSY
         epsilons[name] = epsilon
+    # Lossless: the surest exits and the text itself propose, the full model decides.
+    cases["verified"] = cases[name][0], LOOKUP
+    epsilons["verified"] = None
     prompts = cut_prompts(tuned, settings.prompts, settings.prompt_tokens)
     rows, generations = tradeoff.compare(
         tuned.model,
         tuned.params,
         prompts,
-        by_name,
+        cases,
         new_tokens=settings.new_tokens,
         rounds=settings.rounds,
     )

@@ -14,6 +14,7 @@ import numpy as np
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.inference.generate import Generation, generate
+from early_exit.inference.mode import Mode
 from early_exit.policy import ExitPolicy
 
 
@@ -47,45 +48,49 @@ def compare(
     model: MultiExit,
     params: base.Params,
     prompts: Sequence[Sequence[int]],
-    policies: Mapping[str, ExitPolicy | None],
+    cases: Mapping[str, tuple[ExitPolicy | None, Mode]],
     *,
     new_tokens: int,
     rounds: int = 3,
 ) -> tuple[list[dict], dict[str, list[Generation]]]:
-    """Greedy decoding, batch 1, of every prompt under every policy, in turns.
+    """Greedy decoding, batch 1, of every prompt in every case, in turns.
 
     Args:
-      policies: by name; one must be None, the full model, which the speed-ups refer to.
+      cases: policy and mode by name; the first is what the speed-ups refer to, the full model.
       rounds: how often everything is timed; medians are kept.
 
     Returns:
-      (a row per policy: `policy`, `tokens_per_second` after the prefill, `speedup`, `agreement`
-      (see above; the first token, always the full model's, is left out), `mean_depth` in blocks,
-      `exit_shares` [E + 1]; the generations of the last round by policy).
-
-    Raises:
-      ValueError: no full model among the policies.
+      (a row per case: `policy`, its name, `tokens_per_second` after the prefill, `speedup`,
+      `agreement` (see above; the first token, always the full model's, is left out),
+      `mean_depth`, blocks run per token, `exit_shares` [E + 2], of the exits, the full model and
+      looked-up tokens; the generations of the last round by name).
     """
-    dense = [name for name, policy in policies.items() if policy is None]
-    if not dense:
-        raise ValueError("one of the policies must be None: the full model to compare with")
+    reference = next(iter(cases))
     generations: dict[str, list[Generation]] = {}
-    rates: dict[str, list[float]] = {name: [] for name in policies}
+    rates: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
-        for name, policy in policies.items():
+        for name, (policy, mode) in cases.items():
             generations[name] = [
-                generate(model, params, [prompt], policy=policy, max_new_tokens=new_tokens)[0]
+                generate(
+                    model,
+                    params,
+                    [prompt],
+                    policy=policy,
+                    mode=mode,
+                    max_new_tokens=new_tokens,
+                )[0]
                 for prompt in prompts
             ]
             tokens = sum(len(g.tokens) - 1 for g in generations[name])
             rates[name].append(tokens / sum(g.seconds for g in generations[name]))
     rows = []
-    for name in policies:
-        exits = np.concatenate([g.exits[1:] for g in generations[name]])
+    for name in cases:
+        of_name = generations[name]
+        exits = np.concatenate([g.exits[1:] for g in of_name])
         agrees = np.concatenate(
             [
                 agreement(model, params, prompt, g)[1:]
-                for prompt, g in zip(prompts, generations[name], strict=True)
+                for prompt, g in zip(prompts, of_name, strict=True)
             ]
         )
         rows.append(
@@ -93,11 +98,13 @@ def compare(
                 "policy": name,
                 "tokens_per_second": float(np.median(rates[name])),
                 # Round by round, so that drift of the machine's speed cancels.
-                "speedup": float(np.median(np.divide(rates[name], rates[dense[0]]))),
+                "speedup": float(np.median(np.divide(rates[name], rates[reference]))),
                 "agreement": float(agrees.mean()),
-                "mean_depth": float(model.exit_depths[exits].mean()),
+                "mean_depth": float(
+                    np.mean([g.layer_tokens / (len(g.tokens) - 1) for g in of_name])
+                ),
                 "exit_shares": (
-                    np.bincount(exits, minlength=len(model.exit_depths)) / len(exits)
+                    np.bincount(exits, minlength=len(model.exit_depths) + 1) / len(exits)
                 ).tolist(),
             }
         )

@@ -47,17 +47,8 @@ def write(cache: Cache, rows: Cache, start_B: jax.Array) -> Cache:
     }
 
 
-def bucket(positions: int, context_length: int) -> int:
-    """Slots to allocate for so many positions: powers of two from 2·CACHE_CHUNK up.
-
-    Raises:
-      ValueError: more positions than the model's context.
-    """
-    if positions > context_length:
-        raise ValueError(
-            f"prompt and answer need {positions} positions but the model's context is "
-            f"{context_length}; shorten the prompt or ask for fewer new tokens"
-        )
+def bucket(positions: int) -> int:
+    """Slots to allocate for so many positions: powers of two from 2·CACHE_CHUNK up."""
     slots = 2 * CACHE_CHUNK
     while slots < positions:
         slots *= 2

@@ -1,36 +1,52 @@
 """Which text each token adds: what streaming prints and what token colouring colours."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
-def pieces(tokenizer, token_ids: Sequence[int], *, complete: bool = True) -> list[str]:
-    """The text that each token adds; joined, they are the decoded text without special tokens.
+class Detokenizer:
+    """Turns tokens into text as they come; each costs the same, however long the text is."""
 
-    A character that spans several tokens belongs to the token that completes it; the tokens
-    before it, and special tokens, add "".
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Decoding only [context, …) costs the same at any length. [context, start) has been given
+        # out already: decoders treat a text's first word differently, so a word stands in front.
+        self._context = self._start = 0
+        self._before = ""
 
-    Args:
-      complete: whether no token follows. If some may, a character not yet complete is held back
-        instead of becoming "�", so the pieces so far never change as tokens are added.
-    """
+    def add(self, token_ids: Iterable[int], *, complete: bool = False) -> list[str]:
+        """The text that each token adds; joined, they are the text without special tokens.
 
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        A character that spans several tokens belongs to the token that completes it; the tokens
+        before it, and special tokens, add "".
 
-    ids = [int(token) for token in token_ids]
-    added = []
-    # Decoding only [context, …) costs the same at any length. [context, start) has been given
-    # out already: decoders treat a text's first word differently, so a word stands in front.
-    context = start = 0
-    before = text = ""
-    for i in range(len(ids)):
-        text = decode(ids[context : i + 1])
-        if text == before or text.endswith("�"):
-            added.append("")
-            continue
-        added.append(text[len(before) :])
-        context, start = start, i + 1
-        before = text = decode(ids[context:start])
-    if added and complete:
-        added[-1] += text[len(before) :]
-    return added
+        Args:
+          complete: whether no token follows. If some may, a character not yet complete is held
+            back instead of becoming "�", so what was given out never changes.
+        """
+        added = []
+        text = self._before
+        for token in token_ids:
+            self._ids.append(int(token))
+            text = self._decode()
+            if text == self._before or text.endswith("�"):
+                added.append("")
+                continue
+            added.append(text[len(self._before) :])
+            self._context, self._start = self._start, len(self._ids)
+            self._before = text = self._decode()
+        if added and complete:
+            added[-1] += text[len(self._before) :]
+        return added
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(
+            self._ids[self._context :],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+
+
+def pieces(tokenizer, token_ids: Iterable[int]) -> list[str]:
+    """The text that each token of a whole answer adds."""
+    return Detokenizer(tokenizer).add(token_ids, complete=True)

@@ -48,9 +48,25 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def choose(keys_B: jax.Array, logits_BC: jax.Array, sampling: Sampling) -> jax.Array:
-    """One class per row, int32 [B]; each row draws with its own key."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
-    draw = jax.vmap(jax.random.categorical)
-    return draw(keys_B, filtered(logits_BC, sampling)).astype(jnp.int32)
+def choose(
+    keys: jax.Array,
+    logits: jax.Array,
+    sampling: Sampling,
+    token_ids: jax.Array | None,
+    vocab_size: int,
+) -> jax.Array:
+    """One class per distribution, int32 [...], from logits [..., C], each with its own key [...].
+
+    Heads over different sets of tokens draw with the same noise: with the same key, two
+    distributions that are alike give the same token as often as may be (Gumbel-max coupling).
+
+    Args:
+      token_ids: int32 [C], what the classes stand for, None for the tokens 0 … C − 1.
+      vocab_size: how many tokens there are.
+    """
+    if sampling.temperature > 0:
+        draws = jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,)))
+        noise = draws(keys.reshape(-1)).reshape(*logits.shape[:-1], -1)
+        noise = noise if token_ids is None else noise[..., token_ids]
+        logits = filtered(logits, sampling) + noise
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -60,7 +60,7 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
     depths = [*model["exit_points"], model["depth"]]
     policy = None
     if (workdir / "policy.json").exists():
-        policy = policies.load(workdir / "policy.json", exits=len(model["exit_points"]))
+        policy = policies.load(workdir / "policy.json", exit_depths=np.array(depths))
     config = {}
     if (workdir / "config.json").exists():
         config = _read_json(workdir / "config.json", "restore it, or tune in another --workdir")
@@ -85,6 +85,7 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
         name=_name(model["source"]),
         depths=depths,
         full=full,
+        lossless=[row for row in decoding if row["epsilon"] is None and row is not full],
         chosen=_chosen(dynamic, policy),
         fastest=max(dynamic, key=lambda row: row["tokens_per_second"], default=None),
         policy=policy and _policy_facts(policy),
@@ -122,6 +123,11 @@ def _policy_facts(policy: policies.ExitPolicy) -> dict[str, Any]:
         "thresholds": [words.get(x, f"{x:.4f}") for x in thresholds],
         "facts": {
             "confidence": policy.confidence,
+            **{
+                name: f"{float(value):g}"
+                for name in ("decay", "budget")
+                if (value := getattr(policy, name)) is not None
+            },
             **{name: _text(value) for name, value in policy.provenance.items()},
         },
     }

@@ -56,8 +56,8 @@ def quality_against_speed(decoding: Sequence[dict[str, Any]]) -> str:
     """Share of tokens equal to the full model's against tokens a second; SVG.
 
     Args:
-      decoding: rows with `tokens_per_second`, `agreement` (0 … 1) and `epsilon`, which is None
-        for the full model.
+      decoding: rows with `policy`, `tokens_per_second`, `agreement` (0 … 1) and `epsilon`, which
+        is None for the full model, the first such row, and for lossless decoding.
     """
     dense = [row for row in decoding if row["epsilon"] is None]
     dynamic = sorted(
@@ -69,15 +69,16 @@ def quality_against_speed(decoding: Sequence[dict[str, Any]]) -> str:
 
     def draw(axes: Axes):
         axes.plot(*place(dynamic), color=_ACCENT, linewidth=1.2, marker="o", markersize=6)
-        for speed in place(dense)[0]:
+        for speed in place(dense)[0][:1]:
             axes.axvline(speed, color=_MUTED, linewidth=0.8, dashes=(4, 3))
         axes.plot(*place(dense), linestyle="none", marker="D", markersize=7, color=_INK)
-        labels = ["full model"] * len(dense) + [f"ε {row['epsilon']:.2f}" for row in dynamic]
+        labels = [row["policy"] for row in dense] + [f"ε {row['epsilon']:.2f}" for row in dynamic]
         axes.margins(x=0.18, y=0.12)
         # Quality falls with speed: above and to the right of a point there is no line, but left of
         # the full model there may be its own point.
-        slower = [row["tokens_per_second"] < min(place(dense)[0]) for row in [*dense, *dynamic]]
-        _label(axes, *place([*dense, *dynamic]), labels, on_left=slower, rise=7)
+        speeds, shares = place([*dense, *dynamic])
+        slower = [speed < speeds[0] for speed in speeds]
+        _label(axes, speeds, shares, labels, on_left=slower, rise=7)
         axes.set_xlabel("tokens a second")
         axes.set_ylabel("equal to the full model's, %")
 

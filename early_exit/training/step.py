@@ -95,7 +95,11 @@ def heads_loss(
     model: MultiExit,
     recipe: Recipe,
 ) -> tuple[jax.Array, jax.Array]:
-    """The recipe's loss of the heads on what `observe` kept: (scalar, per exit [E])."""
+    """The recipe's loss of the heads on what `observe` kept: (scalar, per exit [E]).
+
+    Gates learn beside the heads whether these are right; what they learn from does not learn from
+    them.
+    """
     bound = model.bind({**frozen, "exits": exits})
 
     def flat(x):
@@ -104,18 +108,26 @@ def heads_loss(
     targets = {"labels": observed["labels"].reshape(-1)}
     if recipe.loss == "kl":
         targets = {"teacher": (flat(observed["teacher"]), bound.backbone.output_table())}
-    per_position = losses.exit_losses(
-        [
-            flat(head.features(hidden, observed["context"])[0])
-            for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
-        ],
-        bound.exit_tables(),
-        token_ids=bound.token_ids,
-        **targets,
-    )
+    features = [
+        flat(head.features(hidden, observed["context"])[0])
+        for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
+    ]
+    targets |= {"token_ids": bound.token_ids}
+    tables = bound.exit_tables()
+    per_position = losses.exit_losses(features, tables, **targets)
     mask = observed["mask"].reshape(1, -1)
     per_exit = (per_position * mask).sum(-1) / jnp.maximum(mask.sum(), 1)
-    return jnp.dot(jnp.array(recipe.weights), per_exit), per_exit
+    loss = jnp.dot(jnp.array(recipe.weights), per_exit)
+    if model.exits.gate:
+        right = losses.right(*jax.lax.stop_gradient((features, tables)), **targets)
+        gates = jnp.stack(
+            [
+                head.gate(hidden).reshape(-1)
+                for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
+            ]
+        )
+        loss += losses.gate_losses(gates, right, mask[0] > 0).sum()
+    return loss, per_exit
 
 
 def tune_step(

@@ -196,7 +196,7 @@ def test_all_leavers_together_reach_the_accuracy(points, epsilons):
 def test_a_fitted_policy_can_be_saved(tmp_path):
     policy = thresholds.fit(records(), "max_prob", 0.9)
     policies.save(policy, tmp_path / "policy.json")
-    back = policies.load(tmp_path / "policy.json", exits=3)
+    back = policies.load(tmp_path / "policy.json", exit_depths=records().exit_depths)
     assert back.provenance == policy.provenance
     np.testing.assert_array_equal(back.thresholds, policy.thresholds)
 
@@ -207,7 +207,7 @@ def test_a_fitted_policy_lets_exactly_the_calibrated_points_leave():
     scores = rng.random((1, 200), np.float32)
     agrees = rng.random((1, 200)) < scores
     policy = thresholds.fit(records_of(scores, agrees), "max_prob", 0.8)
-    left = np.asarray(policy.leaves(0, scores[0]))
+    left = np.asarray(policy.leaves(0, scores[0], 0.0))
     assert left.mean() == coverage_at(scores[0], agrees[0], 0.8) > 0.1
     assert agrees[0][left].mean() >= 0.8
 

@@ -4,9 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import build
+from conftest import TINY, build
+from early_exit import policy as policies
+from early_exit import tree
 from early_exit.backbones import base
 from early_exit.evaluation import exits
+from early_exit.inference.generate import generate
+from early_exit.inference.mode import Mode
 
 
 def packed(seed=0):
@@ -22,7 +26,18 @@ def softmax(x):
     return e / e.sum()
 
 
-@pytest.mark.parametrize("head", [{}, {"head": "layer", "classes": 20}], ids=["all", "reduced"])
+def gate_by_definition(gate, hidden):
+    """RMS norm, one hidden layer with SiLU, and a sigmoid."""
+    gate = {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(gate).items()}
+    normed = hidden / np.sqrt((hidden**2).mean() + TINY.norm_eps) * gate["norm/scale"]
+    inner = normed @ gate["hidden/kernel"] + gate["hidden/bias"]
+    logit = inner / (1 + np.exp(-inner)) @ gate["logit/kernel"] + gate["logit/bias"]
+    return 1 / (1 + np.exp(-logit[0]))
+
+
+@pytest.mark.parametrize(
+    "head", [{}, {"head": "layer", "classes": 20, "gate": True}], ids=["all", "reduced"]
+)
 def test_records_equal_a_position_by_position_count(head):
     model, params = build(**head)
     batch = packed()
@@ -36,6 +51,9 @@ def test_records_equal_a_position_by_position_count(head):
     # Every position whose next token is of the same document, row by row.
     where = [(0, t) for t in range(11)] + [(1, t) for t in (0, 1, 2, 3, 5, 6, 7)]
     assert records.agrees.shape == (2, len(where))
+    names = {"max_prob", "margin", "entropy", "patience", "similarity"}
+    assert records.scores.keys() == names | ({"gate"} if model.exits.gate else set())
+    said = [[] for _ in where]
     for e, (head, table) in enumerate(zip(bound.heads, bound.exit_tables(), strict=True)):
         logits = np.asarray(base.logits(head.features(states[e + 1], context)[0], table))
         for n, (b, t) in enumerate(where):
@@ -48,15 +66,50 @@ def test_records_equal_a_position_by_position_count(head):
             declines = probs.argmax() == len(ids)
             expected = -np.inf if declines else probs[: len(ids)].max()
             np.testing.assert_allclose(records.scores["max_prob"][e, n], expected, atol=1e-5)
+            same = [before == best for before in reversed(said[n])]
+            expected = -np.inf if declines else [*same, False].index(False)
+            assert records.scores["patience"][e, n] == expected
+            said[n].append(None if declines else best)
             before, after = np.asarray(states[e])[b, t], np.asarray(states[e + 1])[b, t]
             cosine = before @ after / np.linalg.norm(before) / np.linalg.norm(after)
             np.testing.assert_allclose(records.scores["similarity"][e, n], cosine, atol=1e-5)
+            if model.exits.gate:
+                expected = gate_by_definition(params["exits"][str(2 * e + 2)]["gate"], after)
+                np.testing.assert_allclose(records.scores["gate"][e, n], expected, atol=1e-5)
     for n, (b, t) in enumerate(where):
         label = batch["tokens"][b, t + 1]
         loss = -np.log(softmax(final[b, t])[label])
         np.testing.assert_allclose(records.losses[2, n], loss, atol=1e-4)
         assert records.correct[2, n] == (final[b, t].argmax() == label)
     assert records.metadata == {"origin": "here"}
+
+
+@pytest.mark.parametrize("confidence", ["max_prob", "patience", "gate"])
+def test_decoding_leaves_where_the_records_say(confidence):
+    """What is fitted on records does in the loop exactly what it did on paper."""
+    model, params = build(points=(1, 2, 4), head="layer", classes=4, gate=True)
+    prompts = np.random.default_rng(0).integers(0, 61, (6, 5)).tolist()
+
+    def decoded(policy):
+        """(scores [E, n] of the positions that gave tokens, the exits these came from)."""
+        mode = Mode("defer", window=16)  # never full
+        rows = generate(model, params, prompts, policy=policy, mode=mode, max_new_tokens=12)
+        tokens = np.array([[*p, *row.tokens] for p, row in zip(prompts, rows, strict=True)])
+        positions = np.broadcast_to(np.arange(17), tokens.shape)
+        batch = {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens)}
+        records = exits.record(model, params, [batch])
+        scores = records.scores[confidence].reshape(3, 6, 16)
+        # The first token comes out of the prompt's pass.
+        return scores[:, :, 5:].reshape(3, -1), np.concatenate([row.exits[1:] for row in rows])
+
+    thresholds = np.ones(3)
+    if confidence != "patience":
+        scores, _ = decoded(policies.never(3, confidence))
+        thresholds = np.nanquantile(np.where(np.isfinite(scores), scores, np.nan), 0.7, axis=1)
+    policy = policies.make(thresholds, confidence)
+    scores, left = decoded(policy)
+    assert len(set(left.tolist())) > 2
+    np.testing.assert_array_equal(left, policy.exit_index(scores, model.exit_depths))
 
 
 def test_batches_are_joined_in_order(tiny):

@@ -1,120 +1,46 @@
-"""The jitted loop against a reference that recomputes everything, without cache or branches."""
+"""The engine against a slow decoder that recomputes everything, without cache or branches."""
 
+import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from scipy import stats
+from slow_decoder import CLOSE, SlowDecoder, mixed_policy, softmax
 
 from conftest import build
 from early_exit import policy as policies
-from early_exit.backbones import base
-from early_exit.inference.decode import decode, prefill
-from early_exit.inference.generate import generate, stream
+from early_exit.backbones.decoder import DecoderConfig
+from early_exit.inference import decode as programs
+from early_exit.inference.generate import Decoder, generate, stream
+from early_exit.inference.mode import BY_NAME, Mode
 from early_exit.inference.sampling import Sampling
 
 PROMPT = [7, 3, 52, 11, 29]
-
-
-def softmax(x):
-    x = np.asarray(x, np.float64)
-    e = np.exp(x - x.max())
-    return e / e.sum()
-
-
-SCORES = {
-    "max_prob": lambda p: p.max(),
-    "margin": lambda p: np.sort(p)[-1] - np.sort(p)[-2],
-    "entropy": lambda p: 1 + (p * np.log(p)).sum() / np.log(len(p)),
-}
-
-
-def hidden_states(model, params, length):
-    """A function (tokens, blocks run at each position) → hidden states [depth + 1, length, D].
-
-    A position that left after n blocks keeps its hidden state in all deeper ones, which see it as
-    the input to their keys and values: CALM's state propagation, spelt out on the whole text.
-    """
-
-    @jax.jit
-    def states(tokens, ran):
-        bound = model.bind(params)
-        hidden, context = bound.backbone.stem({"tokens": tokens[None]})
-        found = [hidden]
-        for i in range(model.config.depth):
-            deeper, _ = bound.backbone.blocks[str(i)](found[-1], context)
-            found.append(jnp.where((i < ran)[None, :, None], deeper, found[-1]))
-        features = [
-            head.features(found[point], context)[0]
-            for head, point in zip(bound.heads, model.exits.points, strict=True)
-        ]
-        logits = [base.logits(f, t) for f, t in zip(features, bound.exit_tables(), strict=True)]
-        return jnp.concatenate(found), [x[0] for x in logits], bound.backbone.readout(found[-1])[0]
-
-    def padded(tokens, ran):
-        tokens = np.pad(np.asarray(tokens, np.int32), (0, length - len(tokens)))
-        ran = np.pad(np.asarray(ran, np.int32), (0, length - len(ran)))
-        return jax.device_get(states(tokens, ran))
-
-    return padded
-
-
-def reference(model, params, prompt, thresholds, confidence, new_tokens):
-    """Greedy decoding that recomputes the whole text for every token, without a cache.
-
-    Returns:
-      (new tokens, exits, scores of both exits at every step but the first).
-    """
-    states = hidden_states(model, params, len(prompt) + new_tokens)
-    ids = params.get("token_ids")
-    tokens, exits, scores = list(prompt), [], []
-    ran = [model.config.depth] * (len(prompt) - 1)  # blocks run at each earlier position
-    for step in range(new_tokens):
-        at = len(tokens) - 1
-        hidden, exit_logits, final_logits = states(tokens, [*ran, model.config.depth])
-        token, leave, depth = int(final_logits[at].argmax()), len(exit_logits), len(hidden) - 1
-        edges = (0, *model.exits.points)
-        scores.append([])
-        for e, logits in enumerate(exit_logits):
-            logits = logits[at]
-            if confidence == "similarity":
-                a, b = hidden[edges[e], at], hidden[edges[e + 1], at]
-                score = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-            else:
-                score = SCORES[confidence](softmax(logits))
-                if ids is not None and logits.argmax() == len(logits) - 1:
-                    score = -np.inf
-            scores[-1].append(score)
-            if step and leave == len(exit_logits) and score >= thresholds[e]:
-                best = int(logits[: None if ids is None else -1].argmax())
-                token, leave, depth = best if ids is None else int(ids[best]), e, edges[e + 1]
-        ran.append(depth)
-        tokens.append(token)
-        exits.append(leave)
-    return tokens[len(prompt) :], exits, np.array(scores[1:])
+REPEATING = [5, 9, 31, 2] * 6
+# Few widths, so that there is less to compile.
+MODES = {name: dataclasses.replace(mode, window=4) for name, mode in BY_NAME.items()}
+LOSSY, DEFERRED, VERIFIED, LOOKUP = MODES.values()
+every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
 
 def run(model, params, prompts, policy, new_tokens=12, **kwargs):
     return generate(model, params, prompts, policy=policy, max_new_tokens=new_tokens, **kwargs)
 
 
-def mixed_policy(model, params, confidence="max_prob"):
-    """Thresholds with which the positions after PROMPT leave at every exit, the final included."""
-    never = [policies.NEVER] * 2
-    _, _, scores = reference(model, params, PROMPT, never, confidence, 24)
-    finite = np.where(np.isfinite(scores), scores, np.nan)
-    for first, second in itertools.product((0.6, 0.7, 0.8, 0.9), (0.3, 0.5, 0.7)):
-        thresholds = np.nanquantile(finite, (first, second), axis=0).diagonal()
-        policy = policies.make(thresholds, confidence)
-        (got,) = run(model, params, [PROMPT], policy, 24)
-        if set(got.exits[1:]) == {0, 1, 2}:
-            return policy
-    raise AssertionError("no thresholds make positions leave at every exit")
+def ran_of(prompt, got):
+    """Blocks run at each position of a text decoded with `propagate`; its last has not been run."""
+    return [6] * len(prompt) + got.depths[1:].tolist() + [6]
 
 
-@pytest.mark.parametrize("exit_index", [0, 1])
+def key_of(row=0, rows=1, seed=0):
+    return jax.random.split(jax.random.key(seed), rows)[row]
+
+
+@pytest.mark.parametrize("skipped", ["propagate", "defer"])
 @pytest.mark.parametrize(
     "exits",
     [
@@ -125,120 +51,362 @@ def mixed_policy(model, params, confidence="max_prob"):
     ],
     ids=lambda exits: exits["head"],
 )
-def test_forced_exits_equal_the_reference(exits, exit_index):
+def test_forced_exits_equal_the_slow_decoder(exits, skipped):
+    """With `defer`, a full window forces every fourth position through all blocks."""
     model, params = build(**exits)
-    (got,) = run(model, params, [PROMPT], policies.forced(2, exit_index))
-    thresholds = [policies.ALWAYS if e == exit_index else policies.NEVER for e in range(2)]
-    tokens, left, _ = reference(model, params, PROMPT, thresholds, "max_prob", 12)
-    assert got.tokens.tolist() == tokens
-    assert got.exits.tolist() == left == [2] + [exit_index] * 11
-    assert got.depths.tolist() == [6] + [model.exits.points[exit_index]] * 11
+    mode = Mode(skipped=skipped, window=4)
+    for exit_index in (0, 1):
+        policy = policies.forced(2, exit_index)
+        (got,) = run(model, params, [PROMPT], policy, mode=mode)
+        slow = SlowDecoder(model, params, 17).decode(PROMPT, policy, mode, 12, key_of())
+        assert got.tokens.tolist() == slow.tokens
+        assert got.exits.tolist() == slow.exits
+        early = [exit_index] * 11
+        if skipped == "defer":
+            early[3::4] = [2] * len(early[3::4])
+        assert slow.exits == [2, *early]
+        assert got.depths.tolist() == [int(model.exit_depths[e]) for e in slow.exits]
 
 
-@pytest.mark.parametrize("confidence", ["max_prob", "margin", "entropy", "similarity"])
-@pytest.mark.parametrize("exits", [{}, {"head": "layer", "classes": 30}], ids=["mlp", "layer"])
-def test_thresholds_equal_the_reference(confidence, exits):
-    model, params = build(**exits)
-    policy = mixed_policy(model, params, confidence)
-    (got,) = run(model, params, [PROMPT], policy, 24)
-    tokens, left, _ = reference(
-        model, params, PROMPT, np.asarray(policy.thresholds), confidence, 24
+CONFIDENCES = ["max_prob", "margin", "entropy", "patience", "similarity", "gate"]
+
+
+@pytest.mark.parametrize("mode", [LOSSY, DEFERRED], ids=["lossy", "deferred"])
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+def test_every_confidence_equals_the_slow_decoder(confidence, mode):
+    model, params = build(points=(1, 2, 4), head="layer", gate=True)
+    policy = policies.patient(3, 1)
+    if confidence != "patience":
+        policy = mixed_policy(model, params, PROMPT, mode, confidence)
+    (got,) = run(model, params, [PROMPT], policy, 24, mode=mode)
+    slow = SlowDecoder(model, params, 29).decode(PROMPT, policy, mode, 24, key_of())
+    assert got.tokens.tolist() == slow.tokens
+    assert got.exits.tolist() == slow.exits
+    np.testing.assert_allclose(got.log_probs, slow.log_probs, atol=CLOSE)
+
+
+@pytest.mark.parametrize("fields", [{"decay": 4.0}, {"budget": 3.5}, {"decay": 1.0, "budget": 5.0}])
+def test_decay_and_budget_equal_the_slow_decoder(tiny, fields):
+    policy = mixed_policy(*tiny, PROMPT, LOSSY)
+    changed = policies.make(policy.thresholds, **fields)
+    (plain,) = run(*tiny, [PROMPT], policy, 24)
+    (got,) = run(*tiny, [PROMPT], changed, 24)
+    slow = SlowDecoder(*tiny, 29).decode(PROMPT, changed, LOSSY, 24, key_of())
+    assert got.exits.tolist() == slow.exits != plain.exits.tolist()
+    assert got.tokens.tolist() == slow.tokens
+    if "budget" in fields:
+        assert got.depths[1:].mean() <= fields["budget"]
+
+
+def test_a_decaying_threshold_receives_the_position(tiny):
+    """As τ → ∞ a threshold λ falls from 0.9 λ + 0.1 to 0.9 λ with the first token."""
+    threshold, _ = np.asarray(mixed_policy(*tiny, PROMPT, LOSSY).thresholds)
+
+    def exits(threshold, **fields):
+        policy = policies.make([threshold, policies.NEVER], **fields)
+        return run(*tiny, [PROMPT], policy, 24)[0].exits.tolist()
+
+    at_once = exits(threshold / 0.9, decay=1e6)
+    assert at_once == exits(threshold) != exits(threshold + 0.1)
+
+
+TINIEST = DecoderConfig(
+    vocab_size=23,
+    width=16,
+    depth=3,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_width=24,
+    context_length=256,
+)
+OPTIONS = st.fixed_dictionaries(
+    {
+        "head": st.sampled_from(["norm", "mlp", "layer"]),
+        "classes": st.sampled_from([0, 12]),
+        "confidence": st.sampled_from(CONFIDENCES),
+        "decay": st.sampled_from([None, 3.0]),
+        "budget": st.sampled_from([None, 2.0]),
+        "mode": st.sampled_from(sorted(MODES)),
+        "window": st.integers(2, 6),
+        "sampling": st.sampled_from(
+            [Sampling(), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8)]
+        ),
+        "quantile": st.floats(0.2, 0.9),
+        "prompt": st.lists(st.integers(0, 22), min_size=1, max_size=12),
+        "new_tokens": st.integers(1, 20),
+        "stop": st.booleans(),
+        "seed": st.integers(0, 3),
+    }
+)
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],  # every example compiles its own programs: too slow to shrink
+)
+@given(OPTIONS)
+def test_every_combination_equals_the_slow_decoder(options):
+    model, params = build(
+        TINIEST, points=(1, 2), head=options["head"], classes=options["classes"], gate=True
     )
-    assert got.tokens.tolist() == tokens
-    assert got.exits.tolist() == left
+    prompt, new_tokens, key = options["prompt"], options["new_tokens"], key_of(seed=options["seed"])
+    confidence = options["confidence"]
+    mode = MODES[options["mode"]]
+    mode = Mode(
+        mode.skipped, mode.verified, mode.lookup, options["window"], 0.0, options["sampling"]
+    )
+    slow = SlowDecoder(model, params, 32)
+    decay = None if confidence == "patience" else options["decay"]
+    never = policies.never(2, confidence)
+    scores = np.array(slow.decode(prompt, never, mode, 20, key).scores[1:], np.float64)
+    finite = np.where(np.isfinite(scores), scores, -1)
+    thresholds = np.quantile(finite, options["quantile"], axis=0)
+    policy = policies.make(thresholds, confidence, decay=decay, budget=options["budget"])
+    # In verified decoding the text is the full model's whatever the policy says.
+    drafts = policy if mode.verified else None
+    expected = slow.decode(prompt, None if drafts else policy, mode, new_tokens, key)
+    stop_ids = [expected.tokens[len(expected.tokens) // 2]] if options["stop"] else []
+    expected = slow.decode(prompt, None if drafts else policy, mode, new_tokens, key, stop_ids)
+    (got,) = run(
+        model,
+        params,
+        [prompt],
+        policy,
+        new_tokens,
+        mode=mode,
+        stop_ids=stop_ids,
+        seed=options["seed"],
+    )
+    assert got.tokens.tolist() == expected.tokens
+    np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=CLOSE)
+    if drafts is None:
+        assert got.exits.tolist() == expected.exits
+    else:
+        check_drafts(slow, prompt, got, policy, mode, key)
 
 
-def test_never_firing_thresholds_equal_the_plain_model(tiny):
-    model, params = tiny
-    (never,) = run(model, params, [PROMPT], policies.never(2), 40)
-    (plain,) = run(model, params, [PROMPT], None, 40)
-    np.testing.assert_array_equal(never.tokens, plain.tokens)
-    np.testing.assert_allclose(never.log_probs, plain.log_probs, atol=1e-5)
-    assert never.evaluations.tolist() == [0, 0, 40]
+def check_drafts(slow, prompt, got, policy, mode, key):
+    """What the exits are said to have drafted is what they say on the full model's own states."""
+    text = [*prompt, *got.tokens.tolist()]
+    states = slow.states(text)
+    for at, (token, e) in enumerate(zip(got.tokens, got.exits, strict=True), len(prompt) - 1):
+        if e < len(states[1]):
+            drawn, _ = slow.draw(states[1][e][at], key, at + 1, mode.sampling, True)
+            assert drawn == token
+            if policy.decay is None and policy.budget is None:
+                said = []
+                for earlier in range(e + 1):
+                    score, best = slow.score(policy.confidence, states, earlier, at, said)
+                    said.append(best)
+                assert score >= float(policy.thresholds[e]) - 1e-5
+    # Every token but the first came from a check of the full model, or was a draft that stood.
+    checks = got.counts.head_passes_BE[-1] - 1
+    assert len(got.tokens) - 1 == checks + got.counts.accepted_BW.sum()
+    assert (got.exits != len(states[1])).sum() == got.counts.accepted_BW.sum()
+
+
+@every_mode
+def test_never_firing_thresholds_equal_the_plain_model(tiny, mode):
+    never = policies.never(2)
+    (got,) = run(*tiny, [PROMPT], never, 40, mode=mode)
+    (plain,) = run(*tiny, [PROMPT], None, 40)
+    np.testing.assert_array_equal(got.tokens, plain.tokens)
+    np.testing.assert_allclose(got.log_probs, plain.log_probs, atol=1e-5)
+    assert got.counts.evaluations_BE[:2].tolist() == [0, 0]
+    slow = SlowDecoder(*tiny, 45).decode(PROMPT, None, LOSSY, 40, key_of())
+    assert plain.tokens.tolist() == slow.tokens
+
+
+def test_deferred_keys_and_values_are_the_full_models():
+    """Whatever has reached a block holds what the full model holds for the same tokens."""
+    model, params = build(head="layer", classes=20)
+    policy = mixed_policy(model, params, PROMPT, DEFERRED, length=40)
+    decoder = Decoder(model, params, policy, (), DEFERRED)
+    prompts = [PROMPT, [1, 2], list(range(30))]
+    state = decoder.start(prompts, 40, jax.random.key(0), None)
+    seen_gap = False
+    for _ in range(12):
+        state = decoder.run(state, steps=3)
+        assert (np.diff(state.filled_BE, axis=1) <= 0).all()
+        seen_gap |= bool((state.filled_BE[:, 0] - state.filled_BE[:, -1] > 2).any())
+        for row in range(3):
+            length = int(state.newest_B[row]) + 1
+            tokens = state.tokens_BS[row : row + 1, :length]
+            fresh = decoder.start(
+                [np.asarray(tokens[0]).tolist()], 1, jax.random.key(0), state.tokens_BS.shape[1]
+            )
+            for segment, (first, last) in enumerate(model.segments):
+                filled = int(state.filled_BE[row, segment])
+                names = [f"block/{i}" for i in range(first, last)]
+                names += [f"exit/{last}"] if segment < 2 else []
+                for name in names:
+                    for mine, full in zip(state.cache[name], fresh.cache[name], strict=True):
+                        np.testing.assert_allclose(
+                            mine[row, :, :filled], full[0, :, :filled], atol=1e-4
+                        )
+    assert seen_gap, "no position was ever deferred"
+
+
+def test_deferred_positions_pass_each_block_at_most_once(tiny):
+    policy = mixed_policy(*tiny, PROMPT, DEFERRED)
+    (got,) = run(*tiny, [PROMPT], policy, 40, mode=DEFERRED)
+    assert got.counts.positions_BE[0] == 39
+    assert (np.diff(got.counts.positions_BE) <= 0).all()
+    assert got.layer_tokens == got.counts.positions_BE.sum() * 2
+    reached = [(got.exits[1:] >= e).sum() for e in range(3)]
+    assert got.counts.passes_BEN.sum(axis=1).tolist() == reached
+    assert (got.counts.evaluations_BE <= [*reached[:2], 40]).all()
+
+
+@pytest.mark.parametrize("policy", [policies.forced(2, 0), policies.forced(2, 1)], ids=str)
+@pytest.mark.parametrize("window", [2, 3, 8])
+def test_a_full_window_forces_the_deep_pass(tiny, policy, window):
+    mode = Mode("defer", window=window)
+    (got,) = run(*tiny, [PROMPT], policy, 26, mode=mode)
+    early = (got.exits[1:] < 2).astype(int)
+    runs = [len(list(group)) for is_early, group in itertools.groupby(early) if is_early]
+    assert set(runs[:-1]) == {window - 1}
 
 
 def test_adding_exits_leaves_the_full_model_alone(tiny):
-    model, params = tiny
-    other_model, other = build(points=(1, 3, 5), head="layer", classes=9)
-    (a,) = run(model, params, [PROMPT], None, 20)
-    (b,) = run(other_model, other, [PROMPT], None, 20)
+    other = build(points=(1, 3, 5), head="layer", classes=9, gate=True)
+    (a,) = run(*tiny, [PROMPT], None, 20)
+    (b,) = run(*other, [PROMPT], None, 20)
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_array_equal(a.log_probs, b.log_probs)
 
 
-def test_rows_of_a_batch_equal_rows_alone(tiny):
+@every_mode
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_rows_of_a_batch_equal_rows_alone(tiny, mode, temperature):
     model, params = tiny
-    prompts = [PROMPT, [1], list(range(40)), [60, 0, 60], [5, 9] * 70]
-    lengths = [9, 30, 4, 1, 17]
-    policy = mixed_policy(model, params)
-    batch = run(model, params, prompts, policy, lengths)
-    for prompt, length, row in zip(prompts, lengths, batch, strict=True):
-        (alone,) = run(model, params, [prompt], policy, length)
+    mode = Mode(mode.skipped, mode.verified, mode.lookup, sampling=Sampling(temperature))
+    prompts = [PROMPT, [1], list(range(40)), [60, 0, 60], [5, 9] * 70, REPEATING, [8], [4, 4]]
+    lengths = [9, 30, 4, 1, 17, 25, 12, 20]
+    policy = mixed_policy(model, params, PROMPT, LOSSY)
+    batch = run(model, params, prompts, policy, lengths, mode=mode)
+    decoder = Decoder(model, params, policy, (), mode)
+    for i, (prompt, length, row) in enumerate(zip(prompts, lengths, batch, strict=True)):
+        keys = jax.random.split(jax.random.key(0), len(prompts))[i : i + 1]
+        state = decoder.run(decoder.start([prompt], length, keys, None))
+        (alone,) = decoder.generations(state, [0.0])
         np.testing.assert_array_equal(row.tokens, alone.tokens)
-        np.testing.assert_array_equal(row.exits, alone.exits)
-        np.testing.assert_array_equal(row.evaluations, alone.evaluations)
         np.testing.assert_allclose(row.log_probs, alone.log_probs, atol=1e-5)
         assert len(row.tokens) == length
+        if not mode.verified:  # how many drafts pay depends on the batch; what they give does not
+            np.testing.assert_array_equal(row.exits, alone.exits)
+            for name in ("evaluations_BE", "positions_BE", "read_BE"):
+                np.testing.assert_array_equal(
+                    getattr(row.counts, name), getattr(alone.counts, name)
+                )
     assert len({tuple(row.exits[1:]) for row in batch}) > 1
 
 
-def test_log_probs_are_those_of_the_head_that_emitted(tiny):
+def test_rows_do_not_wait_for_each_others_depth(tiny):
+    """Fewer blocks are passed than if every row waited for the deepest of its step."""
+    rows = 8
+    prompts = [[row, *PROMPT] for row in range(rows)]
+    first, second = np.asarray(mixed_policy(*tiny, PROMPT, LOSSY).thresholds)
+    for policy, most in (
+        (policies.make([first, second]), 1.1),
+        (policies.make([0.7 * first, second]), 1.0),  # most leave at the first exit
+    ):
+        answers = run(*tiny, prompts, policy, 60)
+        passes = 2 * sum(answer.counts.passes_BEN.sum() for answer in answers)
+        in_lockstep = np.max([answer.depths[1:] for answer in answers], axis=0).sum()
+        assert passes / in_lockstep < most
+
+
+def test_ended_rows_cost_no_pass(tiny):
+    policy = policies.forced(2, 0)
+    answers = run(*tiny, [PROMPT] * 3, policy, [60, 60, 20])
+    assert [len(answer.tokens) for answer in answers] == [60, 60, 20]
+    passes = sum(answer.counts.passes_BEN.sum(axis=1) for answer in answers)
+    np.testing.assert_allclose(passes, [59, 0, 0], rtol=1e-5)
+
+
+@every_mode
+def test_log_probs_are_those_of_the_head_that_decided(tiny, mode):
     model, params = tiny
-    (got,) = run(model, params, [PROMPT], mixed_policy(model, params), 24)
+    policy = mixed_policy(model, params, PROMPT, mode if mode.verified is False else LOSSY)
+    (got,) = run(model, params, [PROMPT], policy, 24, mode=mode)
     text = [*PROMPT, *got.tokens.tolist()]
-    ran = [6] * len(PROMPT) + got.depths[1:].tolist()
-    _, exit_logits, final_logits = hidden_states(model, params, len(text))(text, ran)
+    ran = ran_of(PROMPT, got) if mode is LOSSY else None
+    _, exit_logits, final_logits, _ = SlowDecoder(model, params, len(text)).states(text, ran)
     for n, (token, e, log_prob) in enumerate(
         zip(got.tokens, got.exits, got.log_probs, strict=True)
     ):
-        logits = [*exit_logits, final_logits][e][len(PROMPT) - 1 + n]
-        np.testing.assert_allclose(log_prob, np.log(softmax(logits)[token]), atol=1e-4)
+        logits = final_logits if mode.verified else [*exit_logits, final_logits][e]
+        expected = np.log(softmax(logits[len(PROMPT) - 1 + n])[token])
+        np.testing.assert_allclose(log_prob, expected, atol=1e-4)
 
 
-def test_stop_tokens_end_a_row_whatever_exit_emits_them(tiny):
-    model, params = tiny
+@every_mode
+def test_stop_tokens_end_a_row_whoever_says_them(tiny, mode):
     for policy in (None, policies.forced(2, 0), policies.never(2)):
-        (free,) = run(model, params, [PROMPT], policy, 30)
-        stop = int(free.tokens[10])
-        first = free.tokens.tolist().index(stop)
-        (stopped,) = run(model, params, [PROMPT], policy, 30, stop_ids=[stop])
-        assert stopped.tokens.tolist() == free.tokens[: first + 1].tolist()
+        for prompt in (PROMPT, REPEATING):
+            (free,) = run(*tiny, [prompt], policy, 30, mode=mode)
+            for place in (3, 10, 17):
+                stop = int(free.tokens[place])
+                first = free.tokens.tolist().index(stop)
+                (stopped,) = run(*tiny, [prompt], policy, 30, stop_ids=[stop], mode=mode)
+                assert stopped.tokens.tolist() == free.tokens[: first + 1].tolist()
 
 
 def test_streaming_gives_the_same_tokens_and_compiles_nothing_new(tiny):
     model, params = tiny
-    policy = mixed_policy(model, params)
+    policy = mixed_policy(model, params, PROMPT, LOSSY)
     (whole,) = run(model, params, [PROMPT], policy, 21)
-    compiled = decode._cache_size(), prefill._cache_size()
+    compiled = programs.decode._cache_size(), programs.prefill._cache_size()
     portions = list(
         stream(model, params, [PROMPT[:3]], policy=policy, max_new_tokens=21, portion=4)
     )
     assert [len(rows[0].tokens) for rows in portions] == [1, 5, 9, 13, 17, 21]
-    (other,) = run(model, params, [PROMPT], policies.make([0.3, 0.1]), 21)
+    run(model, params, [PROMPT], policies.make([0.3, 0.1]), 21)
     (again,) = run(model, params, [PROMPT], policy, 21)
     np.testing.assert_array_equal(again.tokens, whole.tokens)
     np.testing.assert_array_equal(again.log_probs, whole.log_probs)
-    assert (decode._cache_size(), prefill._cache_size()) == compiled
+    assert (programs.decode._cache_size(), programs.prefill._cache_size()) == compiled
+
+
+def test_streaming_shows_only_what_has_been_checked(tiny):
+    model, params = tiny
+    (whole,) = run(model, params, [REPEATING], None, 30)
+    policy = policies.forced(2, 0)
+    settings = {"policy": policy, "max_new_tokens": 30, "mode": LOOKUP, "portion": 1}
+    portions = [rows[0].tokens.tolist() for rows in stream(model, params, [REPEATING], **settings)]
+    for tokens in portions:
+        assert tokens == whole.tokens[: len(tokens)].tolist()
+    assert len(portions[-1]) == 30
 
 
 def test_allocated_cache_does_not_change_the_answer(tiny):
-    model, params = tiny
-    policy = mixed_policy(model, params)
-    (small,) = run(model, params, [PROMPT], policy, 30)
-    (large,) = run(model, params, [PROMPT], policy, 30, slots=512)
+    policy = mixed_policy(*tiny, PROMPT, LOSSY)
+    (small,) = run(*tiny, [PROMPT], policy, 30)
+    (large,) = run(*tiny, [PROMPT], policy, 30, slots=512)
     np.testing.assert_array_equal(small.tokens, large.tokens)
 
 
-def test_long_prompts_cross_chunks(tiny):
+@pytest.mark.parametrize("mode", [LOSSY, LOOKUP], ids=["lossy", "lookup"])
+def test_long_prompts_and_answers_cross_chunks(tiny, mode):
     """Prefill runs in chunks of 64, attention reads the cache in chunks of 128."""
-    model, params = tiny
     rng = np.random.default_rng(0)
+    policy = policies.forced(2, 1)
+    slow = SlowDecoder(*tiny, 310)
     for length in (63, 64, 65, 127, 129, 300):
         prompt = rng.integers(0, 61, length).tolist()
-        (got,) = run(model, params, [prompt], policies.forced(2, 1), 4)
-        thresholds = [policies.NEVER, policies.ALWAYS]
-        tokens, _, _ = reference(model, params, prompt, thresholds, "max_prob", 4)
-        assert got.tokens.tolist() == tokens
+        (got,) = run(*tiny, [prompt], policy, 8, mode=mode)
+        expected = slow.decode(prompt, None if mode.verified else policy, mode, 8, key_of())
+        assert got.tokens.tolist() == expected.tokens
+    (got,) = run(*tiny, [PROMPT], policy, 507, mode=mode)  # the whole context
+    (again,) = run(*tiny, [[*PROMPT, *got.tokens[:-9].tolist()]], policy, 9, mode=mode)
+    assert len(got.tokens) == 507
+    if mode.verified:
+        assert got.tokens[-9:].tolist() == again.tokens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -246,48 +414,49 @@ def test_long_prompts_cross_chunks(tiny):
     [
         ([[]], 3, "prompt 0 is empty"),
         ([[1], [1]], [3, 0], "prompt 1 asks for 0 new tokens"),
-        ([[1] * 510], 3, "513 positions but the model's context is 512"),
+        ([[1] * 510], 3, "need 513 positions but the model's context is 512"),
         ([[1], [2, 61]], 3, "prompt 1 has token ids from 2 to 61, but the model knows 0 to 60"),
         ([[-1]], 3, "prompt 0 has token ids from -1"),
     ],
 )
 def test_bad_prompts(tiny, prompts, new, message):
-    model, params = tiny
     with pytest.raises(ValueError, match=message):
-        run(model, params, prompts, None, new)
+        run(*tiny, prompts, None, new)
 
 
-def test_sampling_draws_from_the_exits_distribution(tiny):
-    """χ² of 4000 first draws at a forced exit against that head's own softmax."""
+def chi_square(draws, probs):
+    """p-value of draws under a distribution; the rarest tokens pooled until each cell expects 5."""
+    expected = probs * len(draws)
+    order = np.argsort(expected)
+    observed = np.bincount(draws, minlength=len(probs))[order].astype(float)
+    cut = np.searchsorted(np.cumsum(expected[order]), 5) + 1
+    observed = np.append(observed[cut:], observed[:cut].sum())
+    expected = np.append(expected[order][cut:], expected[order][:cut].sum())
+    return stats.chisquare(observed, expected).pvalue
+
+
+@pytest.mark.parametrize("mode", [LOSSY, VERIFIED], ids=["lossy", "verified"])
+def test_sampling_draws_from_the_right_distribution(tiny, mode):
+    """χ² of the second draw of many rows: the exit's own distribution, or the full model's."""
     model, params = tiny
-    rows, temperature = 4000, 1.7
-    sampling = Sampling(temperature=temperature)
-    prompts = [PROMPT] * rows
-    batch = run(model, params, prompts, policies.forced(2, 0), 2, sampling=sampling)
+    rows, temperature = 4000, 2.0
+    mode = Mode(mode.skipped, mode.verified, window=2, sampling=Sampling(temperature))
+    batch = run(model, params, [PROMPT] * rows, policies.forced(2, 0), 3, mode=mode)
+    if mode.verified:
+        assert 0 < sum(row.counts.accepted_BW.sum() for row in batch) < rows
     first = np.array([row.tokens[0] for row in batch])
     second = np.array([row.tokens[1] for row in batch])
     # Condition on the most frequent first token, so that all draws share one distribution.
-    common = np.bincount(first).argmax()
+    common = int(np.bincount(first).argmax())
     draws = second[first == common]
-    bound = model.bind(params)
-    hidden, context = bound.backbone.stem({"tokens": jnp.array([[*PROMPT, int(common)]])})
-    hidden = bound.backbone.run_blocks(hidden, 0, 2, context)
-    features, _ = bound.heads[0].features(hidden, context)
-    logits = np.asarray(base.logits(features, bound.exit_tables()[0])[0, -1])
-
-    def chi_square(probs):
-        expected = probs * len(draws)
-        order = np.argsort(expected)
-        observed = np.bincount(draws, minlength=len(probs))[order].astype(float)
-        # Pool the rarest tokens until every cell expects five.
-        cut = np.searchsorted(np.cumsum(expected[order]), 5) + 1
-        observed = np.append(observed[cut:], observed[:cut].sum())
-        expected = np.append(expected[order][cut:], expected[order][:cut].sum())
-        return stats.chisquare(observed, expected).pvalue
-
     assert len(draws) > 200
-    assert chi_square(softmax(logits / temperature)) > 1e-3
-    assert chi_square(softmax(logits)) < 1e-6, "the test cannot tell a wrong temperature"
+    _, exit_logits, final_logits, _ = SlowDecoder(model, params, 6).states([*PROMPT, common])
+    right, wrong = exit_logits[0][5], final_logits[5]
+    if mode.verified:
+        right, wrong = wrong, right
+    assert chi_square(draws, softmax(right / temperature)) > 1e-3
+    assert chi_square(draws, softmax(right)) < 1e-4, "the test cannot tell a wrong temperature"
+    assert chi_square(draws, softmax(wrong / temperature)) < 1e-4, "nor one model from the other"
 
 
 @pytest.mark.parametrize("exits", [1, 3])
@@ -301,3 +470,18 @@ def test_a_policy_for_another_number_of_exits_is_refused(tiny, exits):
 def test_slots_that_do_not_fit_are_refused(tiny, slots):
     with pytest.raises(ValueError, match=f"slots={slots} must be a multiple of 128 that holds"):
         run(*tiny, [[1] * 140], None, 3, slots=slots)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"skipped": "recompute"}, "propagate or defer, not 'recompute'"),
+        ({"verified": True}, "use skipped='defer'"),
+        ({"skipped": "defer", "lookup": True}, "use verified=True"),
+        ({"skipped": "defer", "window": 1}, "window must be 2 to 32 positions, not 1"),
+        ({"row_cost": -1}, "row_cost must be ≥ 0, not -1"),
+    ],
+)
+def test_modes_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Mode(**fields)

@@ -79,17 +79,42 @@ def test_a_character_of_several_tokens_belongs_to_the_last():
     ids = BYTE_LEVEL.encode("é🎉!")
     assert detokenize.pieces(BYTE_LEVEL, ids) == ["", "é", "", "", "", "🎉", "!"]
     assert detokenize.pieces(BYTE_LEVEL, ids[:4]) == ["", "é", "", "�"]
-    assert detokenize.pieces(BYTE_LEVEL, ids[:4], complete=False) == ["", "é", "", ""]
+    assert detokenize.Detokenizer(BYTE_LEVEL).add(ids[:4]) == ["", "é", "", ""]
+
+
+@given(st.lists(st.integers(0, SPECIAL), max_size=20), st.data())
+def test_portions_of_any_size_add_what_the_whole_adds(ids, data):
+    whole = detokenize.Detokenizer(BYTE_LEVEL).add(ids)
+    cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=5).map(sorted))
+    streamed, added = detokenize.Detokenizer(BYTE_LEVEL), []
+    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        portion = streamed.add(np.array(ids[start:end], np.int32))
+        assert len(portion) == end - start
+        added += portion
+    assert added == whole
 
 
 @given(st.lists(st.integers(0, SPECIAL), min_size=1, max_size=20), st.data())
 def test_portions_of_a_stream_join_to_the_whole(ids, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, len(ids) - 1)))) if len(ids) > 1 else []
-    shown = []
-    for end in [*cuts, len(ids)]:
-        so_far = detokenize.pieces(BYTE_LEVEL, ids[:end], complete=end == len(ids))
-        shown += so_far[len(shown) :]
+    detokenizer, shown = detokenize.Detokenizer(BYTE_LEVEL), []
+    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        shown += detokenizer.add(ids[start:end], complete=end == len(ids))
+        assert decode(BYTE_LEVEL, ids[:end]).startswith("".join(shown))
     assert "".join(shown) == decode(BYTE_LEVEL, ids)
+
+
+def test_an_unfinished_character_is_held_back_until_it_is_whole():
+    party = BYTE_LEVEL.encode("🎉")
+    detokenizer = detokenize.Detokenizer(BYTE_LEVEL)
+    assert detokenizer.add(BYTE_LEVEL.encode("a") + party[:1]) == ["a", ""]
+    assert detokenizer.add(party[1:3]) == ["", ""]
+    assert detokenizer.add([]) == []
+    assert detokenizer.add(party[3:]) == ["🎉"]
+    # Where the text ends within a character, what there is of it is given out.
+    assert detokenizer.add(party[:2]) == ["", ""]
+    assert detokenizer.add(BYTE_LEVEL.encode("!"), complete=True) == ["�!"]
+    assert "".join(detokenize.pieces(BYTE_LEVEL, party[:2])) == "�"
 
 
 def test_no_long_text_is_decoded_again_and_again():

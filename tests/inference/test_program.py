@@ -1,5 +1,6 @@
 """What the compiled decoding loop does, read off the program instead of a clock."""
 
+import functools
 import re
 
 import jax
@@ -9,71 +10,85 @@ import pytest
 from conftest import build
 from early_exit import policy as policies
 from early_exit.inference.decode import decode, prefill
-from early_exit.inference.sampling import GREEDY
+from early_exit.inference.mode import DEFERRED, LOOKUP, LOSSY
 from early_exit.inference.state import initial_state
 
 SLOTS = 512
+MODES = {"lossy": LOSSY, "deferred": DEFERRED, "lookup": LOOKUP}
+STOP_IDS = jnp.array([-1])
 
 
-def arguments(head, batch, slots=SLOTS):
-    model, params = build(head=head)
+def arguments(head, batch, mode, slots=SLOTS):
+    model, params = build(head=head, gate=True)
     state = jax.eval_shape(
-        lambda key: initial_state(model, [[1, 2]] * batch, 9, key=key, slots=slots),
+        lambda key: initial_state(model, [[1, 2]] * batch, 9, mode=mode, key=key, slots=slots),
         jax.random.key(0),
     )
     return model, params, state
 
 
-def lowered(stage, head, batch, policy=None, slots=SLOTS):
-    model, params, state = arguments(head, batch, slots)
-    stop_ids = jnp.array([-1])
-    if stage is prefill:
-        return prefill.lower(params, state, stop_ids, model=model, sampling=GREEDY)
-    return decode.lower(params, state, policy, stop_ids, jnp.int32(4), model=model, sampling=GREEDY)
+@functools.cache  # two tests share programs
+def compiled(stage, mode, head, batch, confidence=None, slots=SLOTS):
+    model, params, state = arguments(head, batch, MODES[mode], slots)
+    static = {"model": model, "mode": MODES[mode]}
+    if stage == "prefill":
+        return prefill.lower(params, state, STOP_IDS, **static).compile()
+    policy = confidence and policies.never(2, confidence)
+    counts = jnp.int32(4), jnp.int32(1)
+    return decode.lower(params, state, policy, STOP_IDS, *counts, **static).compile()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("head", ["mlp", "layer"])
-@pytest.mark.parametrize(
-    ("stage", "policy"),
-    [
-        (prefill, None),
-        (decode, None),
-        (decode, policies.never(2)),
-        (decode, policies.never(2, "similarity")),
-    ],
-    ids=["prefill", "full model", "max_prob", "similarity"],
-)
-def test_the_cache_is_never_copied(stage, policy, head, batch):
+# Every mode with one row and with several, every kind of head, both kinds of confidence.
+PROGRAMS = [
+    ("prefill", "lossy", "mlp", 1),
+    ("prefill", "lookup", "layer", 3),
+    ("decode", "lossy", "mlp", 1, None),
+    ("decode", "lossy", "mlp", 1, "similarity"),
+    ("decode", "lossy", "layer", 3, "max_prob"),
+    ("decode", "deferred", "layer", 1, "patience"),
+    ("decode", "deferred", "mlp", 3, "gate"),
+    ("decode", "lookup", "mlp", 1, None),
+    ("decode", "lookup", "layer", 1, "max_prob"),
+    ("decode", "lookup", "layer", 3, "max_prob"),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: "-".join(map(str, p)))
+def test_the_cache_is_never_copied(program):
     """Copying it once a token costs as much as the weights do, long before the context is full."""
-    compiled = lowered(stage, head, batch, policy).compile()
-    cache_shape = re.escape(f"f32[{batch},2,{SLOTS},6]")
-    text = compiled.as_text()
+    text = compiled(*program).as_text()
+    cache_shape = re.escape(f"f32[{program[3]},2,{SLOTS},6]")
     assert re.search(cache_shape, text), "the cache has another shape than this test looks for"
     assert not re.findall(rf"= {cache_shape}\S* copy\(", text)
 
 
-def test_temporary_memory_does_not_grow_with_the_allocated_cache():
-    small, large = (
-        lowered(decode, "mlp", 1, policies.never(2), slots).compile().memory_analysis()
-        for slots in (256, 512)
-    )
-    one_cache_array = 4 * 2 * 256 * 6
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: "-".join(map(str, p)))
+def test_what_the_state_holds_is_updated_in_place(program):
+    """Donated: the caches, first of all."""
+    memory = compiled(*program).memory_analysis()
+    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes - 1024
+
+
+@pytest.mark.parametrize(
+    "program", [PROGRAMS[i] for i in (2, 5, 9)], ids=lambda p: "-".join(map(str, p))
+)
+def test_temporary_memory_does_not_grow_with_the_allocated_cache(program):
+    small = compiled(*program, slots=256).memory_analysis()
+    large = compiled(*program).memory_analysis()
+    one_cache_array = 4 * program[3] * 2 * 256 * 6
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < one_cache_array
-    # Donated: all that the state holds, the caches first of all, is updated in place.
-    assert large.alias_size_in_bytes > 0.99 * large.output_size_in_bytes - 1024
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_decoding_lowers_for_every_platform(batch):
-    model, params, state = arguments("layer", batch)
-    stop_ids, steps = jnp.array([-1]), jnp.int32(4)
+@pytest.mark.parametrize(("mode", "batch"), [("lossy", 1), ("deferred", 3), ("lookup", 3)])
+def test_decoding_lowers_for_every_platform(mode, batch):
+    model, params, state = arguments("layer", batch, MODES[mode])
+    static = {"model": model, "mode": MODES[mode]}
+    counts = jnp.int32(4), jnp.int32(batch)
 
     def run(params, state):
-        state = prefill(params, state, stop_ids, model=model, sampling=GREEDY)
-        return decode(
-            params, state, policies.never(2), stop_ids, steps, model=model, sampling=GREEDY
-        ).tokens_BS
+        state = prefill(params, state, STOP_IDS, **static)
+        state = decode(params, state, policies.never(2), STOP_IDS, *counts, **static)
+        return state.tokens_BS
 
     exported = jax.export.export(jax.jit(run), platforms=["cpu", "cuda", "tpu"])(params, state)
     assert exported.platforms == ("cpu", "cuda", "tpu")

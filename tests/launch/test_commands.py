@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from early_exit.metrics import read_metrics
+from early_exit.report import tokens
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=configs/tiny.py"
@@ -60,6 +61,7 @@ def run(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     settings = {
         "model.source": model,
+        "exits.gate": True,
         "evaluate.epsilons": "(0.6,)",
         "evaluate.prompts": 1,
         "evaluate.new_tokens": 8,
@@ -99,8 +101,11 @@ def test_evaluate_and_report(run, launch):
     assert re.search(r"^full model +[\d.]+ +1\.000 +1\.000 +6\.000$", printed, re.MULTILINE)
     assert re.search(r"^epsilon 0\.60 ", printed, re.MULTILINE)
     results = json.loads((run.folder / "evaluation.json").read_text())
-    assert [row["policy"] for row in results["decoding"]] == ["full model", "epsilon 0.60"]
-    assert results["decoding"][1]["mean_depth"] < 6
+    full, fitted, verified = results["decoding"]
+    names = ["full model", "epsilon 0.60", "verified"]
+    assert [row["policy"] for row in results["decoding"]] == names
+    assert [row["epsilon"] for row in results["decoding"]] == [None, 0.6, None]
+    assert fitted["mean_depth"] < 6 and full["agreement"] == verified["agreement"] == 1
     assert [len(sample["pieces"]) for sample in results["samples"]] == [8, 8]
 
     page = succeeded(launch("report", f"--workdir={run.folder}")).strip()
@@ -110,10 +115,11 @@ def test_evaluate_and_report(run, launch):
 
 
 def answer(done):
-    """(the text, {block: tokens that left after it}) of what `generate` printed."""
+    """(the text, {place: tokens that came from it}) of what `generate` printed."""
     text, _, summary = succeeded(done).rpartition("\n\n")
-    left = re.search(r"left after block (.*)", summary)[1]
-    return text, dict(map(int, pair.split(": ")) for pair in left.split(", "))
+    left = re.search(r"proposed after (.*)", summary)[1]
+    pairs = [pair.split(": ") for pair in left.split(", ")]
+    return text, {place: int(count) for place, count in pairs}
 
 
 def test_generate_chats_and_samples_by_the_seed(run, launch):
@@ -123,7 +129,7 @@ def test_generate_chats_and_samples_by_the_seed(run, launch):
     )
     assert first == second
     text, left = first
-    assert sum(left.values()) == 24 and left[2] + left[4] > 0
+    assert sum(left.values()) == 24 and left["block 2"] + left["block 4"] > 0
     assert len(set(text)) > 5
 
 
@@ -131,7 +137,7 @@ def test_generate_at_full_depth(run, launch):
     """`--full` and a policy that is switched off both leave the exits alone."""
     raw = [f"--workdir={run.folder}", "--prompt=def f(self):", "--raw", "--max_new_tokens=24"]
     coloured, left = answer(launch("generate", *raw, "--full", "--colour=always"))
-    assert left == {2: 0, 4: 0, 6: 24} and "\x1b[" in coloured
+    assert left == {"block 2": 0, "block 4": 0, "block 6": 24} and "\x1b[" in coloured
     path = run.folder / "policy.json"
     policy = path.read_text()
     try:
@@ -141,14 +147,94 @@ def test_generate_at_full_depth(run, launch):
         path.write_text(policy)
 
 
+def test_generate_answers_a_file_losslessly(run, launch, tmp_path):
+    """With lookup: what the exits and the text propose, the full model decides."""
+    prompts = [
+        "def f(self):",
+        "caf\N{LATIN SMALL LETTER E WITH ACUTE}\N{LINE SEPARATOR}1 2 1 2 1 2",
+    ]
+    given, answers = tmp_path / "prompts.jsonl", tmp_path / "new" / "answers.jsonl"
+    lines = [json.dumps({"prompt": text, "id": 7}, ensure_ascii=False) for text in prompts]
+    given.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    raw = [f"--workdir={run.folder}", "--raw", "--max_new_tokens=24"]
+    flags = [f"--input={given}", f"--output={answers}", "--mode=lookup"]
+    printed = succeeded(launch("generate", *raw, *flags))
+    assert printed.splitlines()[-1] == str(answers)
+    assert [path.name for path in answers.parent.iterdir()] == ["answers.jsonl"]
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["prompt"] for row in rows] == prompts
+    for row in rows:
+        assert len(row["tokens"]) == len(row["depths"]) == len(row["log_probs"]) == 24
+        facts = row["statistics"]
+        assert facts["new_tokens"] == sum(facts["exits"].values()) == 24
+        proposed = facts["exits"] | {"text": facts["exits"].get("text", 0)}
+        for depth, place in [(2, "block 2"), (4, "block 4"), (6, "block 6"), (0, "text")]:
+            assert row["depths"].count(depth) == proposed[place]
+        assert sum(facts["drafts_accepted"]) == 24 - proposed["block 6"]
+        assert facts["tokens_per_second"] > 0 and facts["layers_per_token"] >= 6
+    full, _ = answer(launch("generate", *raw, f"--prompt={prompts[0]}", "--full"))
+    assert tokens.printable(rows[0]["text"]) == full
+
+
+def test_generate_answers_the_lines_of_a_text_file(run, launch, tmp_path):
+    """In turns, with fewer rows than prompts; lines are prompts, and what looks like JSON too."""
+    given, answers = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    given.write_text('Hello!\r\n \n{"prompt": 1}\nHello!')
+    flags = [f"--input={given}", f"--output={answers}", "--batch=2", "--max_new_tokens=9"]
+    printed = succeeded(launch("generate", f"--workdir={run.folder}", *flags))
+    assert re.search(r"^ *answers .*\n.*\n *3 +9\.000 ", printed)
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["Hello!", '{"prompt": 1}', "Hello!"]
+    assert rows[0]["tokens"] == rows[2]["tokens"] != rows[1]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --prompt or --input"),
+        (["--prompt=a", "--input={file}", "--output={out}"], "give either --prompt or --input"),
+        (["--input={file}"], "--input and --output go together"),
+        (["--prompt=a", "--output={out}"], "--input and --output go together"),
+        (["--input={file}.txt", "--output={out}"], "No such file.*prompts.jsonl.txt"),
+        (["--prompt=a", "--mode=quick"], "value should be one of <lossy|deferred|verified|lookup>"),
+        (["--prompt=a", "--window=1"], "window must be 2 to 32 positions, not 1"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_answer(launch, tmp_path, flags, message):
+    places = {"file": tmp_path / "prompts.jsonl", "out": tmp_path / "answers.jsonl"}
+    places["file"].write_text('{"prompt": "a"}\n')
+    flags = [flag.format(**places) for flag in flags]
+    said = refused(launch("generate", f"--workdir={tmp_path}", *flags))
+    assert re.search(message.replace("|", r"\|"), said), said
+    assert not places["out"].exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n \n", "prompts.jsonl holds no prompt; write one on each line"),
+        ('{"prompt": "a"}\n\n["prompt"]\n', 'line 3: not an object with a "prompt"'),
+        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2: not an object with a "prompt"'),
+        ("def f(self):\n", 'line 1: not an object with a "prompt"'),
+        ('{"prompt": ["a"]}\n', 'line 1: "prompt" is not text'),
+    ],
+)
+def test_a_file_of_something_else_is_refused(launch, tmp_path, text, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    flags = [f"--workdir={tmp_path}", f"--input={path}", f"--output={tmp_path / 'out'}"]
+    assert message in refused(launch("generate", *flags))
+
+
 def test_another_amount_of_calibration_text_is_recorded_anew(run, launch, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(run.folder, folder)
     before = json.loads((folder / "policy.json").read_text())["provenance"]
-    succeeded(
-        launch("calibrate", *run.flags, "--config.calibrate.batches=1", f"--workdir={folder}")
-    )
-    after = json.loads((folder / "policy.json").read_text())["provenance"]
+    changed = ["--config.calibrate.batches=1", "--config.calibrate.confidence=gate"]
+    succeeded(launch("calibrate", *run.flags, *changed, f"--workdir={folder}"))
+    policy = json.loads((folder / "policy.json").read_text())
+    assert policy["confidence"] == "gate"
+    after = policy["provenance"]
     assert (before["num_batches"], after["num_batches"]) == (4, 1)
     assert after["positions"] < before["positions"]
 
@@ -192,9 +278,74 @@ def test_generate_before_tune_says_what_to_do(launch, tmp_path):
     assert f"no run in {tmp_path}" in refused(done) and "start with launch.tune" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def exported(run, launch, tmp_path_factory):
+    """What the run was exported to: with its backbone, and the exits only."""
+    folder = tmp_path_factory.mktemp("exported")
+    printed = succeeded(launch("export", f"--workdir={run.folder}", f"--to={folder / 'whole'}"))
+    flags = [f"--workdir={run.folder}", f"--to={folder / 'exits'}", "--exits_only"]
+    succeeded(launch("export", *flags))
+    return types.SimpleNamespace(
+        whole=folder / "whole", exits=folder / "exits", printed=printed, folder=folder
+    )
+
+
+def test_an_export_is_whole_and_says_what_it_wrote(exported):
+    names = {path.name for path in exported.whole.iterdir()}
+    heads = {"exits.json", "exits.safetensors", "policy.json"}
+    backbone = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert heads | backbone <= names
+    assert {path.name for path in exported.exits.iterdir()} == heads
+    *rows, last = exported.printed.splitlines()
+    assert {row.split()[0] for row in rows[2:]} == names
+    assert last == f"exported to {exported.whole}"
+    assert {path.name for path in exported.folder.iterdir()} == {"whole", "exits"}
+
+
+def test_an_export_answers_like_its_run(run, exported, launch):
+    raw = ["--prompt=def f(self):", "--raw", "--max_new_tokens=24"]
+    first, whole, exits = (
+        re.sub(r"[\d.]+ tokens/s", "", succeeded(launch("generate", f"--workdir={folder}", *raw)))
+        for folder in (run.folder, exported.whole, exported.exits)
+    )
+    assert first == whole == exits
+
+
+def test_an_export_is_moved_without_its_run(run, exported, launch, tmp_path):
+    """It needs nothing of the folders it came from; heads alone need the backbone."""
+    shutil.copytree(exported.whole, tmp_path / "whole")
+    away = run.model.with_name("away")
+    run.model.rename(away)
+    try:
+        succeeded(launch("generate", f"--workdir={tmp_path / 'whole'}", "--prompt=Hello!"))
+        message = refused(launch("generate", f"--workdir={exported.exits}", "--prompt=Hello!"))
+    finally:
+        away.rename(run.model)
+    assert f"'{run.model}' does not exist" in message
+
+
+def test_an_export_is_calibrated_like_a_run(exported, launch, tmp_path):
+    folder = shutil.copytree(exported.whole, tmp_path / "copy")
+    (folder / "policy.json").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    succeeded(launch("calibrate", f"--workdir={folder}", "--epsilon=0.6"))
+    assert (folder / "policy.json").exists()
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    succeeded(launch("generate", f"--workdir={folder}", "--prompt=Hello!"))
+
+
+def test_no_folder_is_written_over(run, exported, launch):
+    again = launch("export", f"--workdir={run.folder}", f"--to={exported.whole}")
+    assert "exists already; name a new folder" in refused(again)
+    config = (exported.whole / "config.json").read_text()
+    tuned = launch("tune", *run.flags, f"--workdir={exported.whole}")
+    assert f"{exported.whole} holds an exported model; use another --workdir" in refused(tuned)
+    assert (exported.whole / "config.json").read_text() == config
+
+
 def test_help(launch):
     shown = launch("generate", "--help").stdout
-    assert shown.startswith("Answers a prompt with dynamic depth")
+    assert shown.startswith("Answers prompts with dynamic depth")
     assert "python -m launch.generate --workdir=" in shown and "--max_new_tokens" in shown
 
 

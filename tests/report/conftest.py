@@ -3,9 +3,11 @@ import json
 import pytest
 
 
-def decoding_row(epsilon, speed, full_speed=50.0, agreement=1.0, depth=30.0, shares=(0, 0, 1)):
+def decoding_row(
+    epsilon, speed, *, name=None, full_speed=50.0, agreement=1.0, depth=30.0, shares=(0, 0, 1, 0)
+):
     return {
-        "policy": "full model" if epsilon is None else f"epsilon {epsilon:.2f}",
+        "policy": name or ("full model" if epsilon is None else f"epsilon {epsilon:.2f}"),
         "epsilon": epsilon,
         "confidence": "max_prob",
         "tokens_per_second": speed,
@@ -38,8 +40,9 @@ def evaluation():
         ],
         "decoding": [
             decoding_row(None, 50.0),
-            decoding_row(0.9, 60.0, agreement=0.963, depth=24.5, shares=(0.2, 0.3, 0.5)),
-            decoding_row(0.8, 75.0, agreement=0.881, depth=19.0, shares=(0.4, 0.3, 0.3)),
+            decoding_row(0.9, 60.0, agreement=0.963, depth=24.5, shares=(0.2, 0.3, 0.5, 0)),
+            decoding_row(0.8, 75.0, agreement=0.881, depth=19.0, shares=(0.4, 0.3, 0.3, 0)),
+            decoding_row(None, 90.0, name="verified", depth=26.0, shares=(0.1, 0.1, 0.3, 0.5)),
         ],
         "prompts": 8,
         "new_tokens": 64,

@@ -74,6 +74,9 @@ def test_everything_measured_is_on_the_page(write_run):
         "tiny==1.0",
         "exits after blocks 6 and 18",
         "ε 0.80 75.0 1.50× 88.1 % 19.0",  # decoding
+        "verified 90.0 1.80× 100.0 % 26.0",
+        "(verified: exits and earlier text propose, the full model decides) it wrote 90.0 tokens a "
+        "second, 1.80 times the full model's speed; 50.0 % of the tokens were proposed by earlier",
         "18 3.100 44.0 % 37.0 % 22.0 %",  # exits
         "6 never 18 0.8750",  # thresholds
         "method epsilon_accuracy epsilon 0.9 positions 16311 data aaaaaaaaaaaa…",
@@ -135,9 +138,23 @@ def test_the_result_is_of_the_run_s_own_policy_or_else_the_fastest(write_run, ep
     assert said in Page(page.write(workdir)).text.replace("\xa0", " ")
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_looked_up_tokens_have_their_part_of_the_bar(write_run, share):
+    def change(evaluation):
+        rows = evaluation["decoding"]
+        evaluation["decoding"] = [rows[0], rows[1] | {"exit_shares": [0.5, 0.25, 0.25, share]}]
+
+    html = page.write(write_run(change)).read_text(encoding="utf-8")
+    bar = html.split('class="shares"')[2]
+    widths = [float(x) for x in re.findall(r"flex:([\d.]+) 0 0", bar.split("</td>")[0])]
+    assert widths == [0.5, 0.25, 0.25, share]
+    label = re.search(r'aria-label="(.*?)"', bar, re.DOTALL)[1]
+    assert ("looked up: 25.0" in label) == (share > 0)
+
+
 def test_without_policies_measured_nothing_is_claimed(write_run):
     def change(evaluation):
-        evaluation["decoding"] = evaluation["decoding"][:1]
+        evaluation["decoding"] = [r for r in evaluation["decoding"] if r["epsilon"] is None]
 
     shown = Page(page.write(write_run(change))).text
     assert "nothing can be said yet" in shown and "as fast" not in shown
@@ -170,7 +187,10 @@ def test_an_evaluation_without_a_part_names_it_and_leaves_the_old_page(write_run
 
 
 def test_an_evaluation_needs_the_full_model(write_run):
-    workdir = write_run(lambda evaluation: evaluation["decoding"].pop(0))
+    def change(evaluation):
+        evaluation["decoding"] = [r for r in evaluation["decoding"] if r["epsilon"] is not None]
+
+    workdir = write_run(change)
     with pytest.raises(ValueError, match="a decoding row of the full model"):
         page.write(workdir)
 

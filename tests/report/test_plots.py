@@ -7,6 +7,7 @@ import pytest
 from early_exit.report import plots
 
 DEPTHS = [6, 12, 18, 24, 30]
+LABELS = {"full model", "verified", "ε 0.90", "ε 0.80"}
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
@@ -65,25 +66,33 @@ def test_the_same_data_gives_the_same_plot(evaluation):
 
 def test_points_stand_where_their_numbers_say(evaluation):
     svg = plots.quality_against_speed(evaluation["decoding"])
-    assert {"full model", "ε 0.90", "ε 0.80"} <= texts(svg).keys()
+    assert texts(svg).keys() >= LABELS
     # Markers that are not ticks: those of the lines, drawn last.
     root = ElementTree.fromstring(svg)
     lines = [g for g in root.iter(f"{SVG}g") if "-line2d_" in g.get("id", "")]
     marks = [u for g in lines for u in g.iter(f"{SVG}use") if "--accent" in u.get("style")]
     marks += [u for g in lines for u in g.iter(f"{SVG}use") if "--ink" in u.get("style")]
     at = np.array([(float(mark.get("x")), float(mark.get("y"))) for mark in marks])
-    expected = np.array([(75.0, 88.1), (60.0, 96.3), (50.0, 100.0)])
+    expected = np.array([(75.0, 88.1), (60.0, 96.3), (50.0, 100.0), (90.0, 100.0)])
     for axis in (0, 1):
         slope, offset = np.polyfit(expected[:, axis], at[:, axis], 1)
         np.testing.assert_allclose(slope * expected[:, axis] + offset, at[:, axis], atol=1e-3)
         assert (slope > 0) == (axis == 0)  # SVG's y points down
 
 
+def test_the_dashed_line_is_the_full_models_speed(evaluation):
+    """Whatever else is lossless: left of it is slower than doing nothing."""
+    both = plots.quality_against_speed(evaluation["decoding"])
+    alone = plots.quality_against_speed(evaluation["decoding"][:-1])
+    dashed = [len(re.findall("stroke-dasharray: ?[1-9]", svg)) for svg in (both, alone)]
+    assert dashed == [1, 1]
+
+
 def test_equal_points_get_labels_apart(evaluation):
     for row in evaluation["decoding"]:
         row |= {"tokens_per_second": 50.0, "agreement": 1.0}
     at = texts(plots.quality_against_speed(evaluation["decoding"]))
-    heights = sorted(at[label][1] for label in ("full model", "ε 0.90", "ε 0.80"))
+    heights = sorted(at[label][1] for label in LABELS)
     assert np.diff(heights).min() > 10
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -231,6 +232,63 @@ def test_the_loss_falls_on_a_fixed_batch(heads):
         seen.append([float(metrics["loss/exit_2"]), float(metrics["loss/exit_4"])])
     assert (np.array(seen[-1]) < 0.5 * np.array(seen[0])).all(), (seen[0], seen[-1])
     assert state["step"] == 30
+
+
+@pytest.mark.parametrize("heads", ["mlp", "layer"])
+def test_gates_leave_what_the_heads_learn_alone(heads):
+    """Their loss is beside the heads' and has no part in it, nor the heads' in theirs."""
+    gated, params = build(**HEADS[heads], gate=True)
+    bare = MultiExit(gated.config, dataclasses.replace(gated.exits, gate=False))
+    exits = {
+        point: {name: part for name, part in head.items() if name != "gate"}
+        for point, head in params["exits"].items()
+    }
+
+    def slope(model, exits):
+        _, frozen = parts(params, PLAIN)
+        given = {"model": model, "recipe": RECIPES["kl"]}
+
+        @jax.jit
+        def run(exits, frozen, batch):
+            observed = steps.observe(frozen, batch, **given)
+            return jax.grad(steps.heads_loss, has_aux=True)(exits, frozen, observed, **given)
+
+        gradients, per_exit = run(exits, frozen, packed())
+        return tree.flatten(gradients), per_exit
+
+    without, losses = slope(bare, exits)
+    with_gates, same_losses = slope(gated, params["exits"])
+    np.testing.assert_allclose(same_losses, losses, rtol=1e-6)
+    for path, gradient in without.items():
+        np.testing.assert_allclose(with_gates[path], gradient, rtol=1e-5, atol=1e-6)
+    of_gates = {path: g for path, g in with_gates.items() if path not in without}
+    assert of_gates and all("/gate/" in path and g.any() for path, g in of_gates.items())
+
+
+@pytest.mark.parametrize("loss", steps.LOSSES)
+def test_gates_learn_where_their_heads_are_right(loss):
+    """Judged as they are used: gates alone are tuned, and their scores tell right from wrong."""
+    model, params = build(gate=True, classes=30)
+    state, frozen = parts(params, ADAM)
+    batch = packed(rows=8)
+    recipe = steps.Recipe(loss, (0.0, 0.0))
+    seen = []
+    for _ in range(60):
+        state, metrics = step(state, frozen, batch, model=model, recipe=recipe, optimizer=ADAM)
+        seen.append(float(metrics["loss"]))
+    assert seen[-1] < 0.5 * seen[0], seen
+    bound = model.bind(frozen | {"exits": state["exits"]})
+    hidden, context = bound.backbone.stem(batch)
+    states = list(bound.hidden_at_exits(hidden, context, model.exit_depths.tolist()))
+    exits, final = whole_logits(frozen | {"exits": state["exits"]}, batch, model=model)
+    labels, mask = (np.asarray(x) for x in next_token_targets(batch))
+    target = labels if loss == "cross_entropy" else np.asarray(final).argmax(-1)
+    said = np.append(params["token_ids"], -1)
+    for head, h, logits in zip(bound.heads, states, exits, strict=False):
+        right = said[np.asarray(logits).argmax(-1)] == target
+        scores, right = (np.asarray(x)[mask > 0] for x in (head.gate_score(h), right))
+        assert right.any() and not right.all()
+        assert scores[right].mean() > scores[~right].mean() + 0.5
 
 
 def test_weights():
