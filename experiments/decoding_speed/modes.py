@@ -1,0 +1,176 @@
+"""What each way of decoding is worth: modes × kinds of text × batch, each beside the full model.
+
+    python -m experiments.decoding_speed.modes --workdir=runs/demo            # 12 minutes
+    python -m experiments.decoding_speed.modes --workdir=runs/demo --check
+    python -m experiments.decoding_speed.modes --workdir=runs/demo --peers    # extra `parity`
+
+Greedy, float32. All cases of a kind take turns in one process; a speed-up is the median over rounds
+of the ratio within a round. Needs a tuned run of SmolLM2-135M (`make demo` leaves one).
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import flags
+
+from early_exit import assemble
+from early_exit.inference.generate import Decoder
+from early_exit.inference.mode import DEFERRED, LOOKUP, LOSSY, VERIFIED
+from early_exit.metrics import table
+from early_exit.pretrained.export import export_backbone
+from experiments import bars
+from experiments.decoding_speed import prompts
+from experiments.decoding_speed.timing import Turns, decode_case
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
+PEERS = flags.DEFINE_bool("peers", False, "Time transformers too, on the same weights (torch).")
+PLOT = flags.DEFINE_string("plot", None, "File for the plot, as SVG or PNG.")
+
+FULL = "full model"
+
+
+def main(argv):
+    del argv
+    count, new_tokens, rounds = (2, 32, 1) if bars.QUICK.value else (4, 96, 2)
+    tuned = assemble.load_tuned(Path(WORKDIR.value))
+    policy = assemble.load_policy(tuned)
+    modes = {
+        FULL: (None, LOSSY),
+        "lossy": (policy, LOSSY),
+        "deferred": (policy, DEFERRED),
+        "verified: exits": (policy, VERIFIED),
+        "verified: lookup": (None, LOOKUP),
+        "verified: both": (policy, LOOKUP),
+    }
+    kinds = prompts.load(tuned, count)
+    rows, speedups = [], {}
+    for kind, texts in kinds.items():
+        for batch in (1, len(texts)):
+            if batch > 1 and kind not in ("code", "copy"):
+                continue
+            cases = {
+                name: _case(
+                    Decoder(tuned.model, tuned.params, p, (), mode), texts, new_tokens, batch
+                )
+                for name, (p, mode) in modes.items()
+            }
+            if PEERS.value and (kind, batch) == ("code", 1):
+                cases |= _peers(tuned, texts, new_tokens)
+            turns = Turns(cases, rounds)
+            for name in cases:
+                speedup = 1 / turns.ratio(name, FULL)
+                speedups[kind, batch, name] = speedup
+                rate = len(texts) * new_tokens / turns.median(name)
+                rows.append((kind, batch, name, rate, speedup, *_facts(turns, name, tuned)))
+            print(table(rows[-len(cases) :], header=_HEADER), flush=True)
+    if PLOT.value:
+        _plot(speedups, Path(PLOT.value))
+    verified = [name for name in modes if name.startswith("verified")]
+    worst = {key: s for key, s in speedups.items() if key[2] in verified and key[1] == 1}
+    slowest = min(worst, key=worst.get)
+    checks = [
+        bars.Bar(f"verified, slowest ({slowest[0]}, {slowest[2]})", worst[slowest], 0.95, True),
+        bars.Bar(
+            "verified on code, fastest", max(speedups["code", 1, m] for m in verified), 1.25, True
+        ),
+        bars.Bar("verified: lookup, on copy", speedups["copy", 1, "verified: lookup"], 1.8, True),
+    ]
+    if PEERS.value:
+        speedup = 1 / speedups["code", 1, "transformers"]
+        checks.append(bars.Bar("full model ÷ transformers", speedup, 2.0, True))
+    bars.conclude({"/".join(map(str, key)): s for key, s in speedups.items()}, checks)
+
+
+_HEADER = ("text", "batch", "mode", "tokens/s", "speed-up", "equal", "blocks/token", "accepted")
+
+
+def _case(decoder, texts, new_tokens, batch):
+    """All texts, `batch` at a time."""
+    parts = [
+        decode_case(decoder, texts[i : i + batch], new_tokens, 512)
+        for i in range(0, len(texts), batch)
+    ]
+
+    def run():
+        results = [part() for part in parts]
+        return sum(seconds for seconds, _ in results), [g for _, gs in results for g in gs]
+
+    return run
+
+
+def _facts(turns, name, tuned) -> tuple:
+    """Share of tokens equal to the full model's run, blocks per token, share of drafts accepted."""
+    answers = turns.answers[name]
+    if answers is None:
+        return None, None, None
+    full = np.stack([answer.tokens for answer in turns.answers[FULL]])
+    tokens = np.stack([answer.tokens for answer in answers])
+    drafted = sum(answer.counts.drafted_BW.sum() for answer in answers)
+    accepted = sum(answer.counts.accepted_BW.sum() for answer in answers)
+    blocks = sum(answer.layer_tokens for answer in answers) / (tokens.size - len(tokens))
+    return float((tokens == full).mean()), blocks, accepted / drafted if drafted else None
+
+
+def _peers(tuned, texts, new_tokens) -> dict:
+    """transformers, greedy and with its early-exit assistant, on the same weights and prompts."""
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        export_backbone(folder, tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
+        peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def case(**settings):
+        def run():
+            seconds = 0.0
+            for text in texts:
+                inputs = torch.tensor([text])
+                lengths = {"min_new_tokens": new_tokens + 1, "max_new_tokens": new_tokens + 1}
+                # The first token comes out of the prompt's pass, which is not timed here either.
+                began = time.perf_counter()
+                with torch.no_grad():
+                    peer.generate(inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
+                prefill = time.perf_counter() - began
+                began = time.perf_counter()
+                with torch.no_grad():
+                    peer.generate(inputs, do_sample=False, pad_token_id=0, **lengths, **settings)
+                seconds += time.perf_counter() - began - prefill
+            return seconds, None
+
+        return run
+
+    return {
+        "transformers": case(),
+        f"transformers, assistant_early_exit={tuned.model.exits.points[0]}": case(
+            assistant_early_exit=tuned.model.exits.points[0]
+        ),
+    }
+
+
+def _plot(speedups: dict, path: Path) -> None:
+    """A bar for each mode in groups of text and batch."""
+    groups = list(dict.fromkeys(key[:2] for key in speedups))
+    names = [n for n in dict.fromkeys(key[2] for key in speedups) if n != FULL]
+    names = [n for n in names if not n.startswith("transformers")]
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        heights = [speedups[(*group, name)] for group in groups]
+        places = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
+        axes.bar(places, heights, width * 0.92, label=name)
+    axes.axhline(1, color="0.3", linewidth=0.8)
+    axes.set_xticks(range(len(groups)), [f"{kind}, batch {batch}" for kind, batch in groups])
+    axes.set_ylabel("speed-up over the full model")
+    axes.legend(ncols=len(names), fontsize=7, frameon=False, loc="upper center")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.18)
+    figure.savefig(path)
+    print(f"plot in {path}")
+
+
+if __name__ == "__main__":
+    bars.run(main)
