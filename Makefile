@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m launch.report --workdir=$(RUN)
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -q --durations=10
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["hypothesis>=6.100", "pytest>=8.4", "ruff>=0.17,<0.18", "scipy>=1.14"]
+TEST = ["hypothesis>=6.100", "pytest>=8.4", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "scipy>=1.14"]
 
 setup(
     name="early_exit",

@@ -6,20 +6,13 @@ pooler if the network has one.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from early_exit.backbones import base
+from early_exit.backbones import base, layers
 
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "none": None}
 
 
@@ -35,7 +28,7 @@ class EncoderConfig(base.BackboneConfig):
         the classifier; `none`, the first position itself.
       pad_position: None, positions count from 0 in every row; a number (RoBERTa), they count real
         tokens only, from the number after this one, and padding is at this one.
-      activation: of the feed-forward part.
+      activation: of the feed-forward part, one of `layers.ACTIVATIONS`.
     """
 
     vocab_size: int
@@ -54,7 +47,7 @@ class EncoderConfig(base.BackboneConfig):
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        for name, known in (("activation", ACTIVATIONS), ("pooler", POOLERS)):
+        for name, known in (("activation", layers.ACTIVATIONS), ("pooler", POOLERS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}"
@@ -125,7 +118,7 @@ class MLP(nnx.Module):
         self.down = _linear(config.mlp_width, config.width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
 
 
 class Block(nnx.Module):

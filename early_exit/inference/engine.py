@@ -30,9 +30,9 @@ from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.inference import cache as caches
 from early_exit.inference import sampling as samplings
 from early_exit.inference import speculate
-from early_exit.inference.cost import cost
 from early_exit.inference.mode import Mode
 from early_exit.inference.state import DecodeState
+from early_exit.inference.traffic import traffic
 from early_exit.policy import ExitPolicy
 
 # What a row waiting in front of a segment counts: 1, more by LAG for each token that it has to go
@@ -69,7 +69,7 @@ class Engine:
     def of(cls, params: base.Params, policy, stop_ids, *, model: MultiExit, mode: Mode) -> "Engine":
         bound = model.bind(params)
         tables = () if policy is None else bound.exit_tables()
-        depth_shares, head_shares = cost(model, params).shares()
+        depth_shares, head_shares = traffic(model, params).shares()
         return cls(model, mode, bound, tables, policy, stop_ids, depth_shares, head_shares)
 
     @property

@@ -16,10 +16,10 @@ import numpy as np
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.inference import cache as caches
-from early_exit.inference.cost import cost
 from early_exit.inference.decode import decode, prefill
 from early_exit.inference.mode import LOSSY, Mode
 from early_exit.inference.state import Counts, DecodeState, check_prompts, initial_state
+from early_exit.inference.traffic import traffic
 from early_exit.policy import ExitPolicy
 
 FOREVER = np.int32(2**31 - 1)
@@ -38,7 +38,7 @@ class Generation:
       log_probs: float32 [n], at temperature 1: the full model's in verified decoding, otherwise
         those of the exit it left at.
       layer_tokens: blocks run after the prefill, summed over positions.
-      bytes_read: weights and cache read after the prefill, by the cost model (`inference.cost`);
+      bytes_read: weights and cache read after the prefill, by the cost model (`inference.traffic`);
         rows of a batch share what they read together.
       counts: this row's `inference.state.Counts`, as numpy arrays.
       seconds: time spent after the prefill, on all rows of the batch together.
@@ -76,8 +76,8 @@ class Decoder:
         return jnp.array([*self.stop_ids, *[-1] * padding], jnp.int32)
 
     @functools.cached_property
-    def _cost(self):
-        return cost(self.model, self.params)
+    def _traffic(self):
+        return traffic(self.model, self.params)
 
     def start(self, prompts, max_new_tokens, keys, slots) -> DecodeState:
         """The state of a batch after its prompts."""
@@ -125,7 +125,7 @@ class Decoder:
                     depths=depths[exits],
                     log_probs=state.log_prob_BS[row, new],
                     layer_tokens=int(counts.positions_BE @ np.diff(self.model.segments)[:, 0]),
-                    bytes_read=self._cost.bytes_read(counts, exits[1:], self.mode),
+                    bytes_read=self._traffic.bytes_read(counts, exits[1:], self.mode),
                     counts=counts,
                     seconds=seconds[row],
                 )

@@ -4,7 +4,7 @@
     python -m experiments.decoding_speed.depth --check    # exits 1 if a bar falls short
 
 All cases take turns in one process and are reported as ratios to the full model, medians over
-rounds. Beside each stands what the cost model (`early_exit.inference.cost`) says: the bytes that
+rounds. Beside each stands what the cost model (`early_exit.inference.traffic`) says: the bytes that
 it reads, passes with several positions weighted by what such a pass of the full model costs, which
 is measured in the same run as the time of a batch of as many rows.
 """
@@ -19,9 +19,9 @@ from configs.smollm2_135m import SOURCE
 from early_exit import policy as policies
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.cost import cost
 from early_exit.inference.generate import Decoder
 from early_exit.inference.mode import LOSSY, Mode
+from early_exit.inference.traffic import traffic
 from early_exit.metrics import table
 from early_exit.pretrained.load import load
 from experiments import bars
@@ -46,7 +46,7 @@ def main(argv):
 
     modes = {"full": LOSSY}
     cases = {
-        "memory bound": _memory_bound(cost(model, params).full, tokens),
+        "memory bound": _memory_bound(traffic(model, params).full, tokens),
         "full": case(None),
         "no exit fires": case(policies.never(len(DEPTHS))),
         "batch 4": case(None, prompts=[PROMPT] * 4),
@@ -74,7 +74,7 @@ def main(argv):
 
     def modelled(name):
         (answer,) = turns.answers[name]
-        return cost(model, params).bytes_read(
+        return traffic(model, params).bytes_read(
             answer.counts, answer.exits[1:], modes[name], factors(modes[name])
         )
 

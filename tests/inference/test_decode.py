@@ -459,6 +459,19 @@ def test_sampling_draws_from_the_right_distribution(tiny, mode):
     assert chi_square(draws, softmax(wrong / temperature)) < 1e-4, "nor one model from the other"
 
 
+@every_mode
+def test_bfloat16_weights_are_decoded_in_bfloat16(tiny, mode):
+    model, params = tiny
+    half = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), params)
+    decoder = Decoder(model, half, policies.make([0.2, 0.2]), (), mode)
+    state = decoder.run(decoder.start([PROMPT], 12, jax.random.key(0), None))
+    assert state.hidden_BWD.dtype == state.cache["block/0"][0].dtype == jax.numpy.bfloat16
+    (got,) = decoder.generations(state, [0.0])
+    _, exits, final, _ = SlowDecoder(model, params, 6).states([*PROMPT, got.tokens[0]])
+    assert np.isfinite(got.log_probs).all() and len(got.tokens) == 12
+    assert final[4][got.tokens[0]] > final[4].max() - 0.05 * np.ptp(final[4])
+
+
 @pytest.mark.parametrize("exits", [1, 3])
 def test_a_policy_for_another_number_of_exits_is_refused(tiny, exits):
     """An index past its end would be clamped, and some other exit's threshold used."""

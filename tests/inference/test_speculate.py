@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from early_exit import policy as policies
 from early_exit.inference import speculate
-from early_exit.inference.cost import cost
 from early_exit.inference.generate import generate
 from early_exit.inference.mode import Mode
+from early_exit.inference.traffic import traffic
 
 SLOTS, COUNT = 40, 7
 look_up = jax.jit(speculate.look_up, static_argnames="count")
@@ -159,7 +159,7 @@ def test_drafts_that_never_stand_cost_little_in_the_loop(tiny):
     asked, drafted = int(got.counts.evaluations_BE[1]), got.counts.drafted_BW.sum()
     accepted = int(got.counts.accepted_BW.sum())
     assert 0 < drafted <= asked and accepted < 0.2 * drafted
-    depths, heads = cost(model, params).shares()
+    depths, heads = traffic(model, params).shares()
     # The head, and the blocks before it once more for the token that the full model says instead.
     spent = asked * heads[1] + (drafted - accepted) * depths[1]
     dearest = heads[1] + depths[1] + mode.row_cost

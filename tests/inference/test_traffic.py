@@ -8,9 +8,9 @@ import pytest
 from conftest import TINY, build
 from early_exit import policy as policies
 from early_exit.exits.heads import Gate
-from early_exit.inference.cost import cost
 from early_exit.inference.generate import generate
 from early_exit.inference.mode import Mode
+from early_exit.inference.traffic import traffic
 
 # Numbers of the tiny model, counted by hand: width 24, 4 heads and 2 key/value heads of 6, MLP 40.
 D, V = 24, 61
@@ -29,7 +29,7 @@ def test_weights_are_counted_as_by_hand(head, output, classes):
     model, params = build(points=(1, 4), head=head, output=output, classes=classes)
     # What a head reads of an output matrix, its own or the backbone's: its classes' rows.
     rows = (classes + 1 if classes else V) * D
-    got = cost(model, params)
+    got = traffic(model, params)
     assert got.segments.tolist() == [4 * BLOCK, 12 * BLOCK, 8 * BLOCK]
     assert got.heads.tolist() == [4 * (PARTS[head] + rows)] * 2 + [4 * (D + TABLE)]
     assert got.propagated.tolist() == [4 * 2 * PROJECTION * blocks for blocks in (1, 3, 2)]
@@ -41,14 +41,14 @@ def test_weights_are_counted_as_by_hand(head, output, classes):
 
 
 def test_a_gate_belongs_to_its_head():
-    without, with_gate = (cost(*build(gate=gate)).heads for gate in (False, True))
+    without, with_gate = (traffic(*build(gate=gate)).heads for gate in (False, True))
     assert (with_gate - without).tolist() == [4 * GATE, 4 * GATE, 0]
 
 
 def test_an_untied_readout_is_the_output_matrix():
     """The embedding, of which a token needs one row, is not read."""
     tied, untied = (
-        cost(*build(dataclasses.replace(TINY, tied=tied))).heads for tied in (True, False)
+        traffic(*build(dataclasses.replace(TINY, tied=tied))).heads for tied in (True, False)
     )
     assert tied.tolist() == untied.tolist()
 
@@ -57,9 +57,9 @@ def test_shapes_are_enough_and_half_floats_half_as_much():
     model, params = build(head="layer", classes=20, output="shared", gate=True)
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    for field in dataclasses.fields(cost(model, params)):
+    for field in dataclasses.fields(traffic(model, params)):
         exact, of_whole, of_half = (
-            getattr(cost(model, p), field.name) for p in (params, whole, half)
+            getattr(traffic(model, p), field.name) for p in (params, whole, half)
         )
         np.testing.assert_array_equal(of_whole, exact)
         np.testing.assert_array_equal(of_half * 2, exact)
@@ -67,8 +67,8 @@ def test_shapes_are_enough_and_half_floats_half_as_much():
 
 def test_a_model_without_heads_costs_its_backbone(tiny):
     model, params = tiny
-    got = cost(model, {"backbone": params["backbone"]})
-    assert got.heads.tolist() == [0, 0, 4 * (D + TABLE)] and got.full == cost(model, params).full
+    got = traffic(model, {"backbone": params["backbone"]})
+    assert got.heads.tolist() == [0, 0, 4 * (D + TABLE)] and got.full == traffic(model, params).full
 
 
 PROMPT = [7, 3, 52, 11, 29]
@@ -83,7 +83,7 @@ def bytes_of(tiny, policy, mode, factors=None):
     (got,) = generate(model, params, [PROMPT], policy=policy, mode=mode, max_new_tokens=7)
     if factors is None:
         return got.bytes_read
-    return cost(model, params).bytes_read(got.counts, got.exits[1:], mode, factors)
+    return traffic(model, params).bytes_read(got.counts, got.exits[1:], mode, factors)
 
 
 def read_at(position, blocks):
@@ -129,7 +129,7 @@ def test_a_check_of_drafts_reads_as_wide_as_the_last_segment(tiny):
     (got,) = generate(model, params, [PROMPT], policy=policy, mode=mode, max_new_tokens=7)
     of_widths = (np.array(factors) for factors in ([1, 1], [1, 2]))
     plain, wide = (
-        cost(model, params).bytes_read(got.counts, got.exits[1:], mode, factors)
+        traffic(model, params).bytes_read(got.counts, got.exits[1:], mode, factors)
         for factors in of_widths
     )
     checks = got.counts.passes_BEN[:, 1]

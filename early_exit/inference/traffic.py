@@ -15,7 +15,7 @@ from early_exit.inference.mode import Mode
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class Traffic:
     """Bytes that decoding reads; E exits and the final one.
 
     Attributes:
@@ -65,8 +65,8 @@ class Cost:
         return float(total)
 
 
-def cost(model: MultiExit, params) -> Cost:
-    """The cost of decoding with these parameters, arrays or their shapes."""
+def traffic(model: MultiExit, params) -> Traffic:
+    """What decoding with these parameters reads, arrays or their shapes."""
     backbone, segments = params["backbone"], model.segments
     blocks = [backbone["blocks"][str(i)] for i in range(model.config.depth)]
     projections = [[block["attention"][name] for name in ("key", "value")] for block in blocks]
@@ -83,7 +83,7 @@ def cost(model: MultiExit, params) -> Cost:
         if "exits" in params
     ] or [0] * len(model.exits.points)
     readout = tree.size_in_bytes((backbone["final_norm"], table))
-    return Cost(
+    return Traffic(
         segments=np.array([tree.size_in_bytes(blocks[a:b]) for a, b in segments]),
         heads=np.array([*heads, readout]),
         propagated=np.array([tree.size_in_bytes(projections[a:b]) for a, b in segments]),
