@@ -22,7 +22,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from early_exit import confidence as confidences
 from early_exit.backbones import base
@@ -237,21 +236,10 @@ class Engine:
         past = state.cache.get(f"exit/{self.model.exits.points[exit_index]}")
         progress_B = state.progress_B
 
-        next_depth = self.model.exit_depths[exit_index + 1]
-        must_B = policy.overdrawn(state.account_B, next_depth)
-        wanted_B = active_B & (policy.consults(exit_index) | must_B)
-        if self.mode.skipped == "defer":
-            # The next position must still fit in beside those that wait.
-            wanted_B &= state.newest_B + 2 - state.filled_BE[:, -1] <= self.mode.window
+        must_B = policy.overdrawn(state.account_B, self.model.exit_depths[exit_index + 1])
+        wanted_B = active_B & (policy.consults(exit_index) | must_B) & self._may_leave(state)
         if self.mode.verified:
-            # The last token is the full model's, so that none is left unchecked when a row ends.
-            wanted_B &= state.newest_B + 2 < state.limit_B
-            worth_B = state.worth_BE[:, exit_index]
-            refused_B = wanted_B & (worth_B < 0)
-            wanted_B &= ~refused_B
-            worth_B = speculate.consulted(worth_B, wanted_B, self.head_shares[exit_index])
-            worth_B = speculate.refused(worth_B, refused_B)
-            state = state.change(worth_BE=state.worth_BE.at[:, exit_index].set(worth_B))
+            state, wanted_B = self._worthwhile(state, exit_index, wanted_B)
         by_hidden = policy.confidence in confidences.FROM_HIDDEN
         if by_hidden:
             if policy.confidence == "similarity":
@@ -303,6 +291,26 @@ class Engine:
             exit_index=exit_index,
         )
 
+    def _may_leave(self, state: DecodeState) -> jax.Array:
+        """bool [B], rows where the newest position need not go all the way."""
+        may_B = jnp.ones_like(state.finished_B)
+        if self.mode.skipped == "defer":
+            # The next position must still fit in beside those that wait.
+            may_B &= state.newest_B + 2 - state.filled_BE[:, -1] <= self.mode.window
+        if self.mode.verified:
+            # The last token is the full model's, so that none is left unchecked when a row ends.
+            may_B &= state.newest_B + 2 < state.limit_B
+        return may_B
+
+    def _worthwhile(self, state: DecodeState, exit_index: int, wanted_B):
+        """(state, those of the wanted rows where consulting this exit has paid lately)."""
+        worth_B = state.worth_BE[:, exit_index]
+        refused_B = wanted_B & (worth_B < 0)
+        wanted_B &= ~refused_B
+        worth_B = speculate.consulted(worth_B, wanted_B, self.head_shares[exit_index])
+        worth_B = speculate.refused(worth_B, refused_B)
+        return state.change(worth_BE=state.worth_BE.at[:, exit_index].set(worth_B)), wanted_B
+
     def conclude(self, state: DecodeState, active_B, first_B, widths) -> DecodeState:
         """The full model's tokens after the positions from `first_B` to the newest.
 
@@ -338,7 +346,8 @@ class Engine:
                 state.tokens_BS, self._positions(first_B + 1, state, widths[-1] - 1), axis=1
             )
             accepted_B = speculate.accepted(drafts, tokens[:, :-1], drafted_B)
-            state = self._settle(state, first_B, drafted_B, accepted_B)
+            width = jnp.array(widths)[narrowest]
+            state = self._settle(state, first_B, drafted_B, accepted_B, active_B.sum(), width)
         state = state.count(
             evaluations_BE=self._column(self.final, waiting_B),
             head_passes_BE=self._column(self.final, active_B / jnp.maximum(active_B.sum(), 1)),
@@ -432,25 +441,36 @@ class Engine:
             worth_BE=state.worth_BE.at[:, self.final].set(worth_B),
         )
 
-    def _settle(self, state: DecodeState, first_B, drafted_B, accepted_B) -> DecodeState:
-        """Books which drafts stood, and what that says about where they came from."""
-        window, batch = self.mode.window, len(drafted_B)
-        place = jnp.arange(window)[None]
+    def _settle(
+        self, state: DecodeState, first_B, drafted_B, accepted_B, rows: jax.Array, width: jax.Array
+    ) -> DecodeState:
+        """Books which drafts stood, and what that says about where they came from.
+
+        Args:
+          rows, width: int32, how many rows the pass was for, and its positions in each.
+        """
+        place = jnp.arange(self.mode.window)[None]
         kept = place < accepted_B[:, None]
         dropped = ~kept & (place < drafted_B[:, None])
-        at = self._positions(first_B + 1, state, window)
+        at = self._positions(first_B + 1, state, self.mode.window)
         source = jnp.minimum(jnp.take_along_axis(state.exit_BS, at, axis=1), self.final)
-        # What a further position adds to a row's share of a pass.
-        further = self.mode.row_cost / (1 / batch + self.mode.row_cost * (1 - 1 / batch))
-        # A looked-up token had no pass of its own before; one from an exit had, as deep as that.
-        own = np.array([*self.depth_shares[:-1], 0.0])
+        # In tokens of plain decoding, where a pass gives each of the B rows one: what each draft
+        # adds to this pass, as wide as it is for all rows; and what a pass of its own would have
+        # cost the row, had it shared that with as many.
+        batch, row_cost = len(drafted_B), self.mode.row_cost
+        token = (1 + row_cost * (batch - 1)) / batch
+        further = row_cost * (width - 1) * batch / jnp.maximum(drafted_B.sum(), 1) / token
+        alone = 1 / jnp.maximum(rows, 1)
+        # A draft of an exit has had a pass as deep as that; one that was looked up, none.
+        own = jnp.array([*self.depth_shares[:-1], 0.0], jnp.float32)
+        saved = jnp.where(jnp.arange(self.final + 1) < self.final, alone, 1.0)
         worth_BE = speculate.settled(
             state.worth_BE,
             source,
             kept,
             dropped,
-            gains=jnp.asarray((1 - own) * (1 - further), jnp.float32),
-            losses=jnp.asarray(own + further * (1 - own), jnp.float32),
+            gains=(1 - own) * (saved - further),
+            losses=own + (1 - own) * further,
         )
         return state.change(worth_BE=worth_BE).count(
             drafted_BW=(kept | dropped).astype(jnp.int32), accepted_BW=kept.astype(jnp.int32)
