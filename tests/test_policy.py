@@ -153,7 +153,11 @@ POSITIVE = st.none() | st.floats(2**-126, width=32, allow_infinity=False)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(THRESHOLDS, min_size=1, max_size=4), POSITIVE, POSITIVE)
+@given(
+    st.lists(THRESHOLDS, min_size=1, max_size=4),
+    POSITIVE,
+    st.none() | st.floats(1, 1000, width=32),  # below the first exit none can be kept
+)
 def test_policies_come_back_from_json(tmp_path_factory, thresholds, decay, budget):
     path = tmp_path_factory.mktemp("policy") / "policy.json"
     given = {"decay": decay, "budget": budget}

@@ -135,8 +135,9 @@ def test_timms_config_names_a_network_by_its_architecture(tmp_path):
     assert torchvision.config(timm) == ResNetConfig.imagenet(50, num_classes=11)
     assert torchvision.config({"model_type": "resnet34"}) == ResNetConfig.imagenet(34)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
+    # As many numbers as a ResNet-18 has, but hardly a tensor of it.
     tensors = {f"layer1.{i}.conv1.weight": np.zeros((64, 64, 3, 3), np.float16) for i in range(2)}
-    tensors |= {f"fc.bias{i}": np.zeros(1) for i in range(6)}
+    tensors |= {f"fc.bias{i}": np.zeros(500_000, np.float16) for i in range(6)}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError) as error:
         load(str(tmp_path))
