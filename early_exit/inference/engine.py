@@ -216,10 +216,13 @@ class Engine:
 
     def _head_rows(self, segment, hidden_BTD, context) -> caches.Cache:
         """Rows of the block in the head behind a segment, if there is one."""
-        if segment == self.final or not (head := self.bound.heads[segment]).has_block:
+        heads = self.bound.heads[
+            segment : segment + 1
+        ]  # none behind the last, or in a bare backbone
+        if not heads or not heads[0].has_block:
             return {}
         point = self.model.exits.points[segment]
-        return {f"exit/{point}": head.block.keys_values(hidden_BTD, context)}
+        return {f"exit/{point}": heads[0].block.keys_values(hidden_BTD, context)}
 
     def _consult(
         self, state: DecodeState, exit_index: int, active_B, previous_BWD: jax.Array

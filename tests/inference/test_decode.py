@@ -280,6 +280,13 @@ def test_adding_exits_leaves_the_full_model_alone(tiny):
     np.testing.assert_array_equal(a.log_probs, b.log_probs)
 
 
+def test_a_backbone_alone_decodes(tiny):
+    model, params = tiny
+    (whole,) = run(model, params, [PROMPT], None, 8)
+    (bare,) = run(model, {"backbone": params["backbone"]}, [PROMPT], None, 8)
+    np.testing.assert_array_equal(bare.tokens, whole.tokens)
+
+
 @pytest.mark.parametrize(
     ("mode", "temperature"), [(LOSSY, 0.0), (DEFERRED, 0.9), (VERIFIED, 0.9), (LOOKUP, 0.0)]
 )
