@@ -173,9 +173,7 @@ class Engine:
             return jax.tree.map(jnp.zeros_like, (hidden, rows))
 
         waiting_B = jnp.where(active_B, state.newest_B + 1 - start_B, 0)
-        narrowest = jnp.searchsorted(jnp.array(widths), waiting_B.max())
-        branch = jnp.where(active_B.any(), 1 + narrowest, 0)
-        hidden, rows = jax.lax.switch(branch, [skip, *map(run, widths)], state)
+        (hidden, rows), narrowest = _in_width(widths, waiting_B, skip, run, state)
         state = self._keep(state, start_B, hidden, active_B)
         filled_B = jnp.where(active_B, state.newest_B + 1, start_B)
         if propagates:  # rows that have left lack this segment's rows of their last position
@@ -216,13 +214,11 @@ class Engine:
 
     def _head_rows(self, segment, hidden_BTD, context) -> caches.Cache:
         """Rows of the block in the head behind a segment, if there is one."""
-        heads = self.bound.heads[
-            segment : segment + 1
-        ]  # none behind the last, or in a bare backbone
-        if not heads or not heads[0].has_block:
+        heads = self.bound.heads  # none in a bare backbone
+        if segment >= len(heads) or not heads[segment].has_block:
             return {}
         point = self.model.exits.points[segment]
-        return {f"exit/{point}": heads[0].block.keys_values(hidden_BTD, context)}
+        return {f"exit/{point}": heads[segment].block.keys_values(hidden_BTD, context)}
 
     def _consult(
         self, state: DecodeState, exit_index: int, active_B, previous_BWD: jax.Array
@@ -339,9 +335,7 @@ class Engine:
             zeros = jnp.zeros((len(active_B), widths[-1]), jnp.int32)
             return zeros, zeros.astype(jnp.float32)
 
-        narrowest = jnp.searchsorted(jnp.array(widths), waiting_B.max())
-        branch = jnp.where(active_B.any(), 1 + narrowest, 0)
-        tokens, log_probs = jax.lax.switch(branch, [skip, *map(read, widths)], state)
+        (tokens, log_probs), narrowest = _in_width(widths, waiting_B, skip, read, state)
         drafted_B = jnp.maximum(waiting_B - 1, 0)
         accepted_B = jnp.zeros_like(drafted_B)
         if self.mode.verified and widths[-1] > 1:
@@ -482,6 +476,19 @@ class Engine:
     def _column(self, index: int, values_B: jax.Array) -> jax.Array:
         """[B, E + 1]: the values in one column, zeros in the others."""
         return values_B[:, None] * (jnp.arange(self.final + 1) == index)[None]
+
+
+def _in_width(widths: tuple[int, ...], waiting_B: jax.Array, skip, run, state: DecodeState):
+    """(result of a pass just wide enough for the positions that wait, index of that width).
+
+    Args:
+      skip: what is done with the state where no row waits.
+      run: width → what is done in a pass that wide; one compiled branch each.
+    """
+    most = waiting_B.max()
+    narrowest = jnp.searchsorted(jnp.array(widths), most)
+    branch = jnp.where(most > 0, 1 + narrowest, 0)
+    return jax.lax.switch(branch, [skip, *map(run, widths)], state), narrowest
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:
