@@ -2,7 +2,16 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["hypothesis>=6.100", "pytest>=8.4", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "scipy>=1.14"]
+# The sources `tfds:` and `digits`; the first asks for importlib-resources without saying so.
+DATA = ["importlib-resources>=6", "scikit-learn>=1.5", "tensorflow-datasets>=4.9.10"]
+TEST = [
+    *DATA,
+    "hypothesis>=6.100",
+    "pytest>=8.4",
+    "pytest-xdist>=3.6",
+    "ruff>=0.17,<0.18",
+    "scipy>=1.14",
+]
 
 setup(
     name="early_exit",
@@ -27,6 +36,7 @@ setup(
         "numpy>=2",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11",
         "safetensors>=0.6,<1",
         "tensorboardX>=2.6.4,<3",
         "tokenizers>=0.22",
@@ -34,6 +44,7 @@ setup(
         "transformers>=5.2,<6",
     ],
     extras_require={
+        "data": DATA,
         "test": TEST,
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],

@@ -63,3 +63,14 @@ def forget_programs():
 def tiny():
     """The default tiny model: six blocks, mlp heads after 2 and 4."""
     return build()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder of wheels that pip sees as its only index, and an empty cache."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("EARLY_EXIT_CACHE", str(tmp_path / "cache"))
+    return folder

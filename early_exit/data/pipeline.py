@@ -14,44 +14,18 @@ row goes on in the next row as a new segment.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grain
 import numpy as np
 
+from early_exit.data.stream import BATCHES_AHEAD, TrainingBatches, check_batch_size, share
 from early_exit.data.transforms import Batch, next_token_targets
 
 Documents = Sequence[tuple[str, str]]  # (name, text)
 Tokenise = Callable[[str], list[int]]
 
-# Documents tokenised ahead, and batches made ahead.
+# Documents tokenised ahead of the one asked for.
 _DOCUMENTS_AHEAD = 64
-_BATCHES_AHEAD = 4
-
-
-class TrainingBatches:
-    """An endless iterator of batches, reshuffled at each pass over the documents."""
-
-    def __init__(self, dataset: grain.IterDataset):
-        self._iterator = iter(dataset)
-
-    def __iter__(self) -> "TrainingBatches":
-        return self
-
-    def __next__(self) -> Batch:
-        return next(self._iterator)
-
-    def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs to go on after the last batch taken; JSON-able."""
-        return self._iterator.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on exactly where the pipeline that gave `state` was."""
-        self._iterator.set_state(_with_tuples(state))
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._iterator.close()
 
 
 def training_batches(
@@ -82,9 +56,9 @@ def training_batches(
     _check(documents, sequence_length, batch_size, process_count)
     dataset = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
     dataset = _rows(dataset, tokenise, end_of_text, sequence_length, num_threads)
-    dataset = dataset.batch(batch_size).map(_share(batch_size, process_index, process_count))
+    dataset = dataset.batch(batch_size).map(share(batch_size, process_index, process_count))
     return TrainingBatches(
-        grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_BATCHES_AHEAD)
+        grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=BATCHES_AHEAD)
     )
 
 
@@ -122,8 +96,8 @@ def evaluation_batches(
             f"the {len(documents)} documents are too short for one batch: they hold no token to "
             "predict; give more text"
         )
-    share = _share(batch_size, process_index, process_count)
-    return [share(batch) for batch in batches]
+    own = share(batch_size, process_index, process_count)
+    return [own(batch) for batch in batches]
 
 
 def _check(documents: Documents, sequence_length: int, batch_size: int, process_count: int):
@@ -131,10 +105,7 @@ def _check(documents: Documents, sequence_length: int, batch_size: int, process_
         raise ValueError("there are no documents to make batches from")
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, not {sequence_length}")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} is not a positive multiple of the {process_count} processes"
-        )
+    check_batch_size(batch_size, process_count)
 
 
 def _rows(dataset, tokenise, end_of_text, sequence_length, num_threads) -> grain.IterDataset:
@@ -156,16 +127,3 @@ def _rows(dataset, tokenise, end_of_text, sequence_length, num_threads) -> grain
     return grain.experimental.ConcatThenSplitIterDataset(
         dataset, length_struct={"tokens": sequence_length}
     ).map(renamed)
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> Callable[[Batch], Batch]:
-    size = batch_size // process_count
-    own = slice(process_index * size, (process_index + 1) * size)
-    return lambda batch: {name: array[own] for name, array in batch.items()}
-
-
-def _with_tuples(state: Any) -> Any:
-    """Undoes JSON's tuple → list: Grain's packing takes the list [-1, -1] for a real slice."""
-    if isinstance(state, dict):
-        return {name: _with_tuples(value) for name, value in state.items()}
-    return tuple(state) if isinstance(state, list) else state

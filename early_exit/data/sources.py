@@ -100,8 +100,14 @@ def data_hash(documents: Sequence[tuple[str, str]]) -> str:
 
 
 def _split_of(identity: bytes) -> str:
-    position = int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") / 2**64
+    position = hash_position(identity)
     return next(split for split, edge in SPLITS.items() if position < edge)
+
+
+def hash_position(identity: bytes) -> float:
+    """A place in [0, 1) that follows from what names a document, evenly spread."""
+    # 53 bits, what a float holds: rounding more of them up could reach 1.
+    return (int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") >> 11) / 2**53
 
 
 def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:

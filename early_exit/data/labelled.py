@@ -1,0 +1,124 @@
+"""Labelled examples → batches for a classifier, by Grain.
+
+    shuffle → batch of indices → random numbers → this process's rows → read, in threads → prepare
+
+The one idea: what travels through the pipeline is indices and random numbers, made for the whole
+batch by its number; only the rows of this process are read. A batch then depends on the seed and
+the step alone, not on how many processes or threads made it.
+
+A batch holds what `inputs` made (`images`, or `tokens` and `mask`), `labels`, int32 [B], and
+`valid`, bool [B], false for rows that only fill the batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from early_exit.data.inputs import CHANCES, Prepare
+from early_exit.data.parts import Example
+from early_exit.data.stream import BATCHES_AHEAD, TrainingBatches, check_batch_size, share
+from early_exit.data.transforms import Batch
+
+
+class EvaluationBatches:
+    """Batches to go through as often as wanted, each time the same, with threads working ahead."""
+
+    def __init__(self, dataset: grain.MapDataset, read: grain.ReadOptions):
+        self._dataset = dataset
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._dataset.to_iter_dataset(self._read))
+
+
+def training_batches(
+    examples: Sequence[Example],
+    prepare: Prepare,
+    *,
+    batch_size: int,
+    seed: int,
+    num_threads: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainingBatches:
+    """Batches without end; a new order and new random numbers at each pass over the examples.
+
+    Args:
+      prepare: of `early_exit.data.inputs`; called from `num_threads` threads.
+      batch_size: B, rows over all processes together.
+      process_index: whose `batch_size // process_count` rows to return.
+
+    Raises:
+      ValueError: no examples, or sizes that make no batches.
+    """
+    _check(examples, batch_size, process_count)
+
+    def chosen(indices: np.ndarray, random: np.random.Generator) -> Batch:
+        return {
+            "indices": indices,
+            "valid": np.ones(batch_size, bool),
+            "chances": random.random((batch_size, CHANCES)),
+        }
+
+    dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
+    dataset = dataset.random_map(chosen).map(share(batch_size, process_index, process_count))
+    dataset = dataset.map(_reader(examples, prepare))
+    return TrainingBatches(dataset.to_iter_dataset(_ahead(num_threads)))
+
+
+def evaluation_batches(
+    examples: Sequence[Example],
+    prepare: Prepare,
+    *,
+    batch_size: int,
+    num_batches: int | None = None,
+    num_threads: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvaluationBatches:
+    """Every example once and in order, or as many as the first `num_batches` batches hold.
+
+    Nothing is augmented. The last batch is filled with copies of the last example, whose `valid`
+    is false. Arguments as for `training_batches`.
+
+    Raises:
+      ValueError: no examples, or sizes that make no batches.
+    """
+    _check(examples, batch_size, process_count)
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches must be positive, or None for all, not {num_batches}")
+
+    def chosen(number: int) -> Batch:
+        places = np.arange(number * batch_size, (number + 1) * batch_size)
+        last = len(examples) - 1
+        return {"indices": np.minimum(places, last), "valid": places <= last}
+
+    batches = -(-len(examples) // batch_size)
+    dataset = grain.MapDataset.range(min(batches, num_batches or batches)).map(chosen)
+    dataset = dataset.map(share(batch_size, process_index, process_count))
+    return EvaluationBatches(dataset.map(_reader(examples, prepare)), _ahead(num_threads))
+
+
+def _check(examples: Sequence[Example], batch_size: int, process_count: int) -> None:
+    if not len(examples):
+        raise ValueError("there are no examples to make batches from")
+    check_batch_size(batch_size, process_count)
+
+
+def _reader(examples: Sequence[Example], prepare: Prepare) -> Callable[[Batch], Batch]:
+    def read(chosen: Batch) -> Batch:
+        rows = [examples[index] for index in chosen["indices"]]
+        labels = np.array([row["label"] for row in rows], np.int32)
+        batch = prepare(rows, chosen.get("chances"))
+        return batch | {"labels": labels, "valid": chosen["valid"]}
+
+    return read
+
+
+def _ahead(num_threads: int) -> grain.ReadOptions:
+    # The threads hand over in order, so their number changes nothing but time.
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=BATCHES_AHEAD)

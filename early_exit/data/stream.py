@@ -1,0 +1,58 @@
+"""What every pipeline of batches has: a state to resume from, and rows shared over processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grain
+
+from early_exit.data.transforms import Batch
+
+# Batches made ahead of the one asked for.
+BATCHES_AHEAD = 4
+
+
+class TrainingBatches:
+    """An endless iterator of batches, reshuffled at each pass over the data."""
+
+    def __init__(self, dataset: grain.IterDataset):
+        self._iterator = iter(dataset)
+
+    def __iter__(self) -> "TrainingBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` needs to go on after the last batch taken; JSON-able."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where the pipeline that gave `state` was."""
+        self._iterator.set_state(_with_tuples(state))
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._iterator.close()
+
+
+def check_batch_size(batch_size: int, process_count: int) -> None:
+    """Raises ValueError unless every process gets the same number of rows, at least one."""
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} is not a positive multiple of the {process_count} processes"
+        )
+
+
+def share(batch_size: int, process_index: int, process_count: int) -> Callable[[Batch], Batch]:
+    """Batch of all processes → the rows of one."""
+    size = batch_size // process_count
+    own = slice(process_index * size, (process_index + 1) * size)
+    return lambda batch: {name: array[own] for name, array in batch.items()}
+
+
+def _with_tuples(state: Any) -> Any:
+    """Undoes JSON's tuple → list: Grain's packing takes the list [-1, -1] for a real slice."""
+    if isinstance(state, dict):
+        return {name: _with_tuples(value) for name, value in state.items()}
+    return tuple(state) if isinstance(state, list) else state
