@@ -134,6 +134,34 @@ def exit_losses(
     return jnp.stack(losses)
 
 
+def class_losses(
+    logits: Sequence[jax.Array],
+    *,
+    labels: jax.Array | None = None,
+    teacher: jax.Array | None = None,
+) -> jax.Array:
+    """Loss of every exit of a classifier on every example, float32 [E, N], in nats.
+
+    The same losses as `exit_losses`, where there are few enough classes to hold all logits.
+
+    Args:
+      logits: per exit, [N, C].
+      labels: int32 [N].
+      teacher: logits [N, C] of the distribution to match. No gradient flows into it.
+
+    Raises:
+      ValueError: not exactly one of labels and teacher.
+    """
+    if (labels is None) == (teacher is None):
+        raise ValueError("give class_losses either labels or a teacher")
+    log_probs_ENC = jax.nn.log_softmax(jnp.stack(logits))
+    if teacher is None:
+        return -jnp.take_along_axis(log_probs_ENC, labels[None, :, None], axis=-1)[..., 0]
+    target_NC = jax.nn.log_softmax(jax.lax.stop_gradient(teacher))
+    gap_ENC = target_NC[None] - log_probs_ENC
+    return (jnp.exp(target_NC)[None] * gap_ENC).sum(-1)
+
+
 def right(
     features: Sequence[jax.Array],
     tables: Sequence[jax.Array],

@@ -67,6 +67,11 @@ def fingerprint(tree: Tree) -> str:
     return digest.hexdigest()
 
 
+def shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    """Path → shape of every array."""
+    return {path: leaf.shape for path, leaf in flatten(tree).items()}
+
+
 def count(tree: Tree) -> int:
     """How many numbers the leaves hold."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -16,10 +16,9 @@ from absl import app
 
 from early_exit import assemble, checkpoint, files, tree
 from early_exit.backbones.base import BackboneConfig
-from early_exit.backbones.decoder import DecoderConfig
 from early_exit.evaluation import cost
 from early_exit.exits import artefact
-from early_exit.exits.heads import KINDS, ExitConfig
+from early_exit.exits.heads import ExitConfig
 from early_exit.metrics import table
 from early_exit.pretrained.describe import Described, describe
 from launch import common
@@ -132,12 +131,13 @@ def _costs(config: BackboneConfig, of: cost.BackboneCost, subject: Subject) -> s
 
 
 def _attachable(config: BackboneConfig, of: cost.BackboneCost) -> str:
-    if not isinstance(config, DecoderConfig):
-        return "Exits are attached to causal language models; for this family there are none yet."
+    if not config.num_classes:
+        return "Exits predict what the network does, and this one has no output matrix yet."
     _, mean_bytes = of.mean_block
-    sizes = [0, REDUCED] if config.num_classes > REDUCED else [0]
+    reduces = not config.pools and config.num_classes > REDUCED
+    sizes = [0, REDUCED] if reduces else [0]
     rows = []
-    for kind in KINDS:
+    for kind in config.head_kinds:
         row = [kind]
         for classes in sizes:
             exits = ExitConfig((1,), head=kind, classes=classes)

@@ -6,13 +6,20 @@ half-way, runs it in pieces or puts heads between the pieces needs nothing else.
 """
 
 import abc
-from typing import Any
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from early_exit import tree
+
 Params = dict[str, Any]
+# Slash-joined path of a running statistic → float32 [C], a batch's.
+Moments = dict[str, jax.Array]
 
 
 class Backbone(nnx.Module):
@@ -36,8 +43,18 @@ class Backbone(nnx.Module):
         Composing segments gives the full forward pass.
         """
 
+    def stem_training(self, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Any, Moments]:
+        """Like `stem` where it is trained: networks with running statistics return a batch's."""
+        return *self.stem(inputs), {}
+
+    def run_blocks_training(
+        self, hidden: jax.Array, start: int, stop: int, context: Any
+    ) -> tuple[jax.Array, Moments]:
+        """Like `run_blocks` where they are trained; see `stem_training`."""
+        return self.run_blocks(hidden, start, stop, context), {}
+
     @abc.abstractmethod
-    def features(self, hidden: jax.Array) -> jax.Array:
+    def features(self, hidden: jax.Array, context: Any = None) -> jax.Array:
         """Hidden states after the last block → what the output matrix reads, [..., D]."""
 
     @abc.abstractmethod
@@ -52,13 +69,13 @@ class Backbone(nnx.Module):
         """What is added to the logits, [classes]; None for nothing (language models)."""
         return None
 
-    def readout(self, hidden: jax.Array) -> jax.Array:
+    def readout(self, hidden: jax.Array, context: Any = None) -> jax.Array:
         """Hidden states after the last block → logits [..., classes], float32.
 
         Raises:
           ValueError: the network has no output matrix.
         """
-        return logits(self.features(hidden), self.output_table(), self.output_bias())
+        return logits(self.features(hidden, context), self.output_table(), self.output_bias())
 
 
 class BackboneConfig(abc.ABC):
@@ -68,11 +85,16 @@ class BackboneConfig(abc.ABC):
       depth: number of blocks.
       width: of the hidden states and of the features, D.
       num_classes: rows of the output matrix; 0 if the network has none and ends in features.
+      pools: whether it tells classes apart, one prediction for a whole input; a language model
+        predicts at every position.
+      head_kinds: the exit heads that it can carry (see `exits.heads`).
     """
 
     depth: int
     width: int
     num_classes: int
+    pools: ClassVar[bool]
+    head_kinds: ClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> Backbone: ...
@@ -80,6 +102,10 @@ class BackboneConfig(abc.ABC):
     def at(self, point: int) -> "BackboneConfig":
         """What describes heads after block `point`: itself, unless width changes with depth."""
         return self
+
+    def pool(self, hidden: jax.Array, context: Any) -> jax.Array:
+        """Hidden states → what one prediction is made from; where `pools`, a row per input."""
+        return hidden
 
     @abc.abstractmethod
     def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -89,9 +115,13 @@ class BackboneConfig(abc.ABC):
     def build_mlp(self, rngs: nnx.Rngs) -> nnx.Module:
         """The feed-forward part of one block."""
 
-    @abc.abstractmethod
     def build_block(self, rngs: nnx.Rngs) -> nnx.Module:
-        """One whole block."""
+        """One whole block, for heads of the kind `layer`."""
+        raise NotImplementedError
+
+    def build_conv(self, outputs: int, rngs: nnx.Rngs) -> nnx.Module:
+        """A convolution to so many channels, for heads of the kind `conv`."""
+        raise NotImplementedError
 
 
 class Classifier(nnx.Module):
@@ -114,6 +144,44 @@ def logits(features: jax.Array, table: jax.Array, bias: jax.Array | None = None)
     return out if bias is None else out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
 
 
+def update_statistics(
+    params: Params, moments: Mapping[str, jax.Array], momentum: float = 0.1
+) -> Params:
+    """The parameters with each statistic moved towards the batch's by the share `momentum`.
+
+    Args:
+      params: a network's (or any tree's whose paths `moments` has); they are not changed.
+      moments: path → the batch's, as the training calls return them; others stay as they are.
+
+    Raises:
+      KeyError: a path that is not in `params`.
+    """
+    flat = tree.flatten(params)
+    moved = {
+        path: ((1 - momentum) * flat[path] + momentum * new).astype(flat[path].dtype)
+        for path, new in moments.items()
+    }
+    return tree.unflatten(flat | moved)
+
+
+def stack_blocks(params: Params) -> Params:
+    """A backbone's parameters with those of all its blocks, which are alike, in one: [L, …] each.
+
+    The layout of a network that runs its blocks in a loop (`DecoderConfig.scan`). On the host, and
+    one parameter at a time.
+    """
+    blocks = [params["blocks"][str(i)] for i in range(len(params["blocks"]))]
+    stack = jax.tree.map(lambda *leaves: np.stack(list(map(np.asarray, leaves))), *blocks)
+    return params | {"blocks": stack}
+
+
+def unstack_blocks(params: Params) -> Params:
+    """The inverse of `stack_blocks`."""
+    depth = jax.tree.leaves(params["blocks"])[0].shape[0]
+    blocks = {str(i): jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(depth)}
+    return params | {"blocks": blocks}
+
+
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """A module → (hashable graph definition, nested dict of arrays)."""
     definition, state = nnx.split(module)
@@ -123,6 +191,13 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 def abstract(build, *args) -> tuple[nnx.GraphDef, Params]:
     """Like `split(build(rngs))`, with `jax.ShapeDtypeStruct` leaves and no memory or compute."""
     return split(nnx.eval_shape(lambda: build(nnx.Rngs(0), *args)))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def init(config: BackboneConfig, key: jax.Array, dtype=jnp.float32) -> Params:
+    """Parameters drawn at random."""
+    _, params = split(config.build(nnx.Rngs(key)))
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def merge(definition: nnx.GraphDef, params: Params) -> nnx.Module:

@@ -1,11 +1,12 @@
 """The one encoder: BERT and its relatives, described by a frozen config.
 
 The one idea: a post-norm block ends normalised, so the hidden states after any block are as fit to
-be read as those after the last. What is read is the first position ([CLS] or <s>), through a
-pooler if the network has one.
+be read as those after the last. What is read is the first position ([CLS] or <s>), or the mean of
+the real ones, through a pooler if the network has one.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from early_exit.backbones import base, layers
 
 POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "none": None}
+POOLINGS = ("first", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,10 @@ class EncoderConfig(base.BackboneConfig):
       context_length: the most positions of a row.
       num_classes: of the classifier; 0 for a network without one.
       token_types: rows of the token type table; 0 for none (DistilBERT).
-      pooler: `tanh` or `relu`, a dense layer with that activation between the first position and
-        the classifier; `none`, the first position itself.
+      pooling: what one prediction is made from: the `first` position, or the `mean` of those that
+        hold real tokens.
+      pooler: `tanh` or `relu`, a dense layer with that activation between what is pooled and the
+        classifier; `none` for no such layer.
       pad_position: None, positions count from 0 in every row; a number (RoBERTa), they count real
         tokens only, from the number after this one, and padding is at this one.
       activation: of the feed-forward part, one of `layers.ACTIVATIONS`.
@@ -43,11 +47,16 @@ class EncoderConfig(base.BackboneConfig):
     pad_position: int | None = None
     activation: str = "gelu"
     norm_eps: float = 1e-12
+    pooling: str = "first"
+
+    pools: ClassVar[bool] = True
+    head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "layer")
 
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        for name, known in (("activation", layers.ACTIVATIONS), ("pooler", POOLERS)):
+        options = ("activation", layers.ACTIVATIONS), ("pooler", POOLERS), ("pooling", POOLINGS)
+        for name, known in options:
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}"
@@ -55,6 +64,16 @@ class EncoderConfig(base.BackboneConfig):
 
     def build(self, rngs: nnx.Rngs) -> "Encoder":
         return Encoder(self, rngs=rngs)
+
+    def pool(self, hidden, context):
+        """[B, T, D] → [B, D]."""
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if context.mask is None:
+            return hidden.mean(1)
+        real = context.mask[..., None]
+        total = jnp.where(real, hidden, 0).sum(1, dtype=jnp.float32)
+        return (total / jnp.maximum(real.sum(1), 1)).astype(hidden.dtype)
 
     def build_norm(self, rngs: nnx.Rngs) -> nnx.LayerNorm:
         # The fast variance, E[x²] − E[x]², cancels where the mean is far from 0.
@@ -203,11 +222,11 @@ class Encoder(base.Backbone):
             hidden = self.blocks[str(i)](hidden, context)
         return hidden
 
-    def features(self, hidden):
-        """Hidden states [B, T, D] → [B, D], the first position through the pooler."""
-        first = hidden[:, 0]
+    def features(self, hidden, context=None):
+        """Hidden states [B, T, D] → [B, D]; `context` may be left out if nothing is masked."""
+        pooled = self.config.pool(hidden, Context(None) if context is None else context)
         activation = POOLERS[self.config.pooler]
-        return first if activation is None else activation(self.pooler(first))
+        return pooled if activation is None else activation(self.pooler(pooled))
 
     def output_table(self):
         self._check_classifier()

@@ -2,15 +2,14 @@
 
 The one idea: a BatchNorm's statistics are parameters like any other, and no call changes them.
 Inference, and a frozen backbone, normalise by what is stored. Training normalises by the moments
-of the batch and returns them; `update_statistics` then makes the next parameters, so that a
+of the batch and returns them; `base.update_statistics` then makes the next parameters, so that a
 training step stays a function from state to state. Under sharding the moments are those of the
 whole batch.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +33,6 @@ _IMAGENET = {
     101: ("bottleneck", (3, 4, 23, 3)),
     152: ("bottleneck", (3, 8, 36, 3)),
 }
-
-# Slash-joined path of a statistic → float32 [C], a batch's.
-Moments = dict[str, jax.Array]
 
 
 class BlockShape(NamedTuple):
@@ -81,6 +77,9 @@ class ResNetConfig(base.BackboneConfig):
     first_stride: int = 1
     early_stride: bool = False
 
+    pools: ClassVar[bool] = True
+    head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "conv")
+
     def __post_init__(self):
         if self.block not in BLOCKS:
             raise ValueError(f"unknown block {self.block!r}; choose one of {', '.join(BLOCKS)}")
@@ -106,18 +105,20 @@ class ResNetConfig(base.BackboneConfig):
         return cls(depths, widths, num_classes, block)
 
     @classmethod
-    def cifar(cls, layers: int, num_classes: int = 10, channels: int = 3) -> "ResNetConfig":
+    def cifar(
+        cls, layers: int, num_classes: int = 10, channels: int = 3, width: int = 16
+    ) -> "ResNetConfig":
         """ResNet-20, -32, -44, -56, -110 or any other of 6·n + 2 layers (He et al., §4.2).
 
         Two shortcuts lie between stages. They are 1×1 convolutions ("option B") as everywhere
         else, where the paper pads with zeros ("option A") to save 1 % of ResNet-20's parameters.
+        The paper's `width`, of the first stage, is 16.
         """
         if layers < 8 or layers % 6 != 2:
             raise ValueError(f"such networks have 6·n + 2 layers (20, 32, 44, …), not {layers}")
         depths = (layers // 6,) * 3
-        return cls(
-            depths, (16, 32, 64), num_classes, stem="cifar", stem_width=16, channels=channels
-        )
+        widths = (width, 2 * width, 4 * width)
+        return cls(depths, widths, num_classes, stem="cifar", stem_width=width, channels=channels)
 
     @property
     def depth(self) -> int:
@@ -170,14 +171,20 @@ class ResNetConfig(base.BackboneConfig):
         # The fast variance, E[x²] − E[x]², cancels where the mean is far from 0.
         return nnx.LayerNorm(self.width, epsilon=_EPSILON, use_fast_variance=False, rngs=rngs)
 
+    def pool(self, hidden, context):
+        return hidden.mean((1, 2), dtype=jnp.float32).astype(hidden.dtype)
+
     def build_mlp(self, rngs: nnx.Rngs) -> "MLP":
         """For heads, over pooled features. The network itself has none."""
         return MLP(self.width, rngs=rngs)
 
-    def build_block(self, rngs: nnx.Rngs) -> "Block":
-        """For heads: one more block of the last stage, before pooling."""
-        shape = BlockShape(0, 0, self.width, self.width, 1)
-        return Block(self, shape, rngs=rngs)
+    def build_conv(self, outputs: int, rngs: nnx.Rngs) -> nnx.Conv:
+        """For heads, before pooling: 3×3 of stride 2, as the classifiers of MSDNet have."""
+        init = nnx.initializers.he_normal()
+        padding = ((1, 1), (1, 1))
+        return nnx.Conv(
+            self.width, outputs, (3, 3), 2, padding=padding, kernel_init=init, rngs=rngs
+        )
 
 
 class BatchNorm(nnx.Module):
@@ -303,7 +310,7 @@ class ResNet(base.Backbone):
         hidden, context, _ = self._stem(inputs, training=False)
         return hidden, context
 
-    def stem_training(self, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None, Moments]:
+    def stem_training(self, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None, base.Moments]:
         """Like `stem`, normalising by the batch's moments and returning them."""
         return self._stem(inputs, training=True)
 
@@ -326,7 +333,7 @@ class ResNet(base.Backbone):
             hidden, _ = self.blocks[str(i)](hidden, training=False)
         return hidden
 
-    def run_blocks_training(self, hidden, start, stop, context) -> tuple[jax.Array, Moments]:
+    def run_blocks_training(self, hidden, start, stop, context) -> tuple[jax.Array, base.Moments]:
         """Like `run_blocks`, normalising by the batch's moments and returning them.
 
         The moments of all segments, `|`-ed together, are what `update_statistics` takes.
@@ -336,8 +343,8 @@ class ResNet(base.Backbone):
             hidden, moments[str(i)] = self.blocks[str(i)](hidden, training=True)
         return hidden, tree.flatten({"blocks": moments})
 
-    def features(self, hidden):
-        return hidden.mean((1, 2), dtype=jnp.float32).astype(hidden.dtype)
+    def features(self, hidden, context=None):
+        return self.config.pool(hidden, context)
 
     def output_table(self):
         self._check_classifier()
@@ -350,23 +357,3 @@ class ResNet(base.Backbone):
     def _check_classifier(self):
         if not self.config.num_classes:
             raise ValueError("this network has no classifier (num_classes is 0); use its features")
-
-
-def update_statistics(
-    params: base.Params, moments: Mapping[str, jax.Array], momentum: float = 0.1
-) -> base.Params:
-    """The parameters with each statistic moved towards the batch's by the share `momentum`.
-
-    Args:
-      params: a network's (or any tree's whose paths `moments` has); they are not changed.
-      moments: path → the batch's, as the training calls return them; others stay as they are.
-
-    Raises:
-      KeyError: a path that is not in `params`.
-    """
-    flat = tree.flatten(params)
-    moved = {
-        path: ((1 - momentum) * flat[path] + momentum * new).astype(flat[path].dtype)
-        for path, new in moments.items()
-    }
-    return tree.unflatten(flat | moved)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
+from early_exit import tree
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 
@@ -39,7 +40,8 @@ def move(
     """The model with heads standing elsewhere, as they are: `{6: 8}` moves one from 6 to 8.
 
     Raises:
-      ValueError: no exit there, another one where it should go, or a block outside 1…depth − 1.
+      ValueError: no exit there, another one where it should go, a block outside 1…depth − 1, or
+        one where the network is of another width.
     """
     _check_present(model, points)
     targets = [points.get(point, point) for point in model.exits.points]
@@ -79,6 +81,12 @@ def _with_heads(
     model: MultiExit, params: base.Params, heads: base.Params
 ) -> tuple[MultiExit, base.Params]:
     changed = _with_points(model, sorted(map(int, heads)))
+    for point, wanted in changed.abstract_exits().items():
+        if tree.shapes(heads[point]) != tree.shapes(wanted):
+            raise ValueError(
+                f"the head after block {point} would not fit there: its parameters have other "
+                "shapes (networks change width, cascades and ensembles count the heads before)"
+            )
     return changed, params | {"exits": heads}
 
 

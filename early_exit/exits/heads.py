@@ -1,21 +1,25 @@
 """Exit heads: what turns the hidden states after some block into a prediction.
 
 The one idea: a head is a map to the features that an output matrix reads, so that losses can
-take the matrix in chunks, decoding can take it whole, and several heads can share one. A head
-may predict only the `classes` most frequent tokens; one more row of its matrix then stands for
-"none of these", which keeps its confidence honest and never leaves.
+take the matrix in chunks, decoding can take it whole, and several heads can share one. A language
+model's head may predict only the `classes` most frequent tokens; one more row of its matrix then
+stands for "none of these", which keeps its confidence honest and never leaves.
+
+A classifier's head pools first, as its network does, and may build on the heads before it: see
+their logits (`cascade`), and let them have a say in its answer (`ensemble`), both after Wołczyk et
+al. 2021, "Zero Time Waste".
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from early_exit.backbones.base import BackboneConfig
+from early_exit.backbones.base import BackboneConfig, Classifier
 
-KINDS = ("embedding", "norm", "mlp", "layer")
 OUTPUTS = ("shared", "own")
 
 
@@ -25,12 +29,16 @@ class ExitConfig:
 
     Attributes:
       points: blocks (1-based) after which there is an exit, each in 1 … depth − 1.
-      head: `embedding` (nothing before the output matrix), `norm`, `mlp` (residual feed-forward,
-        then norm) or `layer` (one whole block, then norm).
+      head: what stands before the output matrix: `embedding`, nothing, which classifiers call
+        `linear`; `norm`; `mlp`, a residual feed-forward part, then norm; `layer`, one whole block,
+        then norm; `conv`, a strided convolution to the network's last width, then norm.
       output: `own`, an output matrix of each head, or `shared`, the backbone's.
       classes: how many tokens a head can predict, the most frequent ones; 0 for all.
       gate: whether each head has a gate, which tells from the hidden state alone whether the head
-        will agree with the full model.
+        will be right.
+      cascade: whether each head sees the logits of the one before it; for classifiers.
+      ensemble: whether an exit's answer is a learned geometric mean of its head's prediction and
+        those of all heads before it; for classifiers.
     """
 
     points: tuple[int, ...]
@@ -38,14 +46,12 @@ class ExitConfig:
     output: str = "own"
     classes: int = 0
     gate: bool = False
+    cascade: bool = False
+    ensemble: bool = False
 
     def __post_init__(self):
-        if self.head not in KINDS:
-            raise ValueError(f"unknown head {self.head!r}; choose one of {', '.join(KINDS)}")
         if self.output not in OUTPUTS:
             raise ValueError(f"unknown output {self.output!r}; choose one of {', '.join(OUTPUTS)}")
-        if not self.points:
-            raise ValueError("exits.points is empty; name at least one block to exit after")
         if not all(isinstance(point, int) for point in self.points):
             raise ValueError(f"exit points must be ints, as in (6, 12), not {self.points}")
         if list(self.points) != sorted(set(self.points)):
@@ -53,13 +59,17 @@ class ExitConfig:
         if self.classes < 0:
             raise ValueError(f"exits.classes must be 0 (all) or positive, not {self.classes}")
 
-    def check(self, depth: int, num_classes: int) -> None:
+    def check(self, backbone: BackboneConfig) -> None:
         """Raises ValueError where the exits do not fit a backbone."""
+        depth, num_classes = backbone.depth, backbone.num_classes
         if not num_classes:
             raise ValueError(
                 "the backbone has no output matrix, so its exits have nothing to predict; give its "
                 "config num_classes"
             )
+        if self.head not in backbone.head_kinds:
+            known = ", ".join(backbone.head_kinds)
+            raise ValueError(f"this network carries no head {self.head!r}; choose one of {known}")
         outside = [point for point in self.points if not 1 <= point < depth]
         if outside:
             raise ValueError(
@@ -71,29 +81,53 @@ class ExitConfig:
                 f"exits.classes={self.classes} is not below the vocabulary of {num_classes}; "
                 "use classes=0 to predict every token"
             )
+        if backbone.pools and self.classes:
+            raise ValueError("exits.classes reduces a vocabulary; a classifier's heads need all 0")
+        if not backbone.pools and (self.cascade or self.ensemble):
+            raise ValueError("exits.cascade and exits.ensemble are for classifiers")
+        narrow = [p for p in self.points if self.width(backbone, p) != backbone.width]
+        if self.output == "shared" and narrow:
+            raise ValueError(
+                f"heads after blocks {narrow} are not as wide as the network's output matrix, "
+                "which they cannot share; choose exits.output=own"
+            )
+
+    def width(self, backbone: BackboneConfig, point: int) -> int:
+        """Of the features of the head after block `point`."""
+        return (backbone if self.head == "conv" else backbone.at(point)).width
 
 
 class Head(nnx.Module):
     """One exit's head. Of its parts only those that `ExitConfig` asks for exist."""
 
-    def __init__(
-        self, backbone: BackboneConfig, exits: ExitConfig, num_classes: int, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, network: BackboneConfig, exits: ExitConfig, point: int, *, rngs: nnx.Rngs):
+        here = self.network = network.at(point)
+        earlier, classes = exits.points.index(point), network.num_classes
+        wide = network if exits.head == "conv" else here
+        if exits.head == "conv":
+            self.conv = here.build_conv(network.width, rngs)
         if exits.head == "mlp":
-            self.mlp_norm = backbone.build_norm(rngs)
-            self.mlp = backbone.build_mlp(rngs)
+            self.mlp_norm = here.build_norm(rngs)
+            self.mlp = here.build_mlp(rngs)
         if exits.head == "layer":
-            self.block = backbone.build_block(rngs)
-        if exits.head != "embedding":
-            self.norm = backbone.build_norm(rngs)
-        rows = exits.classes + 1 if exits.classes else num_classes
+            self.block = here.build_block(rngs)
+        if exits.head not in ("embedding", "linear"):
+            self.norm = wide.build_norm(rngs)
+        rows = exits.classes + 1 if exits.classes else classes
         if exits.output == "shared":
             rows = 1 if exits.classes else 0  # only "none of these" is not in the backbone's
-        if rows:
+        if rows and network.pools:
+            self.output = Classifier(rows, wide.width, rngs=rngs)
+        elif rows:
             init = nnx.initializers.normal(0.02)
-            self.output = nnx.Embed(rows, backbone.width, embedding_init=init, rngs=rngs)
+            self.output = nnx.Embed(rows, wide.width, embedding_init=init, rngs=rngs)
         if exits.gate:
-            self.gate = Gate(backbone, rngs=rngs)
+            self.gate = Gate(here, rngs=rngs)
+        if exits.cascade and earlier:
+            init = nnx.initializers.normal(0.02)
+            self.cascade = nnx.Linear(classes, classes, use_bias=False, kernel_init=init, rngs=rngs)
+        if exits.ensemble and earlier:
+            self.ensemble = Ensemble(earlier + 1, classes)
 
     @property
     def has_block(self) -> bool:
@@ -105,33 +139,61 @@ class Head(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Hidden states at the exit → (features [..., D], the block's new keys and values).
 
-        The second is None for heads without a block.
+        The second is None but for a language model's heads with a block.
         """
         rows = None
+        if hasattr(self, "conv"):
+            hidden = jax.nn.relu(self.conv(hidden))
+        if self.has_block and self.network.pools:
+            hidden = self.block(hidden, context)
+        elif self.has_block:
+            hidden, rows = self.block(hidden, context, past, past_length_B)
+        hidden = self.network.pool(hidden, context)
         if hasattr(self, "mlp"):
             hidden = hidden + self.mlp(self.mlp_norm(hidden))
-        if self.has_block:
-            hidden, rows = self.block(hidden, context, past, past_length_B)
         if hasattr(self, "norm"):
             hidden = self.norm(hidden)
         return hidden, rows
 
-    def gate_score(self, hidden: jax.Array) -> jax.Array:
-        """How likely the head agrees, judged by hidden states [..., D] alone: float32 [...]."""
-        return jax.nn.sigmoid(self.gate(hidden))
+    def gate_logit(self, hidden: jax.Array, context: Any) -> jax.Array:
+        """The gate's logit of "this head is right", of hidden states alone: float32 [...]."""
+        return self.gate(self.network.pool(hidden, context))
+
+    def gate_score(self, hidden: jax.Array, context: Any = None) -> jax.Array:
+        """How likely the head is right, judged by hidden states alone: float32 [...]."""
+        return jax.nn.sigmoid(self.gate_logit(hidden, context))
 
 
 class Gate(nnx.Module):
-    """Norm, a narrow hidden layer, and the logit of "this head will agree"."""
+    """Norm, a narrow hidden layer, and the logit of "this head will be right"."""
 
     WIDTH = 64
 
-    def __init__(self, backbone: BackboneConfig, *, rngs: nnx.Rngs):
-        self.norm = backbone.build_norm(rngs)
-        self.hidden = nnx.Linear(backbone.width, self.WIDTH, rngs=rngs)
+    def __init__(self, network: BackboneConfig, *, rngs: nnx.Rngs):
+        self.norm = network.build_norm(rngs)
+        self.hidden = nnx.Linear(network.width, self.WIDTH, rngs=rngs)
         self.logit = nnx.Linear(self.WIDTH, 1, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] → float32 [...]."""
+        """Hidden states, pooled if the network pools, [..., D] → float32 [...]."""
         narrow = jax.nn.silu(self.hidden(self.norm(hidden)))
         return self.logit(narrow)[..., 0].astype(jnp.float32)
+
+
+class Ensemble(nnx.Module):
+    """A weighted geometric mean of predictions (Wołczyk et al. 2021, eq. 4).
+
+    In logarithms: log b + Σ_j w_j · log p_j up to a constant, with w_j ≥ 0.
+    """
+
+    def __init__(self, members: int, classes: int):
+        # softplus(this) is 1 / members: at the start, the plain geometric mean.
+        self.weights = nnx.Param(jnp.full(members, jnp.log(jnp.expm1(1 / members))))
+        self.bias = nnx.Param(jnp.zeros(classes))
+
+    def __call__(self, logits: Sequence[jax.Array]) -> jax.Array:
+        """Each member's logits [..., C] → those of all together."""
+        weights = jax.nn.softplus(self.weights[...].astype(jnp.float32))
+        log_probs = jnp.stack([jax.nn.log_softmax(x) for x in logits], axis=-1)
+        mixed = log_probs @ weights
+        return mixed + jnp.broadcast_to(self.bias[...].astype(jnp.float32), mixed.shape)

@@ -2,13 +2,17 @@
 
 Copying follows EE-LLM (Chen et al. 2023, §3.2) and EE-Tuning (Pan et al. 2024, §2.2): the norm
 and output matrix from the readout, the feed-forward part from the block the exit stands after,
-the whole block from the last one.
+the whole block from the last one. An encoder's readout has no norm; its last block ends in one.
 """
 
 import jax
 import jax.numpy as jnp
 
+from early_exit import tree
+
 INITS = ("copy", "random")
+# Parts of a head that a backbone has no like of.
+DRAWN = ("gate", "cascade", "ensemble")
 
 
 def copied(head: dict, backbone: dict, point: int, depth: int, token_ids: jax.Array | None) -> dict:
@@ -16,22 +20,34 @@ def copied(head: dict, backbone: dict, point: int, depth: int, token_ids: jax.Ar
 
     Args:
       head: the head's parameters (only its structure is used).
-      backbone: the decoder's parameters.
+      backbone: the backbone's parameters.
       point: block (1-based) after which the head stands.
       token_ids: int32 [R], the tokens a head with reduced classes predicts. Its last row, "none
         of these", starts as the mean of the rows it stands for.
+
+    Raises:
+      ValueError: a part that the backbone has no like of, or not of this shape.
     """
-    block = backbone["blocks"][str(point - 1)]
-    table = backbone.get("output", backbone["embedding"])["embedding"]
+    block, last = (backbone["blocks"][str(i)] for i in (point - 1, depth - 1))
     sources = {
-        "mlp_norm": lambda: block["mlp_norm"],
-        "mlp": lambda: block["mlp"],
-        "block": lambda: backbone["blocks"][str(depth - 1)],
-        "norm": lambda: backbone["final_norm"],
-        "output": lambda: {"embedding": _rows(table, token_ids, head["output"]["embedding"])},
+        "mlp_norm": block.get("mlp_norm"),
+        "mlp": block.get("mlp"),
+        "block": last,
+        "norm": backbone.get("final_norm", last.get("mlp_norm")),
+        "output": backbone.get("output", backbone.get("embedding")),
     }
+    found = {name: sources[name] for name in head}
+    if "output" in head:
+        rows = _rows(found["output"]["embedding"], token_ids, head["output"]["embedding"])
+        found["output"] = found["output"] | {"embedding": rows}
+    unlike = [name for name in head if tree.shapes(found[name] or {}) != tree.shapes(head[name])]
+    if unlike:
+        raise ValueError(
+            f"the head after block {point} cannot copy its {', '.join(unlike)}: the backbone has "
+            "nothing of that shape; use exits.init=random"
+        )
     # A copy, not a view: tuning donates the heads' buffers and must not take the backbone's along.
-    return jax.tree.map(jnp.copy, {name: sources[name]() for name in head})
+    return jax.tree.map(jnp.copy, found)
 
 
 def _rows(table: jax.Array, token_ids: jax.Array | None, like: jax.Array) -> jax.Array:

@@ -7,13 +7,16 @@ dropping them cannot change what the full model says.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from early_exit import confidence
 from early_exit.backbones import base
 from early_exit.exits import heads, init
 
@@ -28,7 +31,7 @@ class MultiExit:
     exits: heads.ExitConfig
 
     def __post_init__(self):
-        self.exits.check(self.config.depth, self.config.num_classes)
+        self.exits.check(self.config)
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
@@ -41,20 +44,22 @@ class MultiExit:
         """int [E + 1]: blocks run at each exit, the final one last."""
         return np.array([*self.exits.points, self.config.depth])
 
-    def _head(self, rngs: nnx.Rngs) -> heads.Head:
-        return heads.Head(self.config, self.exits, self.config.num_classes, rngs=rngs)
+    @property
+    def confidences(self) -> tuple[str, ...]:
+        """The scores (`confidence.NAMES`) that its exits have."""
+        hidden = () if self.config.pools else ("similarity",)
+        return confidence.FROM_LOGITS + hidden + (("gate",) if self.exits.gate else ())
 
     def bind(self, params: Params) -> "Bound":
         """The modules, holding `params`; no heads if `exits` is not among them.
 
         Call it inside the jitted function.
         """
-        head_definition, _ = base.abstract(self._head)
         backbone_definition, _ = base.abstract(self.config.build)
         return Bound(
             backbone=base.merge(backbone_definition, params["backbone"]),
             heads=tuple(
-                base.merge(head_definition, params["exits"][str(point)])
+                base.merge(_abstract_head(self, point)[0], params["exits"][str(point)])
                 for point in self.exits.points
                 if "exits" in params
             ),
@@ -63,19 +68,24 @@ class MultiExit:
 
     def abstract_exits(self, dtype=jnp.float32) -> Params:
         """The exits' parameters as shapes of the given dtype."""
-        _, head = base.abstract(self._head)
-        head = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), head)
-        return {str(point): dict(head) for point in self.exits.points}
+        return {
+            str(point): jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _abstract_head(self, point)[1]
+            )
+            for point in self.exits.points
+        }
 
     def init_exits(
         self, key: jax.Array, backbone: Params, source: str, token_ids: jax.Array | None
     ) -> Params:
         """Parameters of every head, `source` being `copy` or `random` (see `exits.init`).
 
-        Gates are drawn at random in any case.
+        What the backbone has no like of (gates, what one head takes from others) is drawn at random
+        in any case.
 
         Raises:
-          ValueError: unknown `source`, or `token_ids` that do not fit `exits.classes`.
+          ValueError: unknown `source`, `token_ids` that do not fit `exits.classes`, or parts of
+            heads for which the backbone has nothing to copy.
         """
         if source not in init.INITS:
             raise ValueError(f"unknown init {source!r}; choose one of {', '.join(init.INITS)}")
@@ -84,22 +94,21 @@ class MultiExit:
             raise ValueError(f"exits.classes={self.exits.classes} but {given} token ids were given")
         dtype = jax.tree.leaves(backbone)[0].dtype
 
-        def drawn(build, point):
-            _, params = base.split(build(nnx.Rngs(jax.random.fold_in(key, point))))
-            return jax.tree.map(lambda x: x.astype(dtype), params)
-
-        if source == "random":
-            return {str(point): drawn(self._head, point) for point in self.exits.points}
         params = {}
         for point, head in self.abstract_exits().items():
-            # The backbone has nothing that a gate could copy.
-            gate = {"gate": drawn(self._gate, int(point))} if head.pop("gate", None) else {}
-            copied = init.copied(head, backbone, int(point), self.config.depth, token_ids)
-            params[point] = copied | gate
+            rngs = nnx.Rngs(jax.random.fold_in(key, int(point)))
+            _, drawn = base.split(heads.Head(self.config, self.exits, int(point), rngs=rngs))
+            drawn = jax.tree.map(lambda x: x.astype(dtype), drawn)
+            if source == "copy":
+                like = {name: part for name, part in head.items() if name not in init.DRAWN}
+                drawn |= init.copied(like, backbone, int(point), self.config.depth, token_ids)
+            params[point] = drawn
         return params
 
-    def _gate(self, rngs: nnx.Rngs) -> heads.Gate:
-        return heads.Gate(self.config, rngs=rngs)
+
+@functools.lru_cache(maxsize=256)  # binding is done in every program, and tracing a head is slow
+def _abstract_head(model: MultiExit, point: int) -> tuple[nnx.GraphDef, Params]:
+    return base.abstract(lambda rngs: heads.Head(model.config, model.exits, point, rngs=rngs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +124,38 @@ class Bound:
     backbone: base.Backbone
     heads: tuple[heads.Head, ...]
     token_ids: jax.Array | None
+
+    def exit_logits(
+        self, e: int, hidden: jax.Array, context: Any, earlier: Sequence[jax.Array]
+    ) -> jax.Array:
+        """A classifier's head on the hidden states at its exit: logits float32 [B, C].
+
+        Args:
+          e: which exit, from 0.
+          earlier: the logits of the heads before it; only cascaded heads read them, and none
+            learns from this one through them.
+        """
+        head = self.heads[e]
+        features, _ = head.features(hidden, context)
+        output = getattr(head, "output", self.backbone)
+        if hasattr(head, "output"):
+            own = base.logits(features, output.embedding[...], output.bias[...])
+        else:
+            own = base.logits(features, output.output_table(), output.output_bias())
+        if hasattr(head, "cascade"):
+            own = own + head.cascade(jax.lax.stop_gradient(earlier[-1]))
+        return own
+
+    def answer(self, logits: Sequence[jax.Array]) -> jax.Array:
+        """What an exit of a classifier says, [B, C], from the logits of its head and all before.
+
+        That is its head's logits, unless there are ensembles; those learn from heads, and no head
+        from them.
+        """
+        head = self.heads[len(logits) - 1]
+        if not hasattr(head, "ensemble"):
+            return logits[-1]
+        return head.ensemble([jax.lax.stop_gradient(x) for x in logits])
 
     def exit_tables(self) -> tuple[jax.Array, ...]:
         """Each head's output matrix [C, D]: C = V, or R + 1 with "none of these" last.

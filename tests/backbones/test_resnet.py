@@ -13,7 +13,8 @@ from flax import nnx
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.backbones.resnet import STATISTICS, BatchNorm, ResNetConfig, update_statistics
+from early_exit.backbones.base import update_statistics
+from early_exit.backbones.resnet import STATISTICS, BatchNorm, ResNetConfig
 
 ROOT = Path(__file__).parents[2]
 CIFAR = ResNetConfig((1, 2), (4, 6), num_classes=5, stem="cifar", stem_width=4)
@@ -241,13 +242,13 @@ def test_heads_after_a_block_have_its_width(config):
 
         def parts(hidden, shorter=shorter):
             pooled, rngs = hidden.mean((1, 2)), nnx.Rngs(0)
-            deeper, moments = shorter.build_block(rngs)(hidden, training=True)
-            assert moments
-            return shorter.build_norm(rngs)(pooled), shorter.build_mlp(rngs)(pooled), deeper
+            conv = shorter.build_conv(9, rngs)(hidden)
+            return shorter.build_norm(rngs)(pooled), shorter.build_mlp(rngs)(pooled), conv
 
-        norm, mlp, deeper = jax.eval_shape(parts, states[point])
+        norm, mlp, conv = jax.eval_shape(parts, states[point])
         assert norm.shape == mlp.shape == (3, shorter.width)
-        assert deeper.shape == states[point].shape
+        side = -(-states[point].shape[1] // 2)
+        assert conv.shape == (3, side, side, 9)
 
 
 def test_points_outside_the_network():
@@ -333,7 +334,7 @@ SHARDED = """
 import sys
 import jax, numpy as np
 from early_exit import sharding, tree
-from early_exit.backbones.resnet import update_statistics
+from early_exit.backbones.base import update_statistics
 from test_resnet import CIFAR, random_images, random_params, train
 
 assert jax.device_count() == 8

@@ -9,7 +9,9 @@ import safetensors.numpy
 from conftest import TINY, build
 from early_exit import tree
 from early_exit.exits import artefact
-from early_exit.exits.heads import KINDS, OUTPUTS
+from early_exit.exits.heads import OUTPUTS
+
+KINDS = TINY.head_kinds
 
 CONFIG = {"model": {"source": "somewhere"}, "note": "ŋ"}
 
@@ -134,7 +136,7 @@ DAMAGE = {
     "no exits": (described(exits=None), "exits.json does not describe exits: 'exits'"),
     "exits a list": (described(exits=[2, 4]), "exits.json does not describe exits"),
     "no points": (exits(points=None), "exits.json does not describe exits: 'points'"),
-    "unknown head": (exits(head="conv"), "exits.json .*unknown head 'conv'"),
+    "unknown head": (exits(head="conv"), "exits.json: .*carries no head 'conv'"),
     "unknown setting": (exits(width=3), "exits.json does not describe exits: .*'width'"),
     "points as text": (exits(points="24"), "exits.json .*exit points must be ints"),
     "classes as text": (exits(classes="9"), "exits.json does not describe exits"),

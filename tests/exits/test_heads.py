@@ -6,7 +6,10 @@ from flax import nnx
 from conftest import TINY, build
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.exits.heads import KINDS, OUTPUTS, ExitConfig, Gate, Head
+from early_exit.backbones.resnet import ResNetConfig
+from early_exit.exits.heads import OUTPUTS, ExitConfig, Gate, Head
+
+KINDS = TINY.head_kinds
 
 D, F, V = TINY.width, TINY.mlp_width, TINY.vocab_size
 QUERY, KEY = TINY.heads * TINY.head_dim, TINY.kv_heads * TINY.head_dim
@@ -50,7 +53,7 @@ GATE = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_has_exactly_its_parts(kind, output, classes, gate):
     exits = ExitConfig((2,), head=kind, output=output, classes=classes, gate=gate)
-    _, params = base.abstract(lambda rngs: Head(TINY, exits, V, rngs=rngs))
+    _, params = base.abstract(lambda rngs: Head(TINY, exits, 2, rngs=rngs))
     want = {
         f"{part}/{name}": shape
         for part, shapes in PARTS[kind].items()
@@ -109,9 +112,7 @@ def test_a_gate_judges_every_position_by_its_hidden_state_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "mpl"}, "unknown head 'mpl'; choose one of embedding, norm, mlp, layer"),
         ({"output": "tied"}, "unknown output 'tied'; choose one of shared, own"),
-        ({"points": ()}, "exits.points is empty; name at least one block"),
         ({"points": (4, 2)}, r"exit points must rise without repeats, not \(4, 2\)"),
         ({"points": (2, 2)}, r"exit points must rise without repeats, not \(2, 2\)"),
         ({"classes": -1}, r"exits.classes must be 0 \(all\) or positive, not -1"),
@@ -125,6 +126,8 @@ def test_descriptions_that_make_no_exits(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"head": "mpl"}, "carries no head 'mpl'; choose one of embedding, norm, mlp, layer"),
+        ({"cascade": True}, "exits.cascade and exits.ensemble are for classifiers"),
         ({"points": (0, 3)}, r"exit points \[0\] lie outside 1…5: the backbone has 6 blocks"),
         ({"points": (-1, 3, 6, 9)}, r"exit points \[-1, 6, 9\] lie outside 1…5"),
         ({"points": (6,)}, "its own readout is the exit after block 6"),
@@ -138,17 +141,17 @@ def test_exits_that_do_not_fit_the_backbone(options, message):
 
 def test_a_backbone_that_predicts_nothing_has_no_exits():
     with pytest.raises(ValueError, match="no output matrix.* give its config num_classes"):
-        ExitConfig((1,)).check(depth=6, num_classes=0)
+        ExitConfig((1,), "linear").check(ResNetConfig.cifar(8, num_classes=0))
 
 
 def test_every_block_but_the_last_may_have_an_exit():
-    ExitConfig((1, 2, 3, 4, 5), classes=V - 1).check(6, V)
+    ExitConfig((1, 2, 3, 4, 5), classes=V - 1).check(TINY)
 
 
 def test_parameters_are_all_there_is():
     """No stored RNG, cache or running statistics in any head."""
     for kind in KINDS:
         exits = ExitConfig((2,), head=kind, gate=True)
-        head = nnx.eval_shape(lambda e=exits: Head(TINY, e, V, rngs=nnx.Rngs(0)))
+        head = nnx.eval_shape(lambda e=exits: Head(TINY, e, e.points[0], rngs=nnx.Rngs(0)))
         state = nnx.to_flat_state(nnx.state(head))
         assert {type(variable) for _, variable in state} == {nnx.Param}

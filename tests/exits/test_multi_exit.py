@@ -7,8 +7,10 @@ from conftest import TINY, build
 from early_exit import tree
 from early_exit.backbones import base
 from early_exit.backbones.decoder import DecoderConfig
-from early_exit.exits.heads import KINDS, ExitConfig
+from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
+
+KINDS = TINY.head_kinds
 
 TOKENS = jnp.array([[7, 3, 52, 11, 29, 0, 60, 3], [1, 2, 3, 4, 5, 6, 7, 8]])
 IDS = jnp.array([9, 60, 0, 33, 12], jnp.int32)

@@ -11,7 +11,7 @@ import pytest
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.backbones.resnet import update_statistics
+from early_exit.backbones.base import update_statistics
 from early_exit.pretrained import resnet, torchvision
 from early_exit.pretrained.load import load
 
