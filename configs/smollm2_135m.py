@@ -48,10 +48,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "tune": {
+                "train": "exits",  # or "all": in tandem with the backbone
                 "loss": "kl",
                 "weights": (),  # one per exit; all 1 if empty
                 "steps": steps,
+                "optimizer": "adamw",
                 "learning_rate": 1e-3,
+                "backbone_rate": 0.1,  # of the learning rate, for a backbone in tandem
                 "warmup_steps": min(8, steps - 1),
                 "final_fraction": 0.1,
                 "b1": 0.9,

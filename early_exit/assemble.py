@@ -23,8 +23,10 @@ from early_exit import checkpoint, files, tree
 from early_exit import config as configs
 from early_exit import policy as policies
 from early_exit.backbones import base
+from early_exit.backbones.decoder import DecoderConfig
+from early_exit.backbones.encoder import EncoderConfig
+from early_exit.backbones.resnet import ResNetConfig
 from early_exit.config import ConfigDict
-from early_exit.data import pipeline, sources
 from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
@@ -86,36 +88,80 @@ def exit_config(config: ConfigDict) -> ExitConfig:
         output=config.exits.output,
         classes=config.exits.classes,
         gate=config.exits.gate,
+        cascade=config.exits.get("cascade", False),
+        ensemble=config.exits.get("ensemble", False),
     )
 
 
 def load_backbone(config: ConfigDict) -> tuple[Pretrained, MultiExit]:
-    """The pretrained network and the multi-exit model that the config makes of it.
+    """The network that the config's exits are attached to, and the multi-exit model of both.
+
+    `model.source` names pretrained weights, or the folder of a run that trained a backbone; empty,
+    the network is drawn at random, as `model.new` describes it. `model.changes` are settings that
+    the source leaves open, such as `num_classes` of an encoder; what they add is drawn at random.
 
     Raises:
-      ValueError: weights that do not load, or exits that do not fit them.
+      ValueError: weights that do not load, settings that make no network, or exits that do not
+        fit it.
     """
-    pretrained = load(config.model.source, dtype=jnp.dtype(config.model.dtype))
+    model, dtype = config.model, jnp.dtype(config.model.dtype)
+    source, new = model.source, model.get("new")
+    if bool(source) == bool(new):
+        raise ValueError("give either model.source, where weights are, or model.new")
+    if new:
+        pretrained = _drawn(_new(new), {}, config, None)
+    elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
+        tuned = load_tuned(Path(source))
+        backbone = tuned.params["backbone"]
+        pretrained = Pretrained(tuned.model.config, backbone, tuned.tokenizer, source)
+    else:
+        pretrained = load(source, dtype=dtype)
+    if changes := model.get("changes"):
+        try:
+            changed = dataclasses.replace(pretrained.config, **changes)
+        except TypeError as error:
+            raise ValueError(f"model.changes do not fit the network: {error}") from error
+        pretrained = _drawn(changed, pretrained.params, config, pretrained.tokenizer)
     return pretrained, MultiExit(pretrained.config, exit_config(config))
 
 
-def packing(config: ConfigDict, tokenizer) -> dict[str, Any]:
-    """The arguments that every data pipeline of a run shares."""
-    return {
-        "tokenise": tokenizer.encode,
-        "end_of_text": tokenizer.eos_token_id,
-        "sequence_length": config.data.sequence_length,
-        "batch_size": config.data.batch_size,
+# Networks that can be made anew, by the name in `model.new.family`.
+FAMILIES = {
+    "resnet_cifar": ResNetConfig.cifar,
+    "resnet_imagenet": ResNetConfig.imagenet,
+    "encoder": EncoderConfig,
+    "decoder": DecoderConfig,
+}
+
+
+def _new(settings: ConfigDict) -> base.BackboneConfig:
+    settings = dict(settings)
+    family = settings.pop("family", None)
+    if family not in FAMILIES:
+        raise ValueError(
+            f"unknown model.new.family {family!r}; choose one of {', '.join(FAMILIES)}"
+        )
+    try:
+        return FAMILIES[family](**settings)
+    except TypeError as error:
+        raise ValueError(f"model.new does not describe a {family}: {error}") from error
+
+
+def _drawn(
+    network: base.BackboneConfig, params: base.Params, config: ConfigDict, tokenizer: Any
+) -> Pretrained:
+    """`network` with those of `params` that it has, and the others drawn from the config's seed."""
+    _, abstract = base.abstract(network.build)
+    given, wanted = tree.flatten(params), tree.flatten(abstract)
+    kept = {
+        path: given[path]
+        for path, leaf in wanted.items()
+        if path in given and given[path].shape == leaf.shape
     }
-
-
-def first_batches(config: ConfigDict, tokenizer, split: str, num_batches: int) -> list[dict]:
-    """The first packed batches of a split of the run's text, always the same ones."""
-    return pipeline.evaluation_batches(
-        sources.documents(config.data.source, split),
-        num_batches=num_batches,
-        **packing(config, tokenizer),
-    )
+    if len(kept) < len(wanted):
+        key, dtype = jax.random.key(config.seed), jnp.dtype(config.model.dtype)
+        kept = tree.flatten(base.init(network, key, dtype)) | kept
+    return Pretrained(network, tree.unflatten(kept), tokenizer, config.model.source)
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -203,12 +249,23 @@ def _checkpointed(workdir: Path, config: ConfigDict):
     saved = checkpoint.metadata(checkpoints, step)
     pretrained, model = load_backbone(config)
     check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
-    like = {"exits": model.abstract_exits(config.model.dtype)}
-    exits = checkpoint.restore(checkpoints, like, step)[0]["exits"]
-    params = {"backbone": pretrained.params, "exits": exits}
+    trained = checkpoint.restore(checkpoints, {"params": abstract_trained(config, model)}, step)
+    params = {"backbone": pretrained.params, **trained[0]["params"]}
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
-    return model, params, pretrained.tokenizer, {"backbone": saved["backbone"], "step": step}
+    provenance = {"backbone": tree.fingerprint(params["backbone"]), "step": step}
+    return model, params, pretrained.tokenizer, provenance
+
+
+def abstract_trained(config: ConfigDict, model: MultiExit) -> base.Params:
+    """The parameters that the config's recipe trains, as shapes."""
+    dtype = jnp.dtype(config.model.dtype)
+    trained = {"exits": model.abstract_exits(dtype)}
+    if config.tune.train == "all":
+        _, backbone = base.abstract(model.config.build)
+        backbone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), backbone)
+        trained["backbone"] = backbone
+    return trained
 
 
 def _exported(workdir: Path, config: ConfigDict):

@@ -1,7 +1,8 @@
 """Where arrays live: a declared mesh and one ordered regex table from path to axes.
 
 The one idea: the same step runs on one CPU and on a pod. Parameters are placed by the rules,
-batches are split over `data` and `fsdp`, and the compiler derives the rest.
+batches are split over `data` and `fsdp`, and the compiler derives the rest. With several
+processes, each has the parameters whole before they are placed, and its share of a batch's rows.
 """
 
 import math
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +58,8 @@ def shardings(params: Any, mesh: Mesh) -> Any:
 
     def place(path: str, leaf) -> NamedSharding:
         spec = tree.match(RULES, path)
+        if len(spec) < leaf.ndim:  # the leading axis of stacked blocks stays whole
+            spec = P(*[None] * (leaf.ndim - len(spec)), *spec)
         kept = [
             axis if axis is not None and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(spec, leaf.shape, strict=False)
@@ -72,3 +77,55 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch split over `data` and `fsdp`."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def place(params: Any, placed: Any, donate: bool = False) -> Any:
+    """Arrays that every process has, put where `placed` (a tree like `params`) says.
+
+    `jax.device_put`, except that processes do not compare what they put.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(params, placed, donate=donate)
+
+    def put(array, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(put, params, placed)
+
+
+def fetch(arrays: Any) -> Any:
+    """A tree of whole numpy arrays, in every process, of arrays that may lie in several."""
+    return multihost_utils.process_allgather(arrays, tiled=True)
+
+
+def row_share(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(index, count): which of how many equal shares of a batch's rows this process needs.
+
+    Processes between which only `tensor` is split need the same rows.
+
+    Raises:
+      ValueError: the devices along `data` and `fsdp` cannot have the same number of rows.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise ValueError(
+            f"a batch of {rows} rows cannot be split over {parts} devices (data × fsdp); set "
+            "data.batch_size to a multiple, or use another mesh"
+        )
+    spans = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    edges = {span.indices(rows)[:2] for (span,) in spans}
+    first, last = min(edges)[0], max(edges)[1]
+    size = last - first
+    if size != sum(end - start for start, end in edges) or first % size:
+        return 0, 1  # rows from here and there: all of them
+    return first // size, rows // size
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
+    """A batch of so many rows on the mesh, of this process's share or of the whole batch."""
+    where = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(where, array, (rows, *array.shape[1:]))
+        for name, array in batch.items()
+    }

@@ -14,11 +14,11 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("assemble", "report"),
-    ("inference", "calibration"),
+    ("feed", "inference", "calibration"),
     ("exits", "losses", "policy", "pretrained"),
     ("backbones", "confidence"),
     ("sharding", "data", "checkpoint", "metrics"),
-    ("tree", "config", "files"),
+    ("tree", "config", "files", "packages"),
 )
 # Beside the standard library, these rooms import nothing but this.
 ONLY = {

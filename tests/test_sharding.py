@@ -116,24 +116,24 @@ for loss, options in losses.items():
         steps.tune_step, model=model, recipe=steps.Recipe(loss, (1.0,)), optimizer=optimizer
     )
     for name, axes in [("one", None), *meshes.items()]:
-        state, frozen, rows = steps.init_state(exits, optimizer), params, batch
+        state, frozen, rows = steps.init_state({"exits": exits}, optimizer), params, batch
         run = jax.jit(step)
         if axes is not None:
             mesh = sharding.make_mesh(axes)
             placed, everywhere = sharding.shardings(exits, mesh), sharding.replicated(mesh)
             opt_state = optax.tree_map_params(
-                optimizer, lambda _, spec: spec, state["opt_state"], placed,
+                optimizer, lambda _, spec: spec, state["opt_state"], {"exits": placed},
                 transform_non_params=lambda _: everywhere,
             )
-            where = {"exits": placed, "opt_state": opt_state, "step": everywhere}
+            where = {"params": {"exits": placed}, "opt_state": opt_state, "step": everywhere}
             run = jax.jit(step, out_shardings=(where, everywhere))
             state = jax.device_put(state, where)
             frozen = jax.device_put(params, sharding.shardings(params, mesh))
             rows = jax.device_put(batch, sharding.batch_sharding(mesh))
         new, metrics = run(state, frozen, rows)
         results[f"{loss}/{name}/loss"] = metrics["loss"]
-        results[f"{loss}/{name}/shards"] = shards(new["exits"]) / len(jax.tree.leaves(exits))
-        for leaf, value in tree.flatten(new["exits"]).items():
+        results[f"{loss}/{name}/shards"] = shards(new["params"]["exits"]) / len(jax.tree.leaves(exits))
+        for leaf, value in tree.flatten(new["params"]["exits"]).items():
             results[f"{loss}/{name}/exits/{leaf}"] = value
 np.savez(path, **results)
 """

@@ -7,6 +7,8 @@ values, or (`keys_values`) returns only those.
 """
 
 import dataclasses
+import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,13 @@ from early_exit.backbones import base, layers, rotary
 KeyValue = tuple[jax.Array, jax.Array]
 
 NORMS = ("rms", "layer")
+# What a backward pass computes again instead of keeping it: nothing, all but the products with
+# weights, or everything but each block's input.
+REMAT = {
+    "none": None,
+    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +50,9 @@ class DecoderConfig(base.BackboneConfig):
       window: a position sees itself and the window − 1 before it; None for all before it.
       full_blocks: blocks (from 0) that see everything despite the window.
       tied: the output matrix is the embedding.
+      scan: the blocks' parameters are stacked on a leading axis [L, …], and run in a loop, so that
+        the program does not grow with depth. For training; cached decoding needs them apart.
+      remat: one of `REMAT`, for blocks that are trained.
     """
 
     vocab_size: int
@@ -66,6 +78,11 @@ class DecoderConfig(base.BackboneConfig):
     window: int | None = None
     full_blocks: tuple[int, ...] = ()
     tied: bool = True
+    scan: bool = False
+    remat: str = "none"
+
+    pools: ClassVar[bool] = False
+    head_kinds: ClassVar[tuple[str, ...]] = ("embedding", "norm", "mlp", "layer")
 
     def __post_init__(self):
         if self.norm not in NORMS:
@@ -74,6 +91,12 @@ class DecoderConfig(base.BackboneConfig):
             raise ValueError(
                 f"unknown activation {self.activation!r}; choose one of "
                 f"{', '.join(layers.ACTIVATIONS)}"
+            )
+        if self.remat not in REMAT:
+            raise ValueError(f"unknown remat {self.remat!r}; choose one of {', '.join(REMAT)}")
+        if self.scan and self.full_blocks:
+            raise ValueError(
+                "blocks with a window and blocks without cannot be one stack; use scan=False"
             )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
@@ -244,6 +267,17 @@ class Block(nnx.Module):
         return self.attention.keys_values(self.attention_norm(hidden_BTD), context)
 
 
+def _stack(config: DecoderConfig, rngs: nnx.Rngs) -> Block:
+    """All blocks as one, each of its parameters with a leading axis [L]."""
+
+    @nnx.split_rngs(splits=config.depth)
+    @nnx.vmap
+    def blocks(rngs):
+        return Block(config, config.window, rngs=rngs)
+
+    return blocks(rngs)
+
+
 class Decoder(base.Backbone):
     """Embedding, blocks, final norm, output matrix (the embedding itself when tied)."""
 
@@ -252,9 +286,12 @@ class Decoder(base.Backbone):
         self.embedding = _table(c.vocab_size, c.width, rngs)
         if not c.rotary_fraction:
             self.positions = _table(c.context_length, c.width, rngs)
-        self.blocks = nnx.Dict(
-            {str(i): Block(c, c.window_of(i), rngs=rngs) for i in range(c.depth)}
-        )
+        if c.scan:
+            self.blocks = _stack(c, rngs)
+        else:
+            self.blocks = nnx.Dict(
+                {str(i): Block(c, c.window_of(i), rngs=rngs) for i in range(c.depth)}
+            )
         self.final_norm = c.build_norm(rngs)
         if not c.tied:
             self.output = _table(c.vocab_size, c.width, rngs)
@@ -293,11 +330,37 @@ class Decoder(base.Backbone):
         return hidden, Context(rotation, mask, window_mask)
 
     def run_blocks(self, hidden, start, stop, context):
-        for i in range(start, stop):
-            hidden, _ = self.blocks[str(i)](hidden, context)
-        return hidden
+        if not self.config.scan:
+            for i in range(start, stop):
+                hidden, _ = self.blocks[str(i)](hidden, context)
+            return hidden
+        definition, stack = nnx.split(self.blocks)
 
-    def features(self, hidden):
+        def run(hidden, i):
+            # By index: a slice of the stack would be a copy of all the blocks in it.
+            params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), stack)
+            return nnx.merge(definition, params)(hidden, context)[0], None
+
+        return jax.lax.scan(run, hidden, jnp.arange(start, stop))[0]
+
+    def run_blocks_training(self, hidden, start, stop, context):
+        def run(definition, hidden, params):
+            return nnx.merge(definition, params)(hidden, context)[0], None
+
+        if policy := REMAT[self.config.remat]:
+            loops = self.config.scan
+            run = jax.checkpoint(run, policy=policy, static_argnums=0, prevent_cse=not loops)
+        if self.config.scan:
+            definition, stack = nnx.split(self.blocks)
+            # A slice: the gradient of an index would be as large as the stack, block after block.
+            slices = jax.tree.map(lambda x: x[start:stop], stack)
+            return jax.lax.scan(functools.partial(run, definition), hidden, slices)[0], {}
+        for i in range(start, stop):
+            definition, params = nnx.split(self.blocks[str(i)])
+            hidden, _ = run(definition, hidden, params)
+        return hidden, {}
+
+    def features(self, hidden, context=None):
         return self.final_norm(hidden)
 
     def output_table(self):

@@ -1,6 +1,6 @@
-"""The tuning run: text in, tuned exits and their checkpoints out, resumable at any moment.
+"""The tuning run: data in, tuned exits and their checkpoints out, resumable at any moment.
 
-The one idea: a run is a function of (config, text, weights). All that changes is the state and
+The one idea: a run is a function of (config, data, weights). All that changes is the state and
 the data iterator, saved together, so a killed run goes on bit-equal to one never killed.
 """
 
@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from early_exit import assemble, checkpoint, sharding, tree
+from early_exit import feed as feeds
 from early_exit.assemble import CHECKPOINTS
 from early_exit.config import ConfigDict
-from early_exit.data import pipeline, sources, transforms
+from early_exit.data import transforms
+from early_exit.data.stream import TrainingBatches
 from early_exit.evaluation import exits as evaluation
 from early_exit.metrics import MetricsWriter, progress
 from early_exit.training import optimizer as optimizers
@@ -23,10 +25,11 @@ from early_exit.training import step as steps
 
 
 def tune(config: ConfigDict, workdir: Path) -> list[dict]:
-    """Tunes the exits of the config's model; returns a row per exit on the validation text.
+    """Tunes the exits of the config's model; returns a row per exit on the validation split.
 
-    Goes on from the newest checkpoint in `workdir` if there is one. At the end, the last
-    checkpoint there holds the tuned exits.
+    In tandem with the backbone, or a backbone alone, where the config says so (`tune.train`). Goes
+    on from the newest checkpoint in `workdir` if there is one. At the end, the last checkpoint
+    there holds what was tuned.
 
     Raises:
       ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`.
@@ -35,6 +38,7 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
     """
     total, first = config.tune.steps, checkpoint.latest_step(workdir / CHECKPOINTS) or 0
     run = Run(config, workdir)
+    size = run.feed.per_batch
     state, batches = run.state(), run.batches()
     if first:
         state, iterator_state = checkpoint.restore(workdir / CHECKPOINTS, state, first)
@@ -44,7 +48,7 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
     with (
         checkpoint.Saver(workdir / CHECKPOINTS, keep=config.tune.keep_checkpoints) as saver,
         MetricsWriter(workdir, resumed_step=first or None) as writer,
-        progress(total * run.tokens_per_step, done=first * run.tokens_per_step) as bar,
+        progress(total * size, unit=run.feed.unit, done=first * size) as bar,
     ):
 
         def settle(step: int, metrics: dict) -> None:
@@ -58,7 +62,7 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
                 )
             writer.write(step, scalars | {"learning_rate": float(run.schedule(step - 1))})
             bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
-            bar.update(run.tokens_per_step)
+            bar.update(size)
 
         unsettled = None
         for step in range(first + 1, total + 1):
@@ -72,21 +76,22 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
                 settle(*unsettled)
                 unsettled = None
             if validates:
-                rows = run.validate(state["exits"])
+                rows = run.validate(state["params"])
                 for row in rows:
                     name = f"exit_{row['exit']}"
                     writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
             if saves:  # last: a checkpoint stands for all that was written before it
                 saver.save(step, state, batches.get_state(), run.metadata)
     batches.close()
-    return run.validate(state["exits"]) if rows is None else rows
+    return run.validate(state["params"]) if rows is None else rows
 
 
 class Run:
     """Everything of a tuning run that stays the same from its first step to its last.
 
     Attributes:
-      frozen: the model's parameters without the exits, placed on the mesh.
+      frozen: the model's parameters that are not trained, placed on the mesh.
+      feed: what it reads.
       step: the jitted `tune_step`; donates the state.
       metadata: what the heads belong to, saved with them: the backbone's fingerprint and, for
         reduced heads, the tokens they can predict.
@@ -94,16 +99,17 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         weights = steps.exit_weights(config.tune.weights, config.exits.points)
-        recipe = steps.Recipe(config.tune.loss, weights)
+        recipe = steps.Recipe(config.tune.loss, weights, config.tune.train)
         self.config = config
         self.schedule = optimizers.learning_rate(config.tune)
         self.optimizer = optimizers.make_optimizer(config.tune)
         self.mesh = sharding.make_mesh(config.mesh)
         assemble.save_config(config, workdir)
         self.pretrained, self.model = assemble.load_backbone(config)
-        self.tokens_per_step = config.data.batch_size * config.data.sequence_length
+        self.feed = feeds.make(config, self.model.config, self.pretrained.tokenizer)
         self.metadata = self._metadata(workdir)
-        self.frozen = self._place({"backbone": self.pretrained.params})
+        tandem = recipe.train == "all"
+        self.frozen = {} if tandem else self._place({"backbone": self.pretrained.params})
         if self.metadata["token_ids"]:
             ids = {"token_ids": jnp.array(self.metadata["token_ids"], jnp.int32)}
             self.frozen |= self._place(ids)
@@ -123,24 +129,22 @@ class Run:
             self.config.exits.init,
             self.frozen.get("token_ids"),
         )
-        if not jax.tree.leaves(exits):
+        params = {"exits": exits}
+        if self.config.tune.train == "all":
+            # A copy: the state is donated from step to step, what was loaded is not.
+            params["backbone"] = jax.tree.map(jnp.copy, self.pretrained.params)
+        if not jax.tree.leaves(params):
             raise ValueError(
-                "these exits have no parameters to tune: an embedding head that shares the "
-                "backbone's output matrix; choose exits.output=own or another exits.head"
+                "there is nothing to tune: no exits, or embedding heads that share the backbone's "
+                "output matrix; choose exits.output=own or another exits.head"
             )
         return jax.device_put(
-            steps.init_state(exits, self.optimizer), self._state_shardings(), donate=True
+            steps.init_state(params, self.optimizer), self._state_shardings(), donate=True
         )
 
-    def batches(self) -> pipeline.TrainingBatches:
-        """The endless training text of this process."""
-        return pipeline.training_batches(
-            sources.documents(self.config.data.source, "train"),
-            seed=self.config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **assemble.packing(self.config, self.pretrained.tokenizer),
-        )
+    def batches(self) -> TrainingBatches:
+        """The endless training data of this process."""
+        return self.feed.training(self.config.seed, jax.process_index(), jax.process_count())
 
     def place_batch(self, batch: dict) -> dict:
         rows = sharding.batch_sharding(self.mesh)
@@ -149,31 +153,27 @@ class Run:
             for name, array in batch.items()
         }
 
-    def validate(self, exits: dict) -> list[dict]:
+    def validate(self, params: dict) -> list[dict]:
         """A row per exit on the first held-out batches (`evaluation.exits.summary`)."""
         records = evaluation.record(
             self.model,
-            self.frozen | {"exits": exits},
+            self.frozen | params,
             map(self.place_batch, self._validation_batches),
         )
         return evaluation.summary(records)
 
     @functools.cached_property
     def _validation_batches(self) -> list[dict]:
-        return assemble.first_batches(
-            self.config,
-            self.pretrained.tokenizer,
-            "validation",
-            self.config.tune.validation_batches,
-        )
+        return list(self.feed.held_out("validation", self.config.tune.validation_batches))
 
     def _place(self, params: dict) -> dict:
         return jax.device_put(params, sharding.shardings(params, self.mesh))
 
     def _state_shardings(self) -> steps.TuneState:
-        exits = self.model.abstract_exits(self.config.model.dtype)
-        state = jax.eval_shape(functools.partial(steps.init_state, optimizer=self.optimizer), exits)
-        placed, everywhere = sharding.shardings(exits, self.mesh), sharding.replicated(self.mesh)
+        params = assemble.abstract_trained(self.config, self.model)
+        init = functools.partial(steps.init_state, optimizer=self.optimizer)
+        state = jax.eval_shape(init, params)
+        placed, everywhere = sharding.shardings(params, self.mesh), sharding.replicated(self.mesh)
         opt_state = optax.tree_map_params(
             self.optimizer,
             lambda _, spec: spec,
@@ -181,7 +181,7 @@ class Run:
             placed,
             transform_non_params=lambda _: everywhere,
         )
-        return {"exits": placed, "opt_state": opt_state, "step": everywhere}
+        return {"params": placed, "opt_state": opt_state, "step": everywhere}
 
     def _metadata(self, workdir: Path) -> dict:
         backbone = tree.fingerprint(self.pretrained.params)
@@ -191,9 +191,7 @@ class Run:
             return saved
         token_ids = []
         if self.config.exits.classes:
-            sample = assemble.first_batches(
-                self.config, self.pretrained.tokenizer, "train", self.config.data.frequency_batches
-            )
+            sample = self.feed.held_out("train", self.config.data.frequency_batches)
             token_ids = transforms.frequent_tokens(
                 sample, self.pretrained.config.vocab_size, self.config.exits.classes
             ).tolist()

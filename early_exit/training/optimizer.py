@@ -1,7 +1,11 @@
-"""AdamW with clipping, warm-up and cosine decay, from a config."""
+"""AdamW or SGD with clipping, warm-up and cosine decay, from a config."""
+
+import functools
 
 import jax
 import optax
+
+OPTIMIZERS = ("adamw", "sgd")
 
 
 def learning_rate(config) -> optax.Schedule:
@@ -24,14 +28,33 @@ def learning_rate(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; matrices decay, norms do not."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
+    """Clip by global norm, then AdamW or SGD with momentum; matrices decay, norms do not.
+
+    A backbone that is trained learns at `backbone_rate` times the heads' rate.
+
+    Raises:
+      ValueError: unknown optimizer.
+    """
+    if config.optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(f"unknown tune.optimizer {config.optimizer!r}; choose one of {known}")
+    rate = learning_rate(config)
+    if config.optimizer == "adamw":
+        rule = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_wide)
+    else:
+        rule = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, _wide),
+            optax.sgd(rate, momentum=config.b1, nesterov=True),
+        )
+    slower = optax.stateless(functools.partial(_scale_backbone, config.backbone_rate))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule, slower)
+
+
+def _wide(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def _scale_backbone(rate: float, updates, params):
+    if "backbone" not in updates:
+        return updates
+    return updates | {"backbone": jax.tree.map(lambda x: rate * x, updates["backbone"])}

@@ -1,7 +1,9 @@
 """One tuning step: a pure function of (state, frozen parameters, batch).
 
-The one idea: only the exits are an argument of the differentiated function, so the backbone has
-no gradient, no optimizer state and no saved activation, and it is never donated or returned.
+The one idea: what is trained is an argument of the differentiated function, and nothing else is.
+Tuning exits alone (`train="exits"`), the backbone has no gradient, no optimizer state and no saved
+activation, and is never donated or returned. In tandem (`train="all"`) it learns from its own
+labels and from what the exits ask of it.
 """
 
 import dataclasses
@@ -15,30 +17,41 @@ import optax
 from early_exit import losses
 from early_exit.backbones import base
 from early_exit.data.transforms import next_token_targets
-from early_exit.exits.multi_exit import MultiExit
+from early_exit.exits.multi_exit import Bound, MultiExit
 
-LOSSES = ("kl", "cross_entropy")
+# What each loss compares an exit with; their mean where there are two.
+LOSSES = {"kl": ("teacher",), "cross_entropy": ("labels",), "both": ("labels", "teacher")}
+TRAINED = {"exits": ("exits",), "all": ("backbone", "exits")}
 
-
-# {"exits": parameters of the heads, "opt_state": the optimizer's over them, "step": int32 scalar}
+# {"params": those that are trained, "opt_state": the optimizer's over them, "step": int32 scalar}
 TuneState = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The loss: Σ_e weight_e · mean over positions of L_e.
+    """The loss: Σ_e weight_e · mean over positions of L_e, and what learns from it.
 
     Attributes:
-      loss: `kl`, KL(final ‖ exit), or `cross_entropy` against the next token.
+      loss: `kl`, KL(final ‖ exit), self-distillation from the final exit; `cross_entropy` against
+        the next token or the class; or `both`, their mean.
       weights: one per exit.
+      train: `exits`, or `all`: the backbone as well, whose own cross-entropy then joins the sum
+        with weight 1. No exit's teacher learns from its pupils.
     """
 
     loss: str
     weights: tuple[float, ...]
+    train: str = "exits"
 
     def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise ValueError(f"unknown loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
+        for name, known in (("loss", LOSSES), ("train", TRAINED)):
+            if getattr(self, name) not in known:
+                given = getattr(self, name)
+                raise ValueError(f"unknown {name} {given!r}; choose one of {', '.join(known)}")
+
+    @property
+    def runs_all_blocks(self) -> bool:
+        return self.train == "all" or "teacher" in LOSSES[self.loss]
 
 
 def exit_weights(weights: Sequence[float], points: Sequence[int]) -> tuple[float, ...]:
@@ -55,41 +68,56 @@ def exit_weights(weights: Sequence[float], points: Sequence[int]) -> tuple[float
     return tuple(map(float, weights)) or (1.0,) * len(points)
 
 
-def init_state(exits: base.Params, optimizer: optax.GradientTransformation) -> TuneState:
-    """The state before the first step."""
-    return {"exits": exits, "opt_state": optimizer.init(exits), "step": jnp.int32(0)}
+def init_state(params: base.Params, optimizer: optax.GradientTransformation) -> TuneState:
+    """The state before the first step; `params` are those that are trained."""
+    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
 
 
-def observe(frozen: base.Params, batch: dict, *, model: MultiExit, recipe: Recipe) -> dict:
-    """Runs the backbone and keeps what the heads are tuned on.
+def observe(params: base.Params, batch: dict, *, model: MultiExit, recipe: Recipe) -> dict:
+    """Runs the backbone and keeps what the losses are made of.
 
-    It runs as far as the loss needs it: to the last exit, or to its end where the final
-    distribution is the teacher.
+    It runs as far as they need it: to the last exit, or to its end where the final distribution is
+    the teacher or is trained.
 
     Args:
-      frozen: the model's parameters without `exits`.
-      batch: `tokens`, `segments`, `positions`, int32 [B, T].
+      params: the model's; `exits` are not used.
+      batch: `tokens`, `segments`, `positions`, int32 [B, T]; for a classifier what its stem takes,
+        `labels` int32 [B] and `valid` bool [B].
 
     Returns:
-      `hidden`, per exit [B, T, D]; `context`, for heads that attend; `teacher`, the final
-      features [B, T, D], absent for cross-entropy; `labels` int32 and `mask` bool, [B, T].
+      `hidden`, per exit; `context`, for heads that attend; `last`, the hidden states after the
+      last block, if it was run; `labels` int32 and `mask` bool, [B, T] or [B]; `moments`, of the
+      batch, for running statistics that are trained.
     """
-    bound = model.bind(frozen)
-    hidden, context = bound.backbone.stem(batch)
-    labels, mask = next_token_targets(batch)
-    observed = {"context": context, "labels": labels, "mask": mask}
-    if recipe.loss == "kl":
-        points = (*model.exits.points, model.config.depth)
-        *at_exits, last = bound.hidden_at_exits(hidden, context, points)
-        observed["teacher"] = bound.backbone.features(last)
+    backbone = model.bind({name: x for name, x in params.items() if name != "exits"}).backbone
+    points = model.exits.points + ((model.config.depth,) if recipe.runs_all_blocks else ())
+    trained = recipe.train == "all"
+    moments, states, start = {}, [], 0
+    if trained:
+        hidden, context, moments = backbone.stem_training(batch)
     else:
-        at_exits = list(bound.hidden_at_exits(hidden, context, model.exits.points))
-    return observed | {"hidden": at_exits}
+        hidden, context = backbone.stem(batch)
+    for stop in points:
+        if trained:
+            hidden, new = backbone.run_blocks_training(hidden, start, stop, context)
+            moments |= new
+        else:
+            hidden = backbone.run_blocks(hidden, start, stop, context)
+        states.append(hidden)
+        start = stop
+    if model.config.pools:
+        labels, mask = batch["labels"], batch["valid"]
+    else:
+        labels, mask = next_token_targets(batch)
+    observed = {"context": context, "labels": labels, "mask": mask, "moments": moments}
+    if recipe.runs_all_blocks:
+        observed["last"] = states.pop()
+    return observed | {"hidden": states}
 
 
 def heads_loss(
     exits: base.Params,
-    frozen: base.Params,
+    rest: base.Params,
     observed: dict,
     *,
     model: MultiExit,
@@ -97,37 +125,88 @@ def heads_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """The recipe's loss of the heads on what `observe` kept: (scalar, per exit [E]).
 
-    Gates learn beside the heads whether these are right; what they learn from does not learn from
-    them.
+    Gates and ensembles learn beside the heads; what they learn from does not learn from them.
+
+    Args:
+      rest: the model's parameters but for the exits.
     """
-    bound = model.bind({**frozen, "exits": exits})
+    bound = model.bind({**rest, "exits": exits})
+    losses_of = _class_losses if model.config.pools else _token_losses
+    per_example, beside, right = losses_of(bound, observed, recipe)
+    mask = observed["mask"].reshape(-1)
+    per_exit = _mean(per_example, mask)
+    loss = jnp.dot(jnp.array(recipe.weights), per_exit)
+    if beside is not None:
+        loss += _mean(beside, mask).sum()
+    if model.exits.gate:
+        gates = [
+            head.gate_logit(hidden, observed["context"]).reshape(-1)
+            for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
+        ]
+        loss += losses.gate_losses(jnp.stack(gates), right, mask > 0).sum()
+    return loss, per_exit
 
-    def flat(x):
-        return x.reshape(-1, x.shape[-1])
 
-    targets = {"labels": observed["labels"].reshape(-1)}
-    if recipe.loss == "kl":
-        targets = {"teacher": (flat(observed["teacher"]), bound.backbone.output_table())}
+def _mean(losses_EN: jax.Array, mask_N: jax.Array) -> jax.Array:
+    return (losses_EN * mask_N[None]).sum(-1) / jnp.maximum(mask_N.sum(), 1)
+
+
+def _token_losses(bound: Bound, observed: dict, recipe: Recipe):
+    """(losses [E, N], None, whether the heads are right: bool [E, N]), N = B · T."""
     features = [
-        flat(head.features(hidden, observed["context"])[0])
+        _flat(head.features(hidden, observed["context"])[0])
         for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
     ]
-    targets |= {"token_ids": bound.token_ids}
-    tables = bound.exit_tables()
-    per_position = losses.exit_losses(features, tables, **targets)
-    mask = observed["mask"].reshape(1, -1)
-    per_exit = (per_position * mask).sum(-1) / jnp.maximum(mask.sum(), 1)
-    loss = jnp.dot(jnp.array(recipe.weights), per_exit)
-    if model.exits.gate:
-        right = losses.right(*jax.lax.stop_gradient((features, tables)), **targets)
-        gates = jnp.stack(
-            [
-                head.gate(hidden).reshape(-1)
-                for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
-            ]
-        )
-        loss += losses.gate_losses(gates, right, mask[0] > 0).sum()
-    return loss, per_exit
+    targets = {"labels": observed["labels"].reshape(-1)}
+    if "last" in observed:
+        final = _flat(bound.backbone.features(observed["last"], observed["context"]))
+        targets["teacher"] = (final, bound.backbone.output_table())
+    targets = [{name: targets[name]} for name in LOSSES[recipe.loss]]
+    heads = features, bound.exit_tables()
+    found = [losses.exit_losses(*heads, **t, token_ids=bound.token_ids) for t in targets]
+    right = losses.right(*jax.lax.stop_gradient(heads), **targets[0], token_ids=bound.token_ids)
+    return sum(found) / len(found), None, right
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _class_losses(bound: Bound, observed: dict, recipe: Recipe):
+    """(losses [E, B], those of ensembles, whether the answers are right: bool [E, B])."""
+    logits, answers = [], []
+    for e, hidden in enumerate(observed["hidden"]):
+        logits.append(bound.exit_logits(e, hidden, observed["context"], logits))
+        answers.append(bound.answer(logits))
+    targets = {"labels": observed["labels"]}
+    if "last" in observed:
+        targets["teacher"] = bound.backbone.readout(observed["last"], observed["context"])
+    targets = {name: targets[name] for name in LOSSES[recipe.loss]}
+
+    def compared(of):
+        found = [losses.class_losses(of, **{name: x}) for name, x in targets.items()]
+        return sum(found) / len(found)
+
+    name, target = next(iter(targets.items()))
+    best = target if name == "labels" else target.argmax(-1)
+    right = jnp.stack([answer.argmax(-1) == best for answer in answers])
+    # The first exit has none before it, and so no ensemble.
+    ensembles = compared(answers[1:]) if answers and answers[-1] is not logits[-1] else None
+    return compared(logits), ensembles, right
+
+
+def _final_loss(rest: base.Params, observed: dict, model: MultiExit) -> jax.Array:
+    """Mean cross-entropy of the final exit, a scalar."""
+    backbone = model.bind(rest).backbone
+    labels, mask = observed["labels"].reshape(-1), observed["mask"].reshape(-1)
+    features = backbone.features(observed["last"], observed["context"])
+    if model.config.pools:
+        final = base.logits(features, backbone.output_table(), backbone.output_bias())
+        per_example = losses.class_losses([final], labels=labels)
+    else:
+        table = backbone.output_table()
+        per_example = losses.exit_losses([_flat(features)], [table], labels=labels)
+    return _mean(per_example, mask)[0]
 
 
 def tune_step(
@@ -139,20 +218,36 @@ def tune_step(
     recipe: Recipe,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TuneState, dict[str, jax.Array]]:
-    """Updates the exits on one packed batch.
+    """Updates what the recipe trains on one batch.
 
     Args:
-      frozen, batch: as for `observe`.
+      frozen: the model's parameters that are not trained.
+      batch: as for `observe`.
 
     Returns:
-      (new state, scalars: `loss`, `loss/exit_<point>`, `grad_norm`).
+      (new state, scalars: `loss`, `loss/exit_<point>`, the backbone's own included where it is
+      trained, `grad_norm`).
     """
-    observed = observe(frozen, batch, model=model, recipe=recipe)
-    (loss, per_exit), gradients = jax.value_and_grad(heads_loss, has_aux=True)(
-        state["exits"], frozen, observed, model=model, recipe=recipe
-    )
-    updates, opt_state = optimizer.update(gradients, state["opt_state"], state["exits"])
-    exits = optax.apply_updates(state["exits"], updates)
+
+    def objective(params):
+        whole = {**frozen, **params}
+        rest = {name: x for name, x in whole.items() if name != "exits"}
+        observed = observe(whole, batch, model=model, recipe=recipe)
+        loss, by_point = jnp.float32(0), {}
+        if model.exits.points:
+            loss, per_exit = heads_loss(params["exits"], rest, observed, model=model, recipe=recipe)
+            by_point = dict(zip(model.exits.points, per_exit, strict=True))
+        if recipe.train == "all":
+            by_point[model.config.depth] = final = _final_loss(rest, observed, model)
+            loss += final
+        return loss, (by_point, observed["moments"])
+
+    params = state["params"]
+    (loss, (by_point, moments)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
+    params = optax.apply_updates(params, updates)
+    if moments:
+        params |= {"backbone": base.update_statistics(params["backbone"], moments)}
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
-    metrics |= {f"loss/exit_{point}": per_exit[e] for e, point in enumerate(model.exits.points)}
-    return {"exits": exits, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+    metrics |= {f"loss/exit_{point}": value for point, value in by_point.items()}
+    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics

@@ -82,7 +82,7 @@ def _times(pretrained, rounds: int) -> dict[str, list[float]]:
         jax.value_and_grad(functools.partial(steps.heads_loss, **settings), has_aux=True)
     )
     step = jax.jit(functools.partial(steps.tune_step, optimizer=optimizer, **settings))
-    state, observed = steps.init_state(exits, optimizer), observe(frozen, batch)
+    state, observed = steps.init_state({"exits": exits}, optimizer), observe(frozen, batch)
     cases = {
         "step": lambda: step(state, frozen, batch),
         "backbone": lambda: observe(frozen, batch),
@@ -105,7 +105,9 @@ def _temporary_bytes(config: DecoderConfig, exits: int, vocab_size: int) -> int:
     model = MultiExit(config, ExitConfig(points, head="norm", output="shared"))
     optimizer = make_optimizer(get_config().tune)
     _, backbone = base.abstract(config.build)
-    state = jax.eval_shape(lambda heads: steps.init_state(heads, optimizer), model.abstract_exits())
+    state = jax.eval_shape(
+        lambda heads: steps.init_state({"exits": heads}, optimizer), model.abstract_exits()
+    )
     step = functools.partial(
         steps.tune_step,
         model=model,

@@ -50,7 +50,8 @@ def packed(rows=4, length=12, seed=0):
 def parts(params, optimizer):
     """A tuning state of its own and the frozen rest."""
     frozen = {name: value for name, value in params.items() if name != "exits"}
-    return steps.init_state(jax.tree.map(jnp.copy, params["exits"]), optimizer), frozen
+    exits = jax.tree.map(jnp.copy, params["exits"])
+    return steps.init_state({"exits": exits}, optimizer), frozen
 
 
 def log_softmax(x):
@@ -73,6 +74,9 @@ def whole_logits(params, batch, *, model):
 
 def reference_losses(model, params, batch, loss):
     """Mean loss of every exit, position by position, from whole logits in float64."""
+    if loss == "both":
+        parts = [reference_losses(model, params, batch, x) for x in ("kl", "cross_entropy")]
+        return sum(parts) / 2
     exits, final = jax.tree.map(log_softmax, whole_logits(params, batch, model=model))
     kept = np.asarray(params.get("token_ids", np.arange(TINY.vocab_size)))
     totals, count = np.zeros(len(exits)), 0
@@ -121,7 +125,7 @@ def test_halves_of_a_batch_accumulate_to_the_whole(tiny, loss):
         new, metrics = step(
             state, frozen, batch, model=model, recipe=RECIPES[loss], optimizer=PLAIN
         )
-        gradients = jax.tree.map(lambda a, b: a - b, params["exits"], new["exits"])
+        gradients = jax.tree.map(lambda a, b: a - b, params["exits"], new["params"]["exits"])
         np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-3)
         count = next_token_targets(batch)[1].sum()
         return jax.tree.map(lambda x: count * x, gradients)
@@ -158,13 +162,16 @@ def test_frozen_means_frozen(loss):
     )
     assert tree.fingerprint(frozen) == before
     # What comes back is the exits, twice more in the optimizer, and scalars: nothing else.
-    assert state.keys() == {"exits", "opt_state", "step"}
-    assert jax.tree.structure(state["exits"]) == jax.tree.structure(params["exits"])
-    shapes = [x.shape for x in jax.tree.leaves(state["exits"])]
+    assert state.keys() == {"params", "opt_state", "step"}
+    assert state["params"].keys() == {"exits"}
+    assert jax.tree.structure(state["params"]["exits"]) == jax.tree.structure(params["exits"])
+    shapes = [x.shape for x in jax.tree.leaves(state["params"]["exits"])]
     opt_shapes = [x.shape for x in jax.tree.leaves(state["opt_state"])]
     assert sorted(shape for shape in opt_shapes if shape) == sorted(shapes * 2)
     assert all(x.shape == () for x in metrics.values())
-    for a, b in zip(*map(jax.tree.leaves, (params["exits"], state["exits"])), strict=True):
+    for a, b in zip(
+        *map(jax.tree.leaves, (params["exits"], state["params"]["exits"])), strict=True
+    ):
         assert (a != b).any()
 
 
@@ -208,7 +215,9 @@ def test_cross_entropy_stops_after_the_last_exit(tiny):
             state, frozen, packed(), model=model, recipe=RECIPES[loss], optimizer=PLAIN
         )
         assert bool(jnp.isfinite(metrics["loss"])) == finite
-        assert all(bool(jnp.isfinite(x).all()) == finite for x in jax.tree.leaves(new["exits"]))
+        assert all(
+            bool(jnp.isfinite(x).all()) == finite for x in jax.tree.leaves(new["params"]["exits"])
+        )
 
 
 def test_an_exit_of_weight_zero_is_left_alone(tiny):
@@ -216,8 +225,8 @@ def test_an_exit_of_weight_zero_is_left_alone(tiny):
     state, frozen = parts(params, ADAM)
     recipe = steps.Recipe("cross_entropy", (0.0, 1.0))
     new, _ = step(state, frozen, packed(), model=model, recipe=recipe, optimizer=ADAM)
-    assert tree.fingerprint(new["exits"]["2"]) == tree.fingerprint(params["exits"]["2"])
-    assert tree.fingerprint(new["exits"]["4"]) != tree.fingerprint(params["exits"]["4"])
+    assert tree.fingerprint(new["params"]["exits"]["2"]) == tree.fingerprint(params["exits"]["2"])
+    assert tree.fingerprint(new["params"]["exits"]["4"]) != tree.fingerprint(params["exits"]["4"])
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -277,12 +286,12 @@ def test_gates_learn_where_their_heads_are_right(loss):
         state, metrics = step(state, frozen, batch, model=model, recipe=recipe, optimizer=ADAM)
         seen.append(float(metrics["loss"]))
     assert seen[-1] < 0.5 * seen[0], seen
-    bound = model.bind(frozen | {"exits": state["exits"]})
+    bound = model.bind(frozen | {"exits": state["params"]["exits"]})
     hidden, context = bound.backbone.stem(batch)
     states = list(bound.hidden_at_exits(hidden, context, model.exit_depths.tolist()))
-    exits, final = whole_logits(frozen | {"exits": state["exits"]}, batch, model=model)
+    exits, final = whole_logits(frozen | {"exits": state["params"]["exits"]}, batch, model=model)
     labels, mask = (np.asarray(x) for x in next_token_targets(batch))
-    target = labels if loss == "cross_entropy" else np.asarray(final).argmax(-1)
+    target = labels if loss != "kl" else np.asarray(final).argmax(-1)
     said = np.append(params["token_ids"], -1)
     for head, h, logits in zip(bound.heads, states, exits, strict=False):
         right = said[np.asarray(logits).argmax(-1)] == target
@@ -299,7 +308,9 @@ def test_weights():
 
 
 def test_unknown_loss():
-    with pytest.raises(ValueError, match="unknown loss 'mse'; choose one of kl, cross_entropy"):
+    with pytest.raises(
+        ValueError, match="unknown loss 'mse'; choose one of kl, cross_entropy, both"
+    ):
         steps.Recipe("mse", (1.0,))
 
 
@@ -319,7 +330,9 @@ def temporary_bytes(points, vocab_size):
     model = MultiExit(config, ExitConfig(points, head="norm", output="shared"))
     optimizer = optax.adamw(1e-3)
     exits = model.abstract_exits()
-    state = jax.eval_shape(functools.partial(steps.init_state, optimizer=optimizer), exits)
+    state = jax.eval_shape(
+        functools.partial(steps.init_state, optimizer=optimizer), {"exits": exits}
+    )
     frozen = {"backbone": base.abstract(config.build)[1]}
     array = jax.ShapeDtypeStruct((4, 512), jnp.int32)
     batch = dict.fromkeys(("tokens", "segments", "positions"), array)

@@ -1,0 +1,115 @@
+"""A CIFAR-style ResNet with exits on Fashion-MNIST (Xiao et al. 2017), trained from scratch.
+
+    python -m launch.tune --config=configs/fashion_mnist_resnet.py --workdir=runs/fashion
+    python -m launch.tune --config=configs/fashion_mnist_resnet.py:points=,layers=14 --workdir=…
+
+The first trains a ResNet-32 and its exits in tandem, the second a smaller network without exits.
+`train=exits,source=runs/…` tunes exits behind a network that was trained before. The data comes
+through TensorFlow Datasets (`tfds:fashion_mnist`) or, as `data=idx:FOLDER`, from the original
+files; Debian has them in the package dataset-fashion-mnist.
+"""
+
+from early_exit.config import ConfigDict, over, parse_arg
+
+DATA = "tfds:fashion_mnist"
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(
+        arg,
+        data=DATA,
+        train="all",
+        source="",
+        layers=32,
+        width=8,
+        points=(2, 4, 6, 8, 11),
+        head="conv",
+        loss="cross_entropy",
+        gate=False,
+        cascade=False,
+        ensemble=False,
+        epochs=8,
+        runlocal=False,
+    )
+    own = ("data", "runlocal")
+    config = settings(**{name: value for name, value in arg.items() if name not in own})
+    config.data.source = arg.data
+    if arg.runlocal:
+        config.tune.steps, config.tune.warmup_steps = 4, 1
+    return config
+
+
+def settings(
+    *, train, source, layers, width, points, head, loss, gate, cascade, ensemble, epochs=8
+) -> ConfigDict:
+    """Of a run on images; `configs/digits_resnet.py` has its own data and lengths."""
+    batch_size = 128
+    steps = epochs * 54_000 // batch_size  # 90 % of the 60,000 are for training
+    new = {
+        "family": "resnet_cifar",
+        "layers": layers,
+        "width": width,
+        "channels": 1,
+        "num_classes": 10,
+    }
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": {"source": source, "dtype": "float32", "new": {} if source else new},
+            "exits": {
+                "points": points,
+                "head": head,
+                "output": "own",
+                "classes": 0,
+                "gate": gate,
+                "cascade": cascade,
+                "ensemble": ensemble,
+                "init": "random",
+            },
+            "data": {
+                "source": DATA,
+                "mean": (0.286,),
+                "std": (0.353,),
+                "image_size": (),  # height and width to bring images to; empty if they agree
+                "augment": "crop_flip",
+                "batch_size": batch_size,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "tune": {
+                "train": train,
+                "loss": loss,
+                # Half the final exit's: it is the one to keep.
+                "weights": (0.5,) * len(points),
+                "steps": steps,
+                "optimizer": "adamw",
+                "learning_rate": 4e-3,
+                "backbone_rate": 1.0,
+                "warmup_steps": min(200, steps - 1),
+                "final_fraction": 0.002,
+                "b1": 0.9,
+                "b2": 0.99,
+                "weight_decay": 0.05,
+                "clip_norm": 5.0,
+                "checkpoint_every": 420,
+                "keep_checkpoints": 2,
+                "validate_every": 840,
+                "validation_batches": 20,
+            },
+            "calibrate": {"confidence": "max_prob", "epsilon": 0.99, "batches": 25},
+            "evaluate": {
+                "batches": 79,  # of the test split: all of it
+                "epsilons": (0.97, 0.98, 0.99, 0.995),
+                "rounds": 5,
+                "singles": 200,  # examples timed one by one
+                "rows": 2048,  # examples timed in batches of these sizes
+                "sizes": (64, 256),
+                "examples": 12,  # shown, of those that left first and last
+            },
+        }
+    )
+
+
+def sweep(add) -> None:
+    """The smaller networks that early exits are compared with, each without exits."""
+    for run in over("model.new.layers", (8, 14, 20, 26, 32)):
+        add(**run, **{"exits.points": (), "tune.weights": ()})

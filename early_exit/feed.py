@@ -1,0 +1,156 @@
+"""What a run reads: text for a language model, labelled examples for a classifier.
+
+The one idea: which of the two follows from the network, so that the training loop, calibration
+and evaluation ask for batches of a split and never for what is in them.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from early_exit.backbones.base import BackboneConfig
+from early_exit.backbones.resnet import ResNetConfig
+from early_exit.config import ConfigDict
+from early_exit.data import examples, inputs, labelled, pipeline, sources, windows
+from early_exit.data.stream import TrainingBatches
+from early_exit.data.transforms import Batch
+
+
+class Feed(Protocol):
+    """Batches of the four splits of a run's data (config section `data`).
+
+    Attributes:
+      unit: what is counted, `tokens` or `examples`.
+      per_batch: units in a batch of all processes.
+    """
+
+    unit: str
+    per_batch: int
+
+    def training(self, seed: int, process_index: int, process_count: int) -> TrainingBatches:
+        """Batches without end; see `data.pipeline` and `data.labelled`."""
+
+    def held_out(self, split: str, num_batches: int | None) -> Iterable[Batch]:
+        """The first batches of a split, always the same ones; None for all of them."""
+
+    def calibration(self, num_batches: int | None) -> Iterable[Batch]:
+        """The first batches to calibrate on: as many texts, or examples, as go into them."""
+
+    def data_hash(self, split: str) -> str:
+        """SHA-256 (hex) of a split."""
+
+
+def make(config: ConfigDict, network: BackboneConfig, tokenizer: Any) -> Feed:
+    """The feed of a run for such a network."""
+    if not network.pools:
+        return TextFeed(config.data, tokenizer)
+    return ExampleFeed(config.data, network, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFeed:
+    """Documents, packed into rows."""
+
+    data: ConfigDict
+    tokenizer: Any
+    unit: str = "tokens"
+
+    @property
+    def per_batch(self) -> int:
+        return self.data.batch_size * self.data.sequence_length
+
+    def training(self, seed, process_index, process_count):
+        return pipeline.training_batches(
+            sources.documents(self.data.source, "train"),
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+            **self._packing(),
+        )
+
+    def held_out(self, split, num_batches):
+        return pipeline.evaluation_batches(
+            sources.documents(self.data.source, split), num_batches=num_batches, **self._packing()
+        )
+
+    def calibration(self, num_batches):
+        documents = sources.documents(self.data.source, "calibration")
+        return windows.batches(documents, num_batches=num_batches, **self._packing())
+
+    def data_hash(self, split):
+        return sources.data_hash(sources.documents(self.data.source, split))
+
+    def _packing(self) -> dict[str, Any]:
+        return {
+            "tokenise": self.tokenizer.encode,
+            "end_of_text": self.tokenizer.eos_token_id,
+            "sequence_length": self.data.sequence_length,
+            "batch_size": self.data.batch_size,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleFeed:
+    """Labelled images for a ResNet, labelled texts for an encoder.
+
+    Raises:
+      ValueError: on use, data with another number of classes than the network's.
+    """
+
+    data: ConfigDict
+    network: BackboneConfig
+    tokenizer: Any
+    unit: str = "examples"
+
+    @property
+    def per_batch(self) -> int:
+        return self.data.batch_size
+
+    def training(self, seed, process_index, process_count):
+        return labelled.training_batches(
+            self.examples("train"),
+            self._prepare(),
+            batch_size=self.data.batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
+
+    def held_out(self, split, num_batches):
+        return labelled.evaluation_batches(
+            self.examples(split),
+            self._prepare(),
+            batch_size=self.data.batch_size,
+            num_batches=num_batches,
+        )
+
+    def calibration(self, num_batches):
+        return self.held_out("calibration", num_batches)
+
+    def data_hash(self, split):
+        return examples.data_hash(self.examples(split))
+
+    def examples(self, split: str) -> examples.Examples:
+        found = examples.examples(self.data.source, split)
+        if len(found.classes) != self.network.num_classes:
+            raise ValueError(
+                f"{self.data.source} has {len(found.classes)} classes, but the network "
+                f"{self.network.num_classes}; set num_classes in the config's section `model`"
+            )
+        return found
+
+    def _prepare(self) -> inputs.Prepare:
+        data = self.data
+        if isinstance(self.network, ResNetConfig):
+            return inputs.image_inputs(
+                data.mean,
+                data.std,
+                size=tuple(data.image_size) or None,
+                channels=3 if self.network.channels == 3 else None,
+                augment=data.augment,
+            )
+        return inputs.text_inputs(
+            self.tokenizer.encode,
+            sequence_length=data.sequence_length,
+            pad_id=self.tokenizer.pad_token_id,
+        )
