@@ -30,7 +30,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            "model": {"source": SOURCE, "dtype": "float32"},
+            "model": {
+                "source": SOURCE,
+                "dtype": "float32",  # to compute in; what is trained is kept in float32
+                "scan": False,  # blocks in a loop: quicker to compile
+                "remat": "none",  # or "attention", "block": less memory for a backbone in tandem
+            },
             "exits": {
                 "points": arg.points,
                 "head": arg.head,
@@ -67,8 +72,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "validation_batches": held_out_batches,
             },
             "calibrate": {
+                "method": "epsilon",  # or ltt, ucb, search, …: see calibration.methods
                 "confidence": "max_prob",
                 "epsilon": 0.95,  # agreement with the full model among those who leave
+                "alpha": 0.05,  # of methods that promise a risk of at most that, but for delta
+                "delta": 0.1,
                 "batches": held_out_batches,
             },
             "evaluate": {

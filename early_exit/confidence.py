@@ -18,6 +18,9 @@ FROM_LOGITS = ("max_prob", "margin", "entropy", "patience")
 FROM_HIDDEN = ("similarity", "gate")
 NAMES = FROM_LOGITS + FROM_HIDDEN
 
+# Temperatures that records know: scores at any of them follow from what `soften` keeps.
+TEMPERATURES = tuple(2 ** (step / 4) for step in range(-4, 9))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,28 @@ def summarize(logits: jax.Array, has_rest: bool = False) -> Summary:
         entropy=entropy / jnp.log(logits.shape[-1]),
         declines=rest > top,
     )
+
+
+def soften(logits: jax.Array, has_rest: bool = False) -> dict[str, jax.Array]:
+    """What `max_prob` and `margin` at any of `TEMPERATURES` are made of.
+
+    Args:
+      logits: float32 [..., C].
+      has_rest: whether the last class stands for "none of these".
+
+    Returns:
+      log_normalizers float32 [K, ...], log Σ exp((logits − top) / T) with the top of the
+      prediction; second [...], how far below it the runner-up is, "none of these" included.
+    """
+    real = logits[..., :-1] if has_rest else logits
+    below = jnp.max(real, axis=-1, keepdims=True) - logits
+    is_top = jax.nn.one_hot(jnp.argmax(real, axis=-1), logits.shape[-1], dtype=bool)
+    return {
+        "log_normalizers": jnp.stack(
+            [jax.nn.logsumexp(-below / temperature, axis=-1) for temperature in TEMPERATURES]
+        ),
+        "second": jnp.min(jnp.where(is_top, jnp.inf, below), axis=-1),
+    }
 
 
 def agreeing(summary: Summary, predicted: jax.Array, before: jax.Array) -> jax.Array:

@@ -33,6 +33,9 @@ class ExitPolicy:
         2022, CALM, eq. 5; its published code scales λ itself by 0.9 + 0.1·exp(−τ·t/N) instead).
       budget: float32 scalar, blocks per token, or None. What a token leaves over is saved for later
         ones; a position leaves, whatever its score, where the next exit is beyond the savings.
+      temperatures: float32 [E + 1], or None for ones: what each exit's logits, the final one's
+        last, are divided by before they are scored. What is predicted does not change.
+      reject: float32 scalar, or None: the final exit's score below which its answer is withheld.
       provenance: how the thresholds were chosen; kept in the file, not in the pytree.
     """
 
@@ -40,6 +43,8 @@ class ExitPolicy:
     confidence: str = "max_prob"
     decay: jax.Array | None = None
     budget: jax.Array | None = None
+    temperatures: jax.Array | None = None
+    reject: jax.Array | None = None
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def threshold(self, exit_index: int, progress: jax.Array) -> jax.Array:
@@ -53,6 +58,16 @@ class ExitPolicy:
     def leaves(self, exit_index: int, score: jax.Array, progress: jax.Array) -> jax.Array:
         """Whether a position with this score [...] leaves at this exit: bool [...]."""
         return score >= self.threshold(exit_index, progress)
+
+    def tempered(self, exit_index: int, logits: jax.Array) -> jax.Array:
+        """An exit's logits [..., C] as they are to be scored."""
+        return logits if self.temperatures is None else logits / self.temperatures[exit_index]
+
+    def abstains(self, score: jax.Array) -> jax.Array:
+        """Whether the final exit, with this score [...], withholds its answer: bool [...]."""
+        if self.reject is None:
+            return jnp.zeros(jnp.shape(score), bool)
+        return score < self.reject
 
     def overdrawn(self, account: jax.Array, next_depth: int) -> jax.Array:
         """Whether the savings [...] forbid going on to the exit after `next_depth` blocks."""
@@ -78,10 +93,14 @@ class ExitPolicy:
         """Where positions with these scores leave, int [N]; E is the final exit.
 
         Args:
+          scores_EN: further rows, such as the final exit's scores, are not looked at.
           exit_depths: int [E + 1], blocks run at each exit.
           progress_N: how far through its answer each position is; 0 if not given. With a budget,
             the positions are taken as one answer, in order.
         """
+        scores_EN = scores_EN[: len(self.thresholds)]
+        if self.decay is None and self.budget is None:  # nothing to compile for every size
+            return first_exit(np.asarray(scores_EN), np.asarray(self.thresholds))
         scores_EN = jnp.asarray(scores_EN)
         progress_N = jnp.zeros(scores_EN.shape[1]) if progress_N is None else progress_N
         depths = tuple(int(depth) for depth in exit_depths)
@@ -104,18 +123,33 @@ class ExitPolicy:
 
 jax.tree_util.register_dataclass(
     ExitPolicy,
-    data_fields=["thresholds", "decay", "budget"],
+    data_fields=["thresholds", "decay", "budget", "temperatures", "reject"],
     meta_fields=["confidence"],
     drop_fields=["provenance"],
 )
 
 
+def first_exit(scores_EN, thresholds_E):
+    """The first exit whose score reaches its threshold, int32 [N]; E where none does.
+
+    Args:
+      scores_EN: float [E, N], of numpy or of jax, as is what is returned.
+      thresholds_E: a threshold for each exit, or one for each of its positions [N].
+    """
+    xp = scores_EN.__array_namespace__()
+    exits_N = xp.full(scores_EN.shape[1], len(scores_EN), dtype=xp.int32)
+    for e in reversed(range(len(scores_EN))):
+        exits_N = xp.where(scores_EN[e] >= thresholds_E[e], xp.int32(e), exits_N)
+    return exits_N
+
+
 @functools.partial(jax.jit, static_argnames="depths")
 def _exit_index(policy: ExitPolicy, scores_EN, progress_N, depths: tuple[int, ...]) -> jax.Array:
-    leaves_EN = [policy.leaves(e, score, progress_N) for e, score in enumerate(scores_EN)]
-    leaves_EN = jnp.stack([*leaves_EN, jnp.ones_like(leaves_EN[0])])
+    thresholds = [policy.threshold(e, progress_N) for e in range(len(scores_EN))]
     if policy.budget is None:
-        return jnp.argmax(leaves_EN, axis=0)
+        return first_exit(scores_EN, thresholds)
+    leaves_EN = [score >= limit for score, limit in zip(scores_EN, thresholds, strict=True)]
+    leaves_EN = jnp.stack([*leaves_EN, jnp.ones(scores_EN.shape[1], bool)])
 
     def one(account, leaves_E):
         must = [policy.overdrawn(account, depth) for depth in depths[1:]]
@@ -131,13 +165,16 @@ def make(
     *,
     decay: float | None = None,
     budget: float | None = None,
+    temperatures=None,
+    reject: float | None = None,
     **provenance,
 ) -> ExitPolicy:
-    """A policy from E numbers.
+    """A policy from E numbers, and E + 1 temperatures.
 
     Raises:
-      ValueError: unknown confidence, a threshold that is not a number, a decay or budget that is
-        not positive, or a decay of scores that are no probabilities.
+      ValueError: unknown confidence, a threshold that is not a number, a decay, budget or
+        temperature that is not positive, a decay of scores that are no probabilities, or a
+        rejection by a score that the final exit does not have.
     """
     if confidence not in confidences.NAMES:
         known = ", ".join(confidences.NAMES)
@@ -150,11 +187,28 @@ def make(
             raise ValueError(f"{name} must be a positive number, not {value}")
     if decay is not None and confidence == "patience":
         raise ValueError("patience counts heads; a decay is for scores between 0 and 1")
+    if temperatures is not None:
+        temperatures = np.asarray(temperatures, np.float32)
+        if temperatures.shape != (len(thresholds) + 1,):
+            raise ValueError(
+                f"temperatures must be {len(thresholds) + 1} numbers, one per exit and one for the "
+                f"final exit, not {temperatures}"
+            )
+        if not ((temperatures > 0) & (temperatures < NEVER)).all():
+            raise ValueError(f"temperatures must be positive numbers, not {temperatures}")
+        temperatures = jnp.asarray(temperatures)
+    if reject is not None:
+        if np.isnan(reject):
+            raise ValueError("reject must be a number, not nan")
+        if confidence == "gate":
+            raise ValueError("the final exit has no gate to reject by; use another confidence")
     return ExitPolicy(
         jnp.asarray(thresholds),
         confidence,
         None if decay is None else jnp.float32(decay),
         None if budget is None else jnp.float32(budget),
+        temperatures,
+        None if reject is None else jnp.float32(reject),
         provenance,
     )
 
@@ -179,14 +233,22 @@ _WORDS = {NEVER: "never", ALWAYS: "always"}
 
 def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
     """Writes the policy as JSON, whole or not at all."""
-    thresholds = [_WORDS.get(x, x) for x in np.asarray(policy.thresholds).astype(float).tolist()]
+
+    def numbers(array):
+        return None if array is None else np.asarray(array).astype(float).tolist()
+
+    def worded(value):
+        return _WORDS.get(value, value)
+
     text = json.dumps(
         {
             "enabled": enabled,
             "confidence": policy.confidence,
-            "thresholds": thresholds,
-            "decay": None if policy.decay is None else float(policy.decay),
-            "budget": None if policy.budget is None else float(policy.budget),
+            "thresholds": list(map(worded, numbers(policy.thresholds))),
+            "decay": numbers(policy.decay),
+            "budget": numbers(policy.budget),
+            "temperatures": numbers(policy.temperatures),
+            "reject": worded(numbers(policy.reject)),
             "provenance": dict(policy.provenance),
         },
         indent=2,
@@ -209,12 +271,15 @@ def load(path: Path, *, exit_depths: np.ndarray) -> ExitPolicy | None:
         fields = json.loads(path.read_text())
         words = {word: value for value, word in _WORDS.items()}
         thresholds = [float(words.get(x, x)) for x in fields["thresholds"]]
+        reject = fields["reject"]
         enabled = fields["enabled"]
         policy = make(
             thresholds,
             fields["confidence"],
             decay=fields["decay"],
             budget=fields["budget"],
+            temperatures=fields["temperatures"],
+            reject=None if reject is None else float(words.get(reject, reject)),
             **fields["provenance"],
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:

@@ -1,41 +1,97 @@
-"""Records the tuned exits on held-out text and fits the thresholds that decoding uses.
+"""Records the tuned exits on held-out data and fits the policy that decides who leaves where.
 
     python -m launch.calibrate --workdir=runs/smollm2 --epsilon=0.95 --confidence=margin
+    python -m launch.calibrate --workdir=runs/smollm2 --method=ltt --alpha=0.05 --delta=0.1
+    python -m launch.calibrate --workdir=runs/smollm2 --method=search --budget=15
 
-Writes records.npz and policy.json.
+The first asks that of those who leave, 95 % agree with the full model on the records; the second
+promises, with a probability of 90 %, that at most 5 % of all positions of new texts will not; the
+third looks for the best that 15 blocks per position buy. What is not given is the config's. Writes
+records.npz and policy.json.
 """
 
 from absl import flags
 
 from early_exit import assemble
+from early_exit.calibration import certify, methods, risk
 from early_exit.evaluation import exits, run
 from early_exit.metrics import table
 from launch import common
 
-CONFIDENCE = flags.DEFINE_string("confidence", None, "Score to threshold; the config's if absent.")
-EPSILON = flags.DEFINE_float(
-    "epsilon", None, "Share of leavers that must agree with the full model; the config's if absent."
+SETTINGS = (
+    flags.DEFINE_enum("method", None, methods.NAMES, "What is asked for; see calibration.methods."),
+    flags.DEFINE_string("confidence", None, "Score to threshold."),
+    flags.DEFINE_float("epsilon", None, "Share of leavers that must agree with the full model."),
+    flags.DEFINE_float("alpha", None, "Risk at most."),
+    flags.DEFINE_float("delta", None, "Probability with which the promise may fail."),
+    flags.DEFINE_enum("risk", None, tuple(risk.RISKS), "What alpha bounds."),
+    flags.DEFINE_enum("among", None, certify.AMONG, "Whom the risk is averaged over."),
+    flags.DEFINE_enum("unit", None, risk.UNITS, "What is independent of each other."),
+    flags.DEFINE_float("design", None, "Share of texts or examples to choose what to test on."),
+    flags.DEFINE_float("budget", None, "Mean cost per position."),
+    flags.DEFINE_enum("costs", None, ("blocks", "multiply_adds"), "What a budget is counted in."),
+    flags.DEFINE_enum("against", None, ("agreement", "label"), "What a budget should buy."),
+    flags.DEFINE_bool("temperature", None, "Fit a temperature for each head."),
+    flags.DEFINE_float("abstain", None, "Share of positions that may stay without an answer."),
+    flags.DEFINE_float("reject_risk", None, "Share of wrong answers at most, but for delta."),
 )
 
 
 def main(argv):
     common.no_arguments(argv)
     tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
-    for name, flag in (("confidence", CONFIDENCE), ("epsilon", EPSILON)):
-        if flag.value is not None:
-            tuned.config.calibrate[name] = flag.value
-    policy, records = run.calibrate(tuned)
+    given = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
+    policy, records = run.calibrate(tuned, run.settings_of(tuned.config, **given))
+    stated = policy.provenance
     rows = [
-        (row["exit"], row["agreement"], row["coverage"], float(threshold))
-        for row, threshold in zip(exits.summary(records), policy.thresholds, strict=False)
-    ]
-    print(table(rows, header=("exit", "agreement", "coverage at 95 %", "threshold")))
-    if policy.provenance["unreachable"]:
-        print(
-            f"exits {policy.provenance['unreachable']} never reach "
-            f"{policy.provenance['epsilon']:.0%} agreement: no token will leave there"
+        (row["exit"], row["agreement"], row["coverage"], share, float(threshold))
+        for row, share, threshold in zip(
+            exits.summary(records), stated["exit_shares"], policy.thresholds, strict=False
         )
+    ]
+    header = ("exit", "agreement", "coverage at 95 %", "leave here", "threshold")
+    print(table(rows, header=header))
+    print("\n".join(told(stated)))
     print(f"policy in {common.workdir() / assemble.POLICY}")
+
+
+def told(stated):
+    """What a policy keeps, by its provenance, in sentences."""
+    agreement = "" if stated["agreement"] is None else f"{stated['agreement']:.1%} of these agree, "
+    yield (
+        f"{stated['coverage']:.1%} leave early, {agreement}mean depth {stated['mean_depth']:.2f}, "
+        f"cost {stated['mean_cost']:.2f} of going all the way"
+    )
+    if "bound" in stated:
+        asked = f"{stated['risk_of']} among {stated['among']} ≤ {stated['alpha']:g}"
+        if stated["bound"] is None:
+            yield (
+                f"{asked} cannot be shown on {stated['units']} units of the kind {stated['unit']}; "
+                f"without a single loss it would take {stated['units_needed']}"
+            )
+        else:
+            yield (
+                f"{asked} with probability {1 - stated['delta']:g}: found {stated['risk']:.4f}, at "
+                f"most {stated['bound']:.4f}, on {stated['units']} units of the kind "
+                f"{stated['unit']}"
+            )
+    elif stated["method"] == "epsilon":
+        yield "so it is on these records; methods that promise it for new data: ltt, ucb"
+    if "temperature" in stated:
+        of = stated["temperature"]
+        before, after = (
+            ", ".join(f"{x:.3f}" for x in of[f"error_{at}"]) for at in ("before", "after")
+        )
+        yield (
+            f"calibration error of each exit {before} → {after} by temperatures; without them "
+            f"{of['coverage_without']:.1%} would leave, at cost {of['mean_cost_without']:.2f}"
+        )
+    if "rejection" in stated:
+        of = stated["rejection"]
+        wrong = "" if of["wrong"] is None else f"; {of['wrong']:.1%} of the answers are wrong"
+        yield f"{of['answered']:.1%} are answered{wrong}"
+    if stated["unreachable"]:
+        yield f"nothing leaves at exits {stated['unreachable']}: no threshold does what is asked"
 
 
 if __name__ == "__main__":

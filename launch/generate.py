@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from early_exit import assemble
+from early_exit.calibration import drift
 from early_exit.inference import mode as modes
 from early_exit.inference.detokenize import Detokenizer, pieces
 from early_exit.inference.generate import Generation, generate, stream
@@ -58,7 +59,7 @@ def main(argv):
         raise ValueError("give either --prompt or --input")
     if (INPUT.value is None) != (OUTPUT.value is None):
         raise ValueError("--input and --output go together")
-    texts = _read_prompts(Path(INPUT.value)) if INPUT.value else None
+    texts = common.read_lines(Path(INPUT.value), "prompt") if INPUT.value else None
     mode = dataclasses.replace(
         modes.BY_NAME[MODE.value],
         window=WINDOW.value,
@@ -136,6 +137,15 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
     means = [float(np.mean([row[name] for row in rows])) for name in columns]
     print(table([(len(rows), *means)], header=("answers", *columns)))
     print(path)
+    # Only what exits said by themselves compares with what they said in calibration.
+    mode, policy = settings["mode"], settings["policy"]
+    if policy is not None and not mode.verified and not mode.sampling.temperature:
+        exits, log_probs = (
+            np.concatenate([getattr(answer, name)[1:] for answer in answers])
+            for name in ("exits", "log_probs")
+        )
+        if warning := drift.warning(policy, exits, np.exp(log_probs)):
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 def _statistics(answer: Generation, tuned: assemble.Tuned) -> dict:
@@ -157,35 +167,6 @@ def _statistics(answer: Generation, tuned: assemble.Tuned) -> dict:
         "seconds": answer.seconds,
         "tokens_per_second": decoded / answer.seconds if answer.seconds else 0.0,
     }
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """The prompts of a file; empty lines are skipped.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: no prompt in it, or a line that is no object with a "prompt".
-    """
-    prompts = []
-    # Not `splitlines`, which also splits at characters that a JSON string may hold.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(line)
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: not an object with a "prompt" ({error!r})'
-            ) from error
-        if not isinstance(prompt, str):
-            raise ValueError(f'{path}, line {number}: "prompt" is not text')
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one on each line")
-    return prompts
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ around the loop, no branches. What the engine does is compared with this.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -39,34 +40,38 @@ class Decoded:
     scores: list
 
 
+# Texts are filled up to a multiple of this, so that those of one model share a program.
+FILL = 64
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def all_states(params, tokens, ran, *, model):
+    """What `SlowDecoder.states` says, for a text of a filled-up length."""
+    bound = model.bind(params)
+    hidden, context = bound.backbone.stem({"tokens": tokens[None]})
+    found = [hidden]
+    for i in range(model.config.depth):
+        deeper, _ = bound.backbone.blocks[str(i)](found[-1], context)
+        found.append(jnp.where((i < ran)[None, :, None], deeper, found[-1]))
+    at_exits = [found[point] for point in model.exits.points]
+    features = [
+        head.features(hidden, context)[0]
+        for head, hidden in zip(bound.heads, at_exits, strict=True)
+    ]
+    logits = [base.logits(f, t) for f, t in zip(features, bound.exit_tables(), strict=True)]
+    gates = [
+        head.gate_score(hidden)[0]
+        for head, hidden in zip(bound.heads, at_exits, strict=True)
+        if model.exits.gate
+    ]
+    final = bound.backbone.readout(found[-1])[0]
+    return jnp.concatenate(found), [x[0] for x in logits], final, gates
+
+
 class SlowDecoder:
-    """A model that reads texts of up to `length` tokens."""
-
-    def __init__(self, model, params, length):
-        self.model, self.params, self.length = model, params, length
+    def __init__(self, model, params):
+        self.model, self.params = model, params
         self.ids = params.get("token_ids")
-        self._states = jax.jit(self._all_states)
-
-    def _all_states(self, tokens, ran):
-        bound = self.model.bind(self.params)
-        hidden, context = bound.backbone.stem({"tokens": tokens[None]})
-        found = [hidden]
-        for i in range(self.model.config.depth):
-            deeper, _ = bound.backbone.blocks[str(i)](found[-1], context)
-            found.append(jnp.where((i < ran)[None, :, None], deeper, found[-1]))
-        at_exits = [found[point] for point in self.model.exits.points]
-        features = [
-            head.features(hidden, context)[0]
-            for head, hidden in zip(bound.heads, at_exits, strict=True)
-        ]
-        logits = [base.logits(f, t) for f, t in zip(features, bound.exit_tables(), strict=True)]
-        gates = [
-            head.gate_score(hidden)[0]
-            for head, hidden in zip(bound.heads, at_exits, strict=True)
-            if self.model.exits.gate
-        ]
-        final = bound.backbone.readout(found[-1])[0]
-        return jnp.concatenate(found), [x[0] for x in logits], final, gates
 
     def states(self, tokens, ran=None):
         """Hidden states [depth + 1, length, D], logits of every exit and of the full model, gates.
@@ -77,12 +82,21 @@ class SlowDecoder:
             values: CALM's state propagation, spelt out on the whole text.
         """
         ran = [self.model.config.depth] * len(tokens) if ran is None else ran
-        fill = self.length - len(tokens)
-        return jax.device_get(
-            self._states(
-                np.pad(np.asarray(tokens, np.int32), (0, fill)),
-                np.pad(np.asarray(ran, np.int32), (0, fill)),
+        length = len(tokens)
+        fill = (0, -length % FILL)
+        hidden, logits, final, gates = jax.device_get(
+            all_states(
+                self.params,
+                np.pad(np.asarray(tokens, np.int32), fill),
+                np.pad(np.asarray(ran, np.int32), fill),
+                model=self.model,
             )
+        )
+        return (
+            hidden[:, :length],
+            [x[:length] for x in logits],
+            final[:length],
+            [x[:length] for x in gates],
         )
 
     def draw(self, logits, key, position, sampling, at_exit):
@@ -162,7 +176,7 @@ class SlowDecoder:
 def mixed_policy(model, params, prompt, mode, confidence="max_prob", length=24, **fields):
     """A policy with which the positions after `prompt` leave at every exit, the final included;
     of three exits or more, one may be left out."""
-    slow = SlowDecoder(model, params, len(prompt) + length)
+    slow = SlowDecoder(model, params)
     key = jax.random.split(jax.random.key(0), 1)[0]
     exits = len(model.exits.points)
     never = policies.never(exits, confidence)

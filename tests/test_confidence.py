@@ -58,6 +58,21 @@ def test_scores_equal_the_reference(logits, has_rest):
 
 
 @pytest.mark.parametrize("has_rest", [False, True])
+def test_softened_scores_are_those_of_divided_logits(has_rest):
+    logits = jax.random.normal(jax.random.key(2), (40, 7)) * 4
+    kept = confidence.soften(logits, has_rest)
+    for k, temperature in enumerate(confidence.TEMPERATURES):
+        for n, row in enumerate(np.asarray(logits, np.float64) / temperature):
+            scores, prediction, _ = reference(row, has_rest)
+            normalizer = np.log(np.exp(row - row[prediction]).sum())
+            np.testing.assert_allclose(kept["log_normalizers"][k, n], normalizer, atol=1e-5)
+            top = np.exp(-normalizer)
+            second = np.exp(-float(kept["second"][n]) / temperature - normalizer)
+            np.testing.assert_allclose(top, scores["max_prob"], atol=1e-5)
+            np.testing.assert_allclose(top - second, scores["margin"], atol=1e-5)
+
+
+@pytest.mark.parametrize("has_rest", [False, True])
 def test_a_batch_scores_as_its_rows_alone(has_rest):
     logits = jax.random.normal(jax.random.key(0), (3, 4, 7)) * 4
     whole = confidence.summarize(logits, has_rest)

@@ -23,6 +23,8 @@ def write(path, **changes):
         "thresholds": [0.5],
         "decay": None,
         "budget": None,
+        "temperatures": None,
+        "reject": None,
         "provenance": {},
     }
     path.write_text(json.dumps(fields | changes))
@@ -47,6 +49,24 @@ def test_positions_leave_at_the_first_exit_that_lets_them():
     scores = np.array([[0.5, 0.4, 0.9, 0.4], [1.0, 1.0, 1.0, 1.0], [0.0, 0.2, 0.9, 0.1]])
     left = policy.exit_index(scores.astype(np.float32), np.array([1, 2, 3, 4]))
     assert left.tolist() == [0, 2, 0, 3]
+    # Records have the final exit's scores too, which let nobody leave.
+    with_final = np.concatenate([scores, np.ones((1, 4))]).astype(np.float32)
+    assert policy.exit_index(with_final, np.array([1, 2, 3, 4])).tolist() == left.tolist()
+
+
+def test_logits_are_divided_by_the_temperature_of_their_exit():
+    logits = jnp.array([[4.0, -2.0], [1.0, 0.0]])
+    policy = policies.make([0.5, 0.5], temperatures=[2, 1, 0.5])
+    for e, divided in enumerate([logits / 2, logits, logits * 2]):
+        np.testing.assert_array_equal(policy.tempered(e, logits), divided)
+    np.testing.assert_array_equal(policies.make([0.5, 0.5]).tempered(1, logits), logits)
+
+
+def test_an_answer_is_withheld_below_the_threshold_of_the_final_exit():
+    scores = jnp.array([0.4999, 0.5, 1.0, -jnp.inf])
+    assert policies.make([0.9], reject=0.5).abstains(scores).tolist() == [True, False, False, True]
+    assert not policies.make([0.9]).abstains(scores).any()
+    assert policies.make([0.9], reject=policies.NEVER).abstains(scores).all()
 
 
 def test_never_forced_and_patient():
@@ -157,15 +177,23 @@ POSITIVE = st.none() | st.floats(2**-126, width=32, allow_infinity=False)
     st.lists(THRESHOLDS, min_size=1, max_size=4),
     POSITIVE,
     st.none() | st.floats(1, 1000, width=32),  # below the first exit none can be kept
+    st.booleans(),
+    st.none() | THRESHOLDS,
 )
-def test_policies_come_back_from_json(tmp_path_factory, thresholds, decay, budget):
+def test_policies_come_back_from_json(
+    tmp_path_factory, thresholds, decay, budget, tempered, reject
+):
     path = tmp_path_factory.mktemp("policy") / "policy.json"
-    given = {"decay": decay, "budget": budget}
+    temperatures = np.linspace(0.3, 2, len(thresholds) + 1) if tempered else None
+    given = {"decay": decay, "budget": budget, "temperatures": temperatures, "reject": reject}
     policy = policies.make(thresholds, "similarity", **given, epsilon=0.9, unreachable=[6])
     policies.save(policy, path)
     back = load(path, exits=len(thresholds))
     np.testing.assert_array_equal(back.thresholds, policy.thresholds)
-    assert (back.decay, back.budget) == (decay, budget)
+    assert (back.decay, back.budget, back.reject) == (decay, budget, reject)
+    assert (back.temperatures is None) == (not tempered)
+    if tempered:
+        np.testing.assert_array_equal(back.temperatures, policy.temperatures)
     assert back.confidence == "similarity"
     assert back.provenance == {"epsilon": 0.9, "unreachable": [6]}
     # Strict JSON: no bare Infinity, which other readers refuse.
@@ -197,6 +225,15 @@ def test_a_disabled_policy_is_none(path):
         ({"provenance": {"confidence": "margin"}}, "policy.json is not an exit policy"),
         ({"decay": 0}, "policy.json is not.*decay must be a positive number, not 0"),
         ({"budget": -1.5}, "policy.json is not.*budget must be a positive number, not -1.5"),
+        (
+            {"temperatures": [1.0]},
+            "policy.json is not.*must be 2 numbers, one per exit and one for",
+        ),
+        ({"temperatures": [1.0, 0.0]}, "policy.json is not.*temperatures must be positive numbers"),
+        ({"temperatures": 2.0}, "policy.json is not.*must be 2 numbers, one per exit and one for"),
+        ({"reject": float("nan")}, "policy.json is not.*reject must be a number, not nan"),
+        ({"reject": "unsure"}, "policy.json is not an exit policy.*unsure"),
+        ({"confidence": "gate", "reject": 0.5}, "policy.json is not.*final exit has no gate"),
         ({"decay": "fast"}, "policy.json is not an exit policy"),
         ({"confidence": "patience", "decay": 1.0}, "policy.json is not.*patience counts heads"),
         ({"enabled": "false"}, "\"enabled\" must be true or false, not 'false'"),
@@ -209,7 +246,9 @@ def test_damaged_fields(path, changes, message):
         load(path)
 
 
-FIELDS = ["enabled", "confidence", "thresholds", "decay", "budget", "provenance"]
+FIELDS = (
+    "enabled confidence thresholds decay budget temperatures reject provenance"  # each is needed
+).split()
 
 
 @pytest.mark.parametrize("missing", FIELDS)

@@ -1,4 +1,4 @@
-"""What a model did on held-out text, position by position: all that calibration needs.
+"""What a model did on held-out data, position by position: all that calibration needs.
 
 The one idea: thresholds are fitted and compared on this file alone, so trying another method
 never runs the model again.
@@ -13,41 +13,76 @@ from typing import Any
 
 import numpy as np
 
-_ARRAYS = ("exit_depths", "agrees", "correct", "losses")
-_SCORE = "score_"
+_ARRAYS = ("exit_depths", "costs", "predictions", "labels", "losses", "groups")
+_SCORE, _SOFTENED = "score_", "softened_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Softened:
+    """What the scores would be had the logits been divided by a temperature.
+
+    Attributes:
+      temperatures: float [K], those that can be had; 1 is among them.
+      log_normalizers: float32 [K, E + 1, N], log Σ exp((logits − top) / T), with the top of the
+        prediction.
+      second: float32 [E + 1, N], how far below that the runner-up's logit is.
+    """
+
+    temperatures: np.ndarray
+    log_normalizers: np.ndarray
+    second: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Scores and outcomes of E exits (and the final one) at N positions.
+    """Scores and outcomes of E exits and the final one, last, at N positions.
+
+    A position is one of a text, or a classified example.
 
     Attributes:
-      exit_depths: int [E + 1], blocks run at each exit, the final one last.
-      scores: confidence name → float32 [E, N]; −inf where a head declines to predict.
-      agrees: bool [E, N], the head's prediction is the final exit's.
-      correct: bool [E + 1, N], the prediction is the text's next token.
-      losses: float32 [E + 1, N], cross-entropy of the next token in nats (for a reduced head, of
-        its class, all tokens it cannot predict being one class).
+      exit_depths: int [E + 1], blocks run at each exit.
+      costs: float64 [E + 1], multiply-adds of everything run for a position that leaves there:
+        blocks, and the heads consulted on the way.
+      scores: confidence name → float32 [E + 1, N]; −inf where a head declines to predict.
+      predictions: int32 [E + 1, N], the class or token that each exit answers.
+      labels: int32 [N], the right answer (of a text, its next token); −1 if unknown.
+      losses: float32 [E + 1, N], cross-entropy of the label in nats (for a reduced head, of its
+        class, all tokens it cannot predict being one class).
+      groups: int32 [N], which text or example a position belongs to. Positions of one text depend
+        on each other; groups do not.
+      softened: what temperatures are fitted on, if it was recorded.
       metadata: where the records come from.
     """
 
     exit_depths: np.ndarray
+    costs: np.ndarray
     scores: dict[str, np.ndarray]
-    agrees: np.ndarray
-    correct: np.ndarray
+    predictions: np.ndarray
+    labels: np.ndarray
     losses: np.ndarray
+    groups: np.ndarray
+    softened: Softened | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        exits, positions = self.agrees.shape
+        exits, positions = self.predictions.shape
         if not positions:
-            raise ValueError("records hold no position; give more held-out text")
+            raise ValueError("records hold no position; give more held-out data")
         wanted = [
-            ("exit_depths", self.exit_depths, (exits + 1,)),
-            ("correct", self.correct, (exits + 1, positions)),
-            ("losses", self.losses, (exits + 1, positions)),
+            ("exit_depths", self.exit_depths, (exits,)),
+            ("costs", self.costs, (exits,)),
+            ("labels", self.labels, (positions,)),
+            ("losses", self.losses, (exits, positions)),
+            ("groups", self.groups, (positions,)),
             *[(f"scores {name!r}", x, (exits, positions)) for name, x in self.scores.items()],
         ]
+        if self.softened:
+            count = len(self.softened.temperatures)
+            normalizers, second = self.softened.log_normalizers, self.softened.second
+            wanted += [
+                ("softened log-normalizers", normalizers, (count, exits, positions)),
+                ("softened seconds", second, (exits, positions)),
+            ]
         for name, array, shape in wanted:
             if array.shape != shape:
                 raise ValueError(f"{name} have the shape {array.shape}, not {shape}")
@@ -55,10 +90,78 @@ class Records:
             if np.isnan(score).any():
                 raise ValueError(f"scores {name!r} hold NaN; the model or its heads are broken")
 
+    @property
+    def agrees(self) -> np.ndarray:
+        """bool [E, N], an early exit answers what the final one does."""
+        return self.predictions[:-1] == self.predictions[-1]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool [E + 1, N], an exit's answer is the label.
+
+        Raises:
+          ValueError: labels are unknown.
+        """
+        unknown = np.count_nonzero(self.labels < 0)
+        if unknown:
+            raise ValueError(
+                f"{unknown} of {len(self.labels)} positions have no label to be correct about; "
+                "record labelled data, or calibrate for agreement with the full model"
+            )
+        return self.predictions == self.labels
+
+    def score(self, confidence: str) -> np.ndarray:
+        """float32 [E + 1, N].
+
+        Raises:
+          ValueError: a confidence that was not recorded.
+        """
+        if confidence not in self.scores:
+            known = ", ".join(self.scores)
+            raise ValueError(f"unknown confidence {confidence!r}; the records have {known}")
+        return self.scores[confidence]
+
+    def take(self, positions: np.ndarray) -> "Records":
+        """The records of some positions, given by index or by a mask."""
+        softened = self.softened and Softened(
+            self.softened.temperatures,
+            self.softened.log_normalizers[:, :, positions],
+            self.softened.second[:, positions],
+        )
+        return dataclasses.replace(
+            self,
+            softened=softened,
+            scores={name: score[:, positions] for name, score in self.scores.items()},
+            predictions=self.predictions[:, positions],
+            labels=self.labels[positions],
+            losses=self.losses[:, positions],
+            groups=self.groups[positions],
+        )
+
+    def split(self, share: float, seed: int) -> tuple["Records", "Records"]:
+        """Two parts with no group in common, the first with this share of the groups, at random.
+
+        Raises:
+          ValueError: a share that leaves one of the parts without any group.
+        """
+        names, of_N = np.unique(self.groups, return_inverse=True)
+        count = round(share * len(names))
+        if not 0 < count < len(names):
+            raise ValueError(
+                f"a share of {share:g} of {len(names)} groups leaves one part of the records "
+                "empty; record more texts or examples"
+            )
+        first = np.random.default_rng(seed).permutation(len(names))[:count]
+        chosen = np.isin(of_N, first)
+        return self.take(chosen), self.take(~chosen)
+
     def save(self, path: Path) -> None:
         """Writes one `.npz`, whole or not at all."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"{_SCORE}{name}": score for name, score in self.scores.items()}
+        if self.softened:
+            fields = dataclasses.asdict(self.softened)
+            arrays |= {f"{_SOFTENED}{name}": array for name, array in fields.items()}
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:  # a name would get `.npz` appended
             np.savez_compressed(file, metadata=np.array(json.dumps(self.metadata)), **arrays)
@@ -76,16 +179,19 @@ class Records:
             raise FileNotFoundError(f"no records at {path}; write them with `launch.calibrate`")
         try:
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+
+                def named(prefix):
+                    own = [name for name in file.files if name.startswith(prefix)]
+                    return {name.removeprefix(prefix): file[name] for name in own}
+
+                softened = named(_SOFTENED)
                 return cls(
-                    scores={
-                        name.removeprefix(_SCORE): file[name]
-                        for name in file.files
-                        if name.startswith(_SCORE)
-                    },
+                    scores=named(_SCORE),
+                    softened=Softened(**softened) if softened else None,
                     metadata=json.loads(str(file["metadata"])),
                     **{name: file[name] for name in _ARRAYS},
                 )
-        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+        except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} holds no records ({error!r}); delete it, and `launch.calibrate` will "
                 "write it again"

@@ -3,15 +3,19 @@
 Valade 2024 ("Accelerating Large Language Model Inference with Self-Supervised Early Exits"), §3:
 with calibration points sorted by falling score and Acc(k) the accuracy of the k surest,
 τ = score of point k*, k* = max{k : Acc(k) ≥ ε}.
+
+The one idea: the accuracy is a common scale for all heads. A *level* on it gives every head its own
+threshold, so policies of several exits form one path, from never leaving to always leaving.
 """
 
 import numpy as np
 
 from early_exit import policy as policies
+from early_exit.calibration import risk
 from early_exit.calibration.records import Records
 
 # Levels that the heads may share: the same for every ε, or thresholds would not rise with it.
-LEVELS = np.arange(1, 401) / 400
+LEVELS = np.arange(1, 1001) / 1000
 
 
 def epsilon_accuracy(scores: np.ndarray, correct: np.ndarray, epsilon: float) -> float:
@@ -29,16 +33,7 @@ def epsilon_accuracy(scores: np.ndarray, correct: np.ndarray, epsilon: float) ->
       ValueError: ε outside (0, 1], no points, or NaN among the scores.
     """
     _check_epsilon(epsilon)
-    if not scores.size or np.isnan(scores).any():
-        raise ValueError("calibration needs at least one score, and no NaN among them")
-    order = np.argsort(-scores, kind="stable")
-    falling = scores[order]
-    counts = np.arange(1, len(falling) + 1)
-    # Compared as counts: a running mean would make 0.95 of 20 points a matter of rounding.
-    reached = np.cumsum(correct[order]) >= epsilon * counts - 1e-9
-    ends_group = np.append(falling[1:] != falling[:-1], True)
-    candidates = np.flatnonzero(reached & ends_group & (falling > -np.inf))
-    return float(falling[candidates[-1]]) if candidates.size else policies.NEVER
+    return float(_at_levels(scores, correct, np.array([epsilon]))[0])
 
 
 def _check_epsilon(epsilon: float) -> None:
@@ -46,13 +41,40 @@ def _check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon is an accuracy in (0, 1], not {epsilon}")
 
 
+def _at_levels(scores: np.ndarray, correct: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """`epsilon_accuracy` at every level: float [J]; the points are sorted once."""
+    if not scores.size or np.isnan(scores).any():
+        raise ValueError("calibration needs at least one score, and no NaN among them")
+    order = np.argsort(-scores, kind="stable")
+    falling = scores[order]
+    ends = np.flatnonzero(np.append(falling[1:] != falling[:-1], True) & (falling > -np.inf))
+    accuracy = np.cumsum(correct[order])[ends] / (ends + 1)
+    # The best accuracy from here on falls, and has the same last point at which ε is reached.
+    best = np.maximum.accumulate(accuracy[::-1])[::-1]
+    reached = np.searchsorted(-best, -levels, side="right")
+    return np.append(policies.NEVER, falling[ends])[reached]
+
+
 def coverage_at(scores: np.ndarray, correct: np.ndarray, accuracy: float) -> float:
     """Largest share of points that can leave together at this accuracy, in [0, 1]."""
     return float(np.mean(scores >= epsilon_accuracy(scores, correct, accuracy)))
 
 
+def path(records: Records, confidence: str, levels: np.ndarray = LEVELS) -> np.ndarray:
+    """Thresholds of all exits, float32 [len(levels), E], at each level of agreement.
+
+    None rises from one level to the next lower one.
+    """
+    scores = records.score(confidence)[:-1]
+    each = [_at_levels(*pair, levels) for pair in zip(scores, records.agrees, strict=True)]
+    return np.stack(each, axis=1).astype(np.float32)
+
+
 def fit(records: Records, confidence: str, epsilon: float) -> policies.ExitPolicy:
     """A policy whose leavers, all exits together, agree with the full model at a rate ≥ ε.
+
+    That is so on these records; on others there is no guarantee (see `certify` for methods that
+    have one).
 
     Thresholds fitted head by head promise less than ε in use: the positions that reach a deep
     exit are those that earlier exits found hard. So the heads share a level ≥ ε, each threshold
@@ -60,37 +82,22 @@ def fit(records: Records, confidence: str, epsilon: float) -> policies.ExitPolic
     the positions that leave, where they leave, reach ε. Both steps are monotone in ε, hence so is
     every threshold.
 
-    The provenance states the level, the `agreement` reached, the `coverage` (share of positions
-    that leave early) and the exits that are `unreachable`, which never leave.
+    The provenance states the level and what is reached (`risk.evidence`).
 
     Raises:
       ValueError: unknown confidence or ε outside (0, 1].
     """
-    if confidence not in records.scores:
-        known = ", ".join(records.scores)
-        raise ValueError(f"unknown confidence {confidence!r}; the records have {known}")
-    scores = records.scores[confidence]
+    scores, agrees = records.score(confidence)[:-1], records.agrees
     _check_epsilon(epsilon)
-    for level in LEVELS[epsilon <= LEVELS]:
-        policy = policies.make(
-            [epsilon_accuracy(*pair, level) for pair in zip(scores, records.agrees, strict=True)],
-            confidence,
-        )
-        exits = policy.exit_index(scores, records.exit_depths)
+
+    def reaches(row):
+        exits = policies.first_exit(scores, row)
         leavers = np.flatnonzero(exits < len(scores))
-        agreeing = records.agrees[exits[leavers], leavers].sum()
-        if agreeing >= epsilon * len(leavers) - 1e-9:
-            break
-    thresholds = np.asarray(policy.thresholds)
-    return policies.make(
-        thresholds,
-        confidence,
-        method="epsilon_accuracy",
-        epsilon=epsilon,
-        level=float(level),
-        agreement=float(agreeing / len(leavers)) if leavers.size else None,
-        coverage=float(leavers.size / exits.size),
-        positions=exits.size,
-        unreachable=records.exit_depths[:-1][thresholds == policies.NEVER].tolist(),
-        **records.metadata,
-    )
+        agreeing = np.count_nonzero(agrees[exits[leavers], leavers])
+        return not leavers.size or agreeing / leavers.size >= epsilon
+
+    levels = LEVELS[epsilon <= LEVELS]
+    rows = zip(levels.tolist(), path(records, confidence, levels), strict=True)
+    level, row = next(pair for pair in rows if reaches(pair[1]))  # at the level 1, all agree
+    policy = policies.make(row, confidence, method="epsilon", epsilon=epsilon, level=level)
+    return risk.with_evidence(policy, records)

@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 
 from early_exit import tree
 from early_exit.backbones import base
 from early_exit.backbones.resnet import ResNetConfig
 from early_exit.exits import heads
+from early_exit.exits.multi_exit import MultiExit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,12 @@ class BackboneCost:
 
 def multiply_adds(function: Callable, *args) -> int:
     """In one call of `function`; `args` may be shapes. Loops of unknown length count once."""
-    return _multiply_adds(jax.make_jaxpr(function)(*args).jaxpr)
+    return traced_multiply_adds(jax.make_jaxpr(function)(*args))
+
+
+def traced_multiply_adds(traced: jax.extend.core.ClosedJaxpr) -> int:
+    """The same of a program that has been traced."""
+    return _multiply_adds(traced.jaxpr)
 
 
 def _multiply_adds(jaxpr) -> int:
@@ -117,15 +124,23 @@ def smallest_input(config: base.BackboneConfig) -> dict[str, jax.ShapeDtypeStruc
     return {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
 
 
-def backbone(config: base.BackboneConfig, dtype=jnp.float32) -> BackboneCost:
-    """The cost of a backbone with parameters of that dtype."""
+def backbone(
+    config: base.BackboneConfig, dtype=jnp.float32, inputs: dict | None = None
+) -> BackboneCost:
+    """The cost of a backbone with parameters of that dtype.
+
+    Args:
+      inputs: what the stem takes, as shapes; `smallest_input` if not given.
+    """
+    if config.scan:  # how the blocks are run does not change what one costs
+        config = dataclasses.replace(config, scan=False)
     definition, params = base.abstract(config.build)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
 
     def stem(params, inputs):
         return base.merge(definition, params).stem(inputs)
 
-    inputs = smallest_input(config)
+    inputs = smallest_input(config) if inputs is None else inputs
     first = _cost(stem, params, inputs)
     if not first.multiply_adds:  # a look-up reads rows of its tables, not the tables
         first = Cost()
@@ -147,10 +162,10 @@ def backbone(config: base.BackboneConfig, dtype=jnp.float32) -> BackboneCost:
         blocks.append(cost)
         shapes.append(hidden)
 
-    def readout(params, hidden):
-        return base.merge(definition, params).readout(hidden)
+    def readout(params, hidden, context):
+        return base.merge(definition, params).readout(hidden, context)
 
-    last = _cost(readout, params, hidden) if config.num_classes else Cost()
+    last = _cost(readout, params, hidden, context) if config.num_classes else Cost()
     return BackboneCost(first, tuple(blocks), last, tuple(shapes), context)
 
 
@@ -158,16 +173,39 @@ def head(
     config: base.BackboneConfig, exits: heads.ExitConfig, of: BackboneCost, point: int, dtype
 ) -> tuple[Cost, int]:
     """(cost of evaluating the head after block `point`, how many parameters it has of its own)."""
-    definition, params = base.abstract(
-        lambda rngs: heads.Head(config.at(point), exits, config.num_classes, rngs=rngs)
-    )
+    definition, params = base.abstract(lambda rngs: heads.Head(config, exits, point, rngs=rngs))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     rows = exits.classes + 1 if exits.classes else config.num_classes
-    table = jax.ShapeDtypeStruct((rows, config.at(point).width), dtype)
+    table = jax.ShapeDtypeStruct((rows, exits.width(config, point)), dtype)
+    earlier = [jax.ShapeDtypeStruct((1, rows), jnp.float32)] * exits.points.index(point)
 
-    def call(params, hidden, context):
-        features, _ = base.merge(definition, params["head"]).features(hidden, context)
-        return base.logits(features, params["table"])
+    def call(params, hidden, context, earlier):
+        head = base.merge(definition, params["head"])
+        features, _ = head.features(hidden, context)
+        found = [base.logits(features, params["table"])]
+        if hasattr(head, "cascade"):
+            found[0] += head.cascade(earlier[-1])
+        if hasattr(head, "ensemble"):
+            found.append(head.ensemble([*earlier, found[0]]))
+        if hasattr(head, "gate"):
+            found.append(head.gate_score(hidden, context))
+        return found
 
     everything = {"head": params, "table": table}
-    return _cost(call, everything, of.hidden[point - 1], of.context), tree.count(params)
+    cost = _cost(call, everything, of.hidden[point - 1], of.context, earlier)
+    return cost, tree.count(params)
+
+
+def leaving(model: MultiExit, of: BackboneCost) -> np.ndarray:
+    """Multiply-adds of all that is run for an input that leaves at each exit: float64 [E + 1].
+
+    The heads that it passed on the way are among it.
+
+    Args:
+      of: the backbone's.
+    """
+    passed, costs = Cost(), []
+    for point in model.exits.points:
+        passed += head(model.config, model.exits, of, point, jnp.float32)[0]
+        costs.append((of.before(point) + passed).multiply_adds)
+    return np.array([*costs, (of.full + passed).multiply_adds], np.float64)

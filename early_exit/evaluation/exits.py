@@ -1,5 +1,6 @@
 """How good each exit is: one pass over held-out text, every position scored at every exit."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 
@@ -8,32 +9,60 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import confidence as confidences
+from early_exit import sharding
 from early_exit.backbones import base
-from early_exit.calibration.records import Records
+from early_exit.calibration.records import Records, Softened
 from early_exit.calibration.thresholds import coverage_at
 from early_exit.data.transforms import next_token_targets
+from early_exit.evaluation import classes, cost
 from early_exit.exits.multi_exit import MultiExit
 
 # Positions whose full-vocabulary logits exist at a time.
 ROWS = 128
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def score_batch(params: base.Params, batch: dict, *, model: MultiExit) -> dict:
+@functools.lru_cache(maxsize=16)  # tracing a deep network takes a while
+def _costs(model: MultiExit, shapes: tuple | None = None) -> np.ndarray:
+    inputs = None if shapes is None else {k: jax.ShapeDtypeStruct(*x) for k, x in shapes}
+    return cost.leaving(model, cost.backbone(model.config, inputs=inputs))
+
+
+def costs_of(model: MultiExit, batch: dict) -> np.ndarray:
+    """Multiply-adds of leaving at each exit, float64 [E + 1] (`cost.leaving`).
+
+    Of a token without attention to others, or of one row of a classifier's batch.
+    """
+    if not model.config.pools:
+        return _costs(model)
+    inputs = {k: x for k, x in batch.items() if k not in ("labels", "valid")}
+    shapes = tuple((k, ((1, *x.shape[1:]), x.dtype)) for k, x in inputs.items())
+    return _costs(model, shapes)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "soften"))
+def score_batch(
+    params: base.Params, batch: dict, *, model: MultiExit, soften: bool = False
+) -> dict:
     """Every exit's scores and outcomes on a packed batch.
 
     Args:
-      batch: `tokens`, `segments`, `positions`, int32 [B, T].
+      batch: `tokens`, `segments`, `positions`, int32 [B, T], and `groups`, if positions of
+        different segments belong together.
+      soften: whether to return `softened` too (`confidence.soften`).
 
     Returns:
-      scores {name: [E, N]}, prediction [E + 1, N], loss [E + 1, N], labels [N], mask [N] with
-      N = B·T; `mask` is false where the next token is not known.
+      scores {name: [E + 1, N]}, predictions [E + 1, N], losses [E + 1, N], labels [N], groups [N],
+      mask [N] with N = B·T; `mask` is false where the next token is not known.
     """
     bound = model.bind(params)
     hidden, context = bound.backbone.stem(batch)
     at_exits = list(bound.hidden_at_exits(hidden, context, model.exit_depths.tolist()))
     labels_BT, mask_BT = next_token_targets(batch)
     labels = labels_BT.reshape(-1)
+
+    segments_BT = batch["segments"]
+    rows_B1 = jnp.arange(len(segments_BT))[:, None]
+    groups_BT = batch.get("groups", rows_B1 * segments_BT.shape[1] + segments_BT)
 
     def statistics(features, table, token_ids):
         """Per position: summary, predicted token and loss, logits made `ROWS` at a time."""
@@ -48,59 +77,83 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit) -> dict:
             feature, label_class = position
             values = base.logits(feature, table)
             summary = confidences.summarize(values, has_rest=reduced)
-            return summary, jax.nn.logsumexp(values) - values[label_class]
+            softer = confidences.soften(values, has_rest=reduced) if soften else {}
+            return summary, jax.nn.logsumexp(values) - values[label_class], softer
 
         flat = features.reshape(-1, features.shape[-1])
-        summary, loss = jax.lax.map(one, (flat, classes), batch_size=ROWS)
+        summary, loss, softer = jax.lax.map(one, (flat, classes), batch_size=ROWS)
         token = token_ids[summary.prediction] if reduced else summary.prediction
-        return summary, token, loss
+        return summary, token, loss, jax.tree.map(jnp.transpose, softer)
 
-    tokens, losses = [], []
+    tables = (*bound.exit_tables(), bound.backbone.output_table())
+    tokens, losses, softened = [], [], []
     scores = {name: [] for name in confidences.NAMES if name != "gate" or model.exits.gate}
     predicted, agreeing = jnp.full_like(labels, -1), jnp.zeros_like(labels)
-    for head, table, before, after in zip(
-        bound.heads, bound.exit_tables(), (hidden, *at_exits), at_exits, strict=False
-    ):
-        features, _ = head.features(after, context)
-        summary, token, loss = statistics(features, table, bound.token_ids)
+    for e, (before, after) in enumerate(zip((hidden, *at_exits), at_exits, strict=False)):
+        final = e == len(bound.heads)
+        if final:
+            features, ids = bound.backbone.features(after), None
+        else:
+            features, ids = bound.heads[e].features(after, context)[0], bound.token_ids
+        summary, token, loss, softer = statistics(features, tables[e], ids)
         tokens.append(token)
         losses.append(loss)
+        softened.append(softer)
+        summary = dataclasses.replace(summary, prediction=token)  # the classes of heads may differ
         agreeing = confidences.agreeing(summary, predicted, agreeing)
         predicted = confidences.said(summary)
         for name in confidences.FROM_LOGITS:
             scores[name].append(confidences.from_logits(name, summary, agreeing))
         scores["similarity"].append(confidences.similarity(before, after).reshape(-1))
         if model.exits.gate:
-            scores["gate"].append(head.gate_score(after).reshape(-1))
-    _, token, loss = statistics(
-        bound.backbone.features(at_exits[-1]), bound.backbone.output_table(), None
-    )
+            gate = jnp.full(labels.shape, -jnp.inf) if final else bound.heads[e].gate_score(after)
+            scores["gate"].append(gate.reshape(-1))
     return {
         "scores": {name: jnp.stack(values) for name, values in scores.items()},
-        "prediction": jnp.stack([*tokens, token]),
-        "loss": jnp.stack([*losses, loss]),
+        "predictions": jnp.stack(tokens),
+        "losses": jnp.stack(losses),
+        "softened": jax.tree.map(lambda *xs: jnp.stack(xs, axis=-2), *softened),
         "labels": labels,
+        "groups": groups_BT.reshape(-1),
         "mask": mask_BT.reshape(-1) > 0,
     }
 
 
-def record(model: MultiExit, params: base.Params, batches: Iterable[dict], **metadata) -> Records:
-    """Runs the model over `batches` and keeps every position with a known next token."""
-    parts = []
+def record(
+    model: MultiExit,
+    params: base.Params,
+    batches: Iterable[dict],
+    *,
+    soften: bool = False,
+    **metadata,
+) -> Records:
+    """Runs the model over `batches` and keeps every position with a known next token.
+
+    Of a classifier, every example (see `classes.score_batch`).
+
+    Args:
+      soften: whether to keep what temperatures are fitted on, which takes longer.
+      metadata: of the records.
+    """
+    parts, groups = [], 0
+    score = classes.score_batch if model.config.pools else score_batch
     for batch in batches:
-        out = jax.device_get(score_batch(params, batch, model=model))
+        out = sharding.fetch(score(params, batch, model=model, soften=soften))
+        if "groups" not in batch:  # numbered within the batch
+            out["groups"] = out["groups"] + groups
+            groups = out["groups"].max() + 1
         keep = out.pop("mask")
         parts.append(jax.tree.map(lambda x, keep=keep: x[..., keep], out))
     if not parts:
         raise ValueError("no batch to record; give more held-out text")
     whole = jax.tree.map(lambda *xs: np.concatenate(xs, axis=-1), *parts)
+    softened = whole.pop("softened")
     return Records(
         exit_depths=model.exit_depths,
-        scores=whole["scores"],
-        agrees=whole["prediction"][:-1] == whole["prediction"][-1],
-        correct=whole["prediction"] == whole["labels"],
-        losses=whole["loss"],
+        costs=costs_of(model, batch),
+        softened=Softened(np.array(confidences.TEMPERATURES), **softened) if soften else None,
         metadata=metadata,
+        **whole,
     )
 
 

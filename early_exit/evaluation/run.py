@@ -11,10 +11,12 @@ import platform
 import jax
 
 from early_exit import assemble, tree
+from early_exit import feed as feeds
 from early_exit import policy as policies
 from early_exit.assemble import Tuned
-from early_exit.calibration import thresholds
+from early_exit.calibration import methods, thresholds
 from early_exit.calibration.records import Records
+from early_exit.config import ConfigDict
 from early_exit.data import sources
 from early_exit.evaluation import exits, tradeoff
 from early_exit.inference import detokenize
@@ -23,31 +25,46 @@ from early_exit.inference.mode import LOOKUP, LOSSY, Mode
 from early_exit.policy import ExitPolicy
 
 
-def records_of(tuned: Tuned) -> Records:
-    """The model on the run's calibration text; read back if this model has been recorded on it."""
+def records_of(tuned: Tuned, *, soften: bool = False) -> Records:
+    """The model on the run's calibration data; read back if this model has been recorded on it.
+
+    Args:
+      soften: whether temperatures are to be fitted.
+    """
     path = tuned.workdir / "records.npz"
-    documents = sources.documents(tuned.config.data.source, "calibration")
+    feed = feeds.make(tuned.config, tuned.model.config, tuned.tokenizer)
     metadata = tuned.metadata | {
-        "data": sources.data_hash(documents),
+        "data": feed.data_hash("calibration"),
         "num_batches": tuned.config.calibrate.batches,
     }
     if path.exists():
         records = Records.load(path)
-        if records.metadata == metadata:
+        if records.metadata == metadata and (records.softened or not soften):
             return records
-    batches = assemble.first_batches(
-        tuned.config, tuned.tokenizer, "calibration", metadata["num_batches"]
-    )
-    records = exits.record(tuned.model, tuned.params, batches, **metadata)
+    batches = feed.calibration(metadata["num_batches"])
+    records = exits.record(tuned.model, tuned.params, batches, soften=soften, **metadata)
     records.save(path)
     return records
 
 
-def calibrate(tuned: Tuned) -> tuple[ExitPolicy, Records]:
-    """Fits an ε-accuracy policy (config section `calibrate`) and saves it as `policy.json`."""
-    settings = tuned.config.calibrate
-    records = records_of(tuned)
-    policy = thresholds.fit(records, settings.confidence, settings.epsilon)
+def settings_of(config: ConfigDict, **changes) -> methods.Settings:
+    """What the config's section `calibrate` asks for, but for the `changes`.
+
+    Raises:
+      ValueError: a setting that there is not.
+    """
+    asked = {name: value for name, value in config.calibrate.items() if name != "batches"}
+    try:
+        return methods.Settings(**asked | changes)
+    except TypeError as error:
+        raise ValueError(f"calibrate has no such setting: {error}") from error
+
+
+def calibrate(tuned: Tuned, settings: methods.Settings | None = None) -> tuple[ExitPolicy, Records]:
+    """Fits a policy, as the settings (or the config's) ask, and saves it as `policy.json`."""
+    settings = settings_of(tuned.config) if settings is None else settings
+    records = records_of(tuned, soften=settings.temperature)
+    policy = methods.fit(records, settings)
     policies.save(policy, tuned.workdir / assemble.POLICY)
     return policy, records
 
@@ -82,7 +99,7 @@ def evaluate(tuned: Tuned) -> dict:
     )
     samples = []
     if policy is not None:
-        name = f"epsilon {policy.provenance['epsilon']:.2f}"
+        name = methods.described(policy)
         continued = [(tuned.tokenizer.decode(prompt), prompt) for prompt in prompts[:2]]
         answered = [(f"{text}\n\n", tuned.chat(text)) for text in settings.questions]
         for text, prompt in answered + continued:

@@ -252,7 +252,9 @@ class Engine:
         def evaluate(state):
             features, _ = head.features(hidden_B1D, context, past, state.newest_B)
             logits_BC = base.logits(features[:, 0], self.tables[exit_index])
-            summary = confidences.summarize(logits_BC, has_rest=self.bound.token_ids is not None)
+            summary = confidences.summarize(
+                policy.tempered(exit_index, logits_BC), has_rest=self.bound.token_ids is not None
+            )
             agreeing_B = confidences.agreeing(summary, state.predicted_B, state.agreeing_B)
             leaving_B = wanted_B
             if not by_hidden:

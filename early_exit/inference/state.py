@@ -204,7 +204,8 @@ def initial_state(
         predicted_B=zeros() - 1,
         agreeing_B=zeros(),
         account_B=jnp.zeros(batch, jnp.float32),
-        worth_BE=jnp.full((batch, segments), EXIT_CREDIT).at[:, -1].set(LOOKUP_CREDIT),
+        # The dtype is spelt out: after a weakly typed state, the next would be another program.
+        worth_BE=jnp.full((batch, segments), EXIT_CREDIT, jnp.float32).at[:, -1].set(LOOKUP_CREDIT),
         counts=Counts.zero(batch, segments, mode),
         cache=caches.empty(model.config, caches.names(model.config, points), batch, slots, dtype),
         keys_B=key if key.shape == (batch,) else jax.random.split(key, batch),

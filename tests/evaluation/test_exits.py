@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from conftest import TINY, build
+from early_exit import confidence, tree
 from early_exit import policy as policies
-from early_exit import tree
 from early_exit.backbones import base
+from early_exit.calibration import temperature
 from early_exit.evaluation import exits
 from early_exit.inference.generate import generate
 from early_exit.inference.mode import Mode
@@ -41,7 +42,7 @@ def gate_by_definition(gate, hidden):
 def test_records_equal_a_position_by_position_count(head):
     model, params = build(**head)
     batch = packed()
-    records = exits.record(model, params, [batch], origin="here")
+    records = exits.record(model, params, [batch], soften=True, origin="here")
     bound = model.bind(params)
     hidden, context = bound.backbone.stem({k: jnp.asarray(v) for k, v in batch.items()})
     states = [hidden, *bound.hidden_at_exits(hidden, context, (2, 4, 6))]
@@ -50,7 +51,7 @@ def test_records_equal_a_position_by_position_count(head):
 
     # Every position whose next token is of the same document, row by row.
     where = [(0, t) for t in range(11)] + [(1, t) for t in (0, 1, 2, 3, 5, 6, 7)]
-    assert records.agrees.shape == (2, len(where))
+    assert records.predictions.shape == (3, len(where))
     names = {"max_prob", "margin", "entropy", "patience", "similarity"}
     assert records.scores.keys() == names | ({"gate"} if model.exits.gate else set())
     said = [[] for _ in where]
@@ -60,9 +61,11 @@ def test_records_equal_a_position_by_position_count(head):
             probs, label = softmax(logits[b, t]), batch["tokens"][b, t + 1]
             best = ids[probs[: len(ids)].argmax()]
             position = ids.tolist().index(label) if label in ids else len(ids)
-            assert records.agrees[e, n] == (best == final[b, t].argmax())
-            assert records.correct[e, n] == (best == label)
+            assert records.predictions[e, n] == best and records.labels[n] == label
             np.testing.assert_allclose(records.losses[e, n], -np.log(probs[position]), atol=1e-4)
+            softer = softmax(logits[b, t] / confidence.TEMPERATURES[-1])[: len(ids)].max()
+            normalizer = records.softened.log_normalizers[-1, e, n]
+            np.testing.assert_allclose(np.exp(-normalizer), softer, atol=1e-5)
             declines = probs.argmax() == len(ids)
             expected = -np.inf if declines else probs[: len(ids)].max()
             np.testing.assert_allclose(records.scores["max_prob"][e, n], expected, atol=1e-5)
@@ -80,12 +83,22 @@ def test_records_equal_a_position_by_position_count(head):
         label = batch["tokens"][b, t + 1]
         loss = -np.log(softmax(final[b, t])[label])
         np.testing.assert_allclose(records.losses[2, n], loss, atol=1e-4)
-        assert records.correct[2, n] == (final[b, t].argmax() == label)
+        probs, best = softmax(final[b, t]), final[b, t].argmax()
+        assert records.predictions[2, n] == best
+        np.testing.assert_allclose(records.scores["max_prob"][2, n], probs.max(), atol=1e-5)
+        same = [before == best for before in reversed(said[n])]
+        assert records.scores["patience"][2, n] == [*same, False].index(False)
+    # The final exit has no gate; of three documents, each is a group.
+    assert not model.exits.gate or (records.scores["gate"][2] == -np.inf).all()
+    assert len(set(zip(records.groups.tolist(), [0] * 11 + [1] * 4 + [2] * 3, strict=True))) == 3
     assert records.metadata == {"origin": "here"}
 
 
-@pytest.mark.parametrize("confidence", ["max_prob", "patience", "gate"])
-def test_decoding_leaves_where_the_records_say(confidence):
+@pytest.mark.parametrize(
+    ("name", "temperatures"),
+    [("max_prob", None), ("patience", None), ("gate", None), ("margin", [2**1.5, 0.5, 2, 1])],
+)
+def test_decoding_leaves_where_the_records_say(name, temperatures):
     """What is fitted on records does in the loop exactly what it did on paper."""
     model, params = build(points=(1, 2, 4), head="layer", classes=4, gate=True)
     prompts = np.random.default_rng(0).integers(0, 61, (6, 5)).tolist()
@@ -97,16 +110,18 @@ def test_decoding_leaves_where_the_records_say(confidence):
         tokens = np.array([[*p, *row.tokens] for p, row in zip(prompts, rows, strict=True)])
         positions = np.broadcast_to(np.arange(17), tokens.shape)
         batch = {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens)}
-        records = exits.record(model, params, [batch])
-        scores = records.scores[confidence].reshape(3, 6, 16)
+        records = exits.record(model, params, [batch], soften=temperatures is not None)
+        if temperatures:
+            records = temperature.apply(records, np.array(temperatures))
+        scores = records.scores[name][:-1].reshape(3, 6, 16)
         # The first token comes out of the prompt's pass.
         return scores[:, :, 5:].reshape(3, -1), np.concatenate([row.exits[1:] for row in rows])
 
     thresholds = np.ones(3)
-    if confidence != "patience":
-        scores, _ = decoded(policies.never(3, confidence))
+    if name != "patience":
+        scores, _ = decoded(policies.never(3, name))
         thresholds = np.nanquantile(np.where(np.isfinite(scores), scores, np.nan), 0.7, axis=1)
-    policy = policies.make(thresholds, confidence)
+    policy = policies.make(thresholds, name, temperatures=temperatures)
     scores, left = decoded(policy)
     assert len(set(left.tolist())) > 2
     np.testing.assert_array_equal(left, policy.exit_index(scores, model.exit_depths))
@@ -118,7 +133,25 @@ def test_batches_are_joined_in_order(tiny):
     both = exits.record(model, params, [first, second])
     parts = [exits.record(model, params, [batch]) for batch in (first, second)]
     np.testing.assert_array_equal(both.losses, np.concatenate([p.losses for p in parts], axis=1))
-    np.testing.assert_array_equal(both.agrees, np.concatenate([p.agrees for p in parts], axis=1))
+    predictions = np.concatenate([p.predictions for p in parts], axis=1)
+    np.testing.assert_array_equal(both.predictions, predictions)
+    assert len(set(both.groups.tolist())) == 6
+
+
+def test_positions_of_one_group_may_lie_in_several_rows(tiny):
+    groups = np.repeat([[7], [2]], 12, axis=1).astype(np.int32)
+    batches = [packed(seed) | {"groups": groups} for seed in (1, 2)]
+    found = exits.record(*tiny, batches).groups
+    assert found.tolist() == ([7] * 11 + [2] * 7) * 2
+
+
+def test_leaving_later_costs_more(tiny):
+    """By hand: the blocks of the tiny model, an mlp and a matrix of 61 rows for each head."""
+    costs = exits.record(*tiny, [packed()]).costs
+    block = 24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40 + 2 * 24
+    head, readout = 3 * 24 * 40 + 61 * 24, 61 * 24
+    expected = [2 * block + head, 4 * block + 2 * head, 6 * block + 2 * head + readout]
+    np.testing.assert_array_equal(costs, expected)
 
 
 def test_no_batch_is_an_error(tiny):
@@ -128,10 +161,10 @@ def test_no_batch_is_an_error(tiny):
 
 def test_summary_has_a_row_per_exit_and_counts_shares(tiny):
     records = exits.record(*tiny, [packed()])
-    agrees = np.zeros_like(records.agrees)
-    agrees[0, :9] = True
-    scores = records.scores | {"max_prob": np.tile(np.linspace(1, 0, 18, dtype="f"), (2, 1))}
-    rows = exits.summary(dataclasses.replace(records, agrees=agrees, scores=scores))
+    predictions = np.tile(np.arange(3, dtype=np.int32)[:, None], (1, 18))
+    predictions[0, :9] = 2
+    scores = records.scores | {"max_prob": np.tile(np.linspace(1, 0, 18, dtype="f"), (3, 1))}
+    rows = exits.summary(dataclasses.replace(records, predictions=predictions, scores=scores))
     assert [row["exit"] for row in rows] == [2, 4, 6]
     assert [row["agreement"] for row in rows] == [0.5, 0.0, 1.0]
     assert [row["coverage"] for row in rows] == [0.5, 0.0, 1.0]

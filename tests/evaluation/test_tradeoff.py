@@ -34,7 +34,7 @@ def test_rows_count_what_was_decoded(tiny):
             "full": (None, LOSSY),
             "always": (policies.forced(2, 0), LOSSY),
             "never": (policies.never(2), LOSSY),
-            "lookup": (policies.forced(2, 0), LOOKUP),
+            "lookup": (policies.forced(2, 0), dataclasses.replace(LOOKUP, window=4)),
         },
         new_tokens=9,
         rounds=1,

