@@ -6,7 +6,7 @@ CONFIG ?= configs/smollm2_135m.py
 BIN := $(VENV)/bin
 PROMPT ?= What is a list in Python?
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-processes lint clean
 
 # A real language model with three exits: tuned, calibrated, measured, shown. Runs that were
 # finished or interrupted go on where they were; remove $(RUN) to start afresh.
@@ -22,7 +22,11 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m launch.report --workdir=$(RUN)
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15 -m "not processes and not slurm"
+
+# One run on several processes, and jobs on a Slurm of its own where slurm-wlm and munge are there.
+test-processes: $(VENV)/.test
+	@$(BIN)/python -m pytest -q --durations=5 -m "processes or slurm"
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

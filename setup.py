@@ -10,7 +10,6 @@ TEST = [
     "pytest>=8.4",
     "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",
-    "scipy>=1.14",
 ]
 
 setup(
@@ -19,8 +18,12 @@ setup(
     description="Turn pretrained networks into multi-exit models in JAX, and save the time.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["early_exit", "early_exit.*", "launch", "configs"]),
-    package_data={"early_exit.report": ["templates/*.html"]},
+    packages=find_packages(include=["early_exit", "early_exit.*", "launch", "launch.*", "configs"]),
+    package_data={
+        "early_exit.report": ["templates/*.html"],
+        "launch.slurm": ["run.sbatch"],
+        "launch.tpu": ["jobset.yaml"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.10",
@@ -38,6 +41,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "safetensors>=0.6,<1",
+        "scipy>=1.14",
         "tensorboardX>=2.6.4,<3",
         "tokenizers>=0.22",
         "tqdm>=4.66",
@@ -50,7 +54,8 @@ setup(
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
         # Compiles for TPU topologies on a host without one.
-        "tpu-compile": ["libtpu"],
+        # The version that jax 0.10 goes with: what others compile, it cannot read.
+        "tpu-compile": ["libtpu==0.0.42.*"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],
     },
 )

@@ -12,6 +12,7 @@ backbone beside them as `transformers` has it, or without.
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
+from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.load import Pretrained, load
 
@@ -125,6 +127,23 @@ def load_backbone(config: ConfigDict) -> tuple[Pretrained, MultiExit]:
     return pretrained, MultiExit(pretrained.config, exit_config(config))
 
 
+def abstract_model(config: ConfigDict) -> MultiExit:
+    """The multi-exit model that `load_backbone` would give; reads headers at most, no weights.
+
+    Raises:
+      ValueError: as `load_backbone`.
+    """
+    source, new = config.model.source, config.model.get("new")
+    if new:
+        network = _new(new)
+    elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
+        network = abstract_model(load_config(Path(source))).config
+    else:
+        network = describe(source).config
+    network = dataclasses.replace(network, **config.model.get("changes", {}))
+    return MultiExit(network, exit_config(config))
+
+
 # Networks that can be made anew, by the name in `model.new.family`.
 FAMILIES = {
     "resnet_cifar": ResNetConfig.cifar,
@@ -177,7 +196,10 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
     if path.exists() and checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
         _check_same_run(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.to_json(indent=2) + "\n")
+    if jax.process_index() == 0:
+        partial = path.with_suffix(".partial")  # another process may be reading
+        partial.write_text(config.to_json(indent=2) + "\n")
+        os.replace(partial, path)
 
 
 def _check_same_run(config: ConfigDict, workdir: Path) -> None:
@@ -250,21 +272,36 @@ def _checkpointed(workdir: Path, config: ConfigDict):
     pretrained, model = load_backbone(config)
     check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
     trained = checkpoint.restore(checkpoints, {"params": abstract_trained(config, model)}, step)
-    params = {"backbone": pretrained.params, **trained[0]["params"]}
+    params = jax.tree.map(lambda x: x.astype(config.model.dtype), trained[0]["params"])
+    if "backbone" in params and config.model.get("scan"):
+        params["backbone"] = base.unstack_blocks(params["backbone"])
+    params = {"backbone": pretrained.params} | params
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
     provenance = {"backbone": tree.fingerprint(params["backbone"]), "step": step}
     return model, params, pretrained.tokenizer, provenance
 
 
+def for_tuning(config: ConfigDict, model: MultiExit) -> MultiExit:
+    """The model as it is tuned: `model.scan` runs its blocks in a loop, over stacked parameters.
+
+    `model.remat` says what their backward pass computes again (see `DecoderConfig`).
+
+    Raises:
+      ValueError: a network that is not run so.
+    """
+    asked = {name: config.model[name] for name in ("scan", "remat") if config.model.get(name)}
+    try:
+        return dataclasses.replace(model, config=dataclasses.replace(model.config, **asked))
+    except TypeError as error:
+        raise ValueError(f"model.{' and model.'.join(asked)} are for decoders") from error
+
+
 def abstract_trained(config: ConfigDict, model: MultiExit) -> base.Params:
-    """The parameters that the config's recipe trains, as shapes."""
-    dtype = jnp.dtype(config.model.dtype)
-    trained = {"exits": model.abstract_exits(dtype)}
+    """The parameters that the config's recipe trains, as shapes: float32, as it keeps them."""
+    trained = {"exits": model.abstract_exits()}
     if config.tune.train == "all":
-        _, backbone = base.abstract(model.config.build)
-        backbone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), backbone)
-        trained["backbone"] = backbone
+        _, trained["backbone"] = base.abstract(for_tuning(config, model).config.build)
     return trained
 
 

@@ -109,7 +109,7 @@ class ExampleFeed:
     def training(self, seed, process_index, process_count):
         return labelled.training_batches(
             self.examples("train"),
-            self._prepare(),
+            self.prepare(),
             batch_size=self.data.batch_size,
             seed=seed,
             process_index=process_index,
@@ -119,7 +119,7 @@ class ExampleFeed:
     def held_out(self, split, num_batches):
         return labelled.evaluation_batches(
             self.examples(split),
-            self._prepare(),
+            self.prepare(),
             batch_size=self.data.batch_size,
             num_batches=num_batches,
         )
@@ -139,7 +139,8 @@ class ExampleFeed:
             )
         return found
 
-    def _prepare(self) -> inputs.Prepare:
+    def prepare(self) -> inputs.Prepare:
+        """What makes batches of examples, as the network reads them."""
         data = self.data
         if isinstance(self.network, ResNetConfig):
             return inputs.image_inputs(

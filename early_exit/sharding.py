@@ -6,7 +6,7 @@ processes, each has the parameters whole before they are placed, and its share o
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +29,11 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(axes: Mapping[str, int]) -> Mesh:
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices; one axis may be −1 and takes the devices that are left.
+
+    Args:
+      devices: those of a topology that is not here; jax's own if not given.
 
     Raises:
       ValueError: unknown axis, or sizes that do not multiply to the number of devices.
@@ -39,14 +42,15 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     if unknown:
         raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(AXES)}")
     sizes = [axes.get(axis, 1) for axis in AXES]
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) == 1 and 0 not in sizes:
         known = -math.prod(sizes)
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices or min(sizes) < 1:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count or min(sizes) < 1:
         given = ", ".join(f"{axis}={axes.get(axis, 1)}" for axis in AXES)
-        raise ValueError(f"mesh {given} does not use exactly the {devices} devices there are")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        raise ValueError(f"mesh {given} does not use exactly the {count} devices there are")
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
 
 
 def shardings(params: Any, mesh: Mesh) -> Any:
@@ -58,7 +62,7 @@ def shardings(params: Any, mesh: Mesh) -> Any:
 
     def place(path: str, leaf) -> NamedSharding:
         spec = tree.match(RULES, path)
-        if len(spec) < leaf.ndim:  # the leading axis of stacked blocks stays whole
+        if 0 < len(spec) < leaf.ndim:  # the leading axis of stacked blocks stays whole
             spec = P(*[None] * (leaf.ndim - len(spec)), *spec)
         kept = [
             axis if axis is not None and size % mesh.shape[axis] == 0 else None
@@ -79,6 +83,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def cache_sharding(mesh: Mesh, heads: int) -> NamedSharding:
+    """Of keys and values [B, K, S, d] in a cache: rows like a batch's, heads over `tensor`."""
+    split = "tensor" if heads % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, P(("data", "fsdp"), split))
+
+
 def place(params: Any, placed: Any, donate: bool = False) -> Any:
     """Arrays that every process has, put where `placed` (a tree like `params`) says.
 
@@ -96,6 +106,8 @@ def place(params: Any, placed: Any, donate: bool = False) -> Any:
 
 def fetch(arrays: Any) -> Any:
     """A tree of whole numpy arrays, in every process, of arrays that may lie in several."""
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
     return multihost_utils.process_allgather(arrays, tiled=True)
 
 

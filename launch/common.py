@@ -1,16 +1,20 @@
 """What every command shares: the run's folder, and errors that are a sentence, not a stack."""
 
+import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from early_exit.pretrained.sources import cache_folder
+from early_exit.packages import cache_folder
+from early_exit.training import preemption
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The run's settings; after tuning, the run's folder has them."
@@ -32,16 +36,50 @@ def no_arguments(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
 
 
-def run(main, *, on_run: bool = True) -> None:
+def read_lines(path: Path, name: str) -> list[str]:
+    """What stands on each line of a file: text, or (`.jsonl`) an object that has it under `name`.
+
+    Empty lines are skipped.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: nothing in it, or a line that is no such object.
+    """
+    found = []
+    # Not `splitlines`, which also splits at characters that a JSON string may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            found.append(line)
+            continue
+        try:
+            text = json.loads(line)[name]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: not an object with a "{name}" ({error!r})'
+            ) from error
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, line {number}: "{name}" is not text')
+        found.append(text)
+    if not found:
+        raise ValueError(f"{path} holds no {name}; write one on each line")
+    return found
+
+
+def run(main, *, on_run: bool = True, configured: bool = False) -> None:
     """Runs an absl main, printing expected errors as one message (exit status 1).
 
     Args:
-      on_run: the command works on a run's folder; else it has no --config and no --workdir.
+      on_run: the command works on a run's folder; else it has no --workdir, and --config only
+        where it is `configured`.
     """
     if on_run:
         flags.mark_flag_as_required("workdir")
     else:
-        del flags.FLAGS.config, flags.FLAGS.workdir
+        del flags.FLAGS.workdir
+        if not configured:
+            del flags.FLAGS.config
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:  # Orbax tells its every step at level INFO
@@ -51,16 +89,32 @@ def run(main, *, on_run: bool = True) -> None:
             jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         try:
             main(argv)
-        except EXPECTED as error:
-            if DEBUG.value:
-                raise
-            sys.exit(f"{type(error).__name__}: {error}\n(--debug shows where)")
+        except preemption.Preempted as left:
+            if not jax.process_index():
+                print(f"{left}; the same command goes on from there", file=sys.stderr)
+            sys.exit(preemption.EXIT_STATUS)
         except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the last save", file=sys.stderr)
-            sys.exit(130)
+            _fail("\ninterrupted; the same command goes on from the last save", 130)
+        except Exception as error:
+            told = isinstance(error, EXPECTED) and not DEBUG.value
+            if not told and not jax.distributed.is_initialized():
+                raise
+            sentence = f"{type(error).__name__}: {error}\n(--debug shows where)"
+            _fail(sentence if told else traceback.format_exc(), 1)
 
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    """Ends this process, and does not wait for others that may be waiting for it."""
+    if not jax.distributed.is_initialized():
+        print(message, file=sys.stderr)
+        sys.exit(status)
+    print(f"{message}\n(one of several processes; the first to end says why)", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

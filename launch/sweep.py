@@ -2,29 +2,45 @@
 
     python -m launch.sweep --config=configs/smollm2_135m.py:runlocal --workdir=runs/sweep
     python -m launch.sweep --config=configs/tiny.py --config.tune.steps=24 --workdir=runs/tiny_sweep
+    python -m launch.sweep --config=… --workdir=… --parallel=4
+    python -m launch.sweep --config=… --workdir=… --engine=slurm --nodes=2 --time=8:00:00
+    python -m launch.sweep --config=… --workdir=/mnt/runs/a --engine=gke --image=… --claim=…
 
-Every run is a `launch.tune` with a folder of its own in --workdir. Finished runs are skipped, so
-a sweep that was stopped goes on when started again. Writes results.jsonl.
+Every run is a `launch.tune` with a folder of its own in --workdir: here, as a Slurm job, or on TPU
+slices of GKE. Finished runs are skipped, so a sweep that was stopped goes on when started again.
+Writes results.jsonl.
 """
 
 import json
 import runpy
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from early_exit.config import Overrides
 from early_exit.metrics import table
-from early_exit.training import sweep
+from early_exit.training import preemption, sweep
 from launch import common
+from launch.slurm import submit
+from launch.tpu import jobset
 
-ENGINE = flags.DEFINE_enum("engine", "local", list(sweep.ENGINES), "What runs the runs.")
+ENGINE = flags.DEFINE_enum("engine", "local", ["local", "slurm", "gke"], "What runs the runs.")
+PARALLEL = flags.DEFINE_integer(
+    "parallel", None, "Runs at a time; if absent, one here and all under Slurm.", lower_bound=1
+)
+WAIT = flags.DEFINE_bool("wait", True, "Slurm: wait for the jobs, and gather their results.")
+
+for module in (submit, jobset):  # what --help lists
+    flags.adopt_module_key_flags(module)
 
 
 def main(argv):
     common.no_arguments(argv)
+    # A sweep that is asked to leave lets its runs save.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
     flag = flags.FLAGS["config"]
     config_file = config_flags.get_config_filename(flag)
     fixed = config_flags.get_override_values(flag)
@@ -34,13 +50,15 @@ def main(argv):
 
     left = [run for run in runs if not run.is_finished]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished before")
-    tune = [sys.executable, "-m", "launch.tune", f"--config={config_file}"]
-    sweep.ENGINES[ENGINE.value](
-        [
-            ([*tune, *_flags(fixed | run.overrides), f"--workdir={run.folder}"], run.log)
-            for run in left
-        ]
-    )
+    # Images have a Python of their own.
+    python = "python" if ENGINE.value == "gke" else sys.executable
+    tune = [python, "-m", "launch.tune", f"--config={config_file}"]
+    jobs = []
+    for run in left:
+        flagged = [*_flags(fixed | run.overrides), f"--workdir={run.folder.absolute()}"]
+        jobs.append(sweep.Job([*tune, *flagged], run.folder))
+    if not _run(jobs):
+        return
 
     rows = [row for run in runs if run.is_finished for row in run.results()]
     results = common.workdir() / "results.jsonl"
@@ -49,9 +67,24 @@ def main(argv):
     if rows:
         print(table([[row.get(key) for key in columns] for row in rows], header=columns))
     print(f"results in {results}")
-    if failed := [run for run in runs if not run.is_finished]:
-        logs = "".join(f"\n  {run.log}" for run in failed)
+    if failed := [job.log for run, job in zip(left, jobs, strict=True) if not run.is_finished]:
+        logs = "".join(f"\n  {log}" for log in failed)
         sys.exit(f"{len(failed)} of {len(runs)} runs did not finish; their logs:{logs}")
+
+
+def _run(jobs: Sequence[sweep.Job]) -> bool:
+    """Has the engine run the jobs; returns whether they have ended, well or not."""
+    if not jobs:
+        return True
+    if ENGINE.value == "local":
+        sweep.run_local(jobs, PARALLEL.value or 1)
+        return True
+    if ENGINE.value == "slurm":
+        submit.run(jobs, PARALLEL.value, WAIT.value)
+        return WAIT.value
+    jobset.run(jobs, common.workdir())
+    print("the same command, given when they have ended, gathers the results")
+    return False
 
 
 def _sweep_of(config_file: str) -> Callable:

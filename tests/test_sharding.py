@@ -80,6 +80,12 @@ def test_meshes_that_do_not_fit(axes, message):
         sharding.make_mesh(axes)
 
 
+def test_a_batch_must_split_evenly():
+    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
+    with pytest.raises(ValueError, match=r"6 rows cannot be split over 4 devices .*batch_size"):
+        sharding.row_share(mesh, 6)
+
+
 # Both losses, on one device and on the meshes; the results go into a file.
 MESHES = {
     "data": {"data": 8},
@@ -132,7 +138,8 @@ for loss, options in losses.items():
             rows = jax.device_put(batch, sharding.batch_sharding(mesh))
         new, metrics = run(state, frozen, rows)
         results[f"{loss}/{name}/loss"] = metrics["loss"]
-        results[f"{loss}/{name}/shards"] = shards(new["params"]["exits"]) / len(jax.tree.leaves(exits))
+        found = shards(new["params"]["exits"])
+        results[f"{loss}/{name}/shards"] = found / len(jax.tree.leaves(exits))
         for leaf, value in tree.flatten(new["params"]["exits"]).items():
             results[f"{loss}/{name}/exits/{leaf}"] = value
 np.savez(path, **results)

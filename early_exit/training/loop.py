@@ -4,23 +4,25 @@ The one idea: a run is a function of (config, data, weights). All that changes i
 the data iterator, saved together, so a killed run goes on bit-equal to one never killed.
 """
 
+import contextlib
 import functools
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from early_exit import assemble, checkpoint, sharding, tree
 from early_exit import feed as feeds
 from early_exit.assemble import CHECKPOINTS
+from early_exit.backbones import base
 from early_exit.config import ConfigDict
 from early_exit.data import transforms
 from early_exit.data.stream import TrainingBatches
 from early_exit.evaluation import exits as evaluation
 from early_exit.metrics import MetricsWriter, progress
 from early_exit.training import optimizer as optimizers
+from early_exit.training import plan, preemption
 from early_exit.training import step as steps
 
 
@@ -35,6 +37,7 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
       ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`.
       FloatingPointError: the loss is not finite; the last good checkpoint is kept.
       OSError: a checkpoint cannot be written.
+      preemption.Preempted: asked to leave by SIGTERM; saved after the step that was running.
     """
     total, first = config.tune.steps, checkpoint.latest_step(workdir / CHECKPOINTS) or 0
     run = Run(config, workdir)
@@ -44,12 +47,15 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
         state, iterator_state = checkpoint.restore(workdir / CHECKPOINTS, state, first)
         batches.set_state(iterator_state)
 
-    rows = None
-    with (
-        checkpoint.Saver(workdir / CHECKPOINTS, keep=config.tune.keep_checkpoints) as saver,
-        MetricsWriter(workdir, resumed_step=first or None) as writer,
-        progress(total * size, unit=run.feed.unit, done=first * size) as bar,
-    ):
+    rows, first_process = None, jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        asked_to_leave = stack.enter_context(preemption.watch())
+        keep = config.tune.keep_checkpoints
+        saver = stack.enter_context(checkpoint.Saver(workdir / CHECKPOINTS, keep=keep))
+        if first_process:
+            writer = stack.enter_context(MetricsWriter(workdir, resumed_step=first or None))
+            bar = progress(total * size, unit=run.feed.unit, done=first * size)
+            stack.enter_context(bar)
 
         def settle(step: int, metrics: dict) -> None:
             """Waits for a step's metrics and refuses what is not finite."""
@@ -60,6 +66,8 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
                     f"{scalars['grad_norm']}. The last good checkpoint is kept; lower "
                     "tune.learning_rate, or look for broken text"
                 )
+            if not first_process:
+                return
             writer.write(step, scalars | {"learning_rate": float(run.schedule(step - 1))})
             bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
             bar.update(size)
@@ -70,18 +78,22 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
             if unsettled:  # read while this step runs
                 settle(*unsettled)
             unsettled = step, metrics
-            saves = step == total or step % config.tune.checkpoint_every == 0
+            leaves = asked_to_leave(step) and step < total
+            saves = leaves or step == total or step % config.tune.checkpoint_every == 0
             validates = step == total or step % config.tune.validate_every == 0
             if saves or validates:
                 settle(*unsettled)
                 unsettled = None
             if validates:
                 rows = run.validate(state["params"])
-                for row in rows:
+                for row in rows if first_process else ():
                     name = f"exit_{row['exit']}"
                     writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
             if saves:  # last: a checkpoint stands for all that was written before it
                 saver.save(step, state, batches.get_state(), run.metadata)
+            if leaves:
+                batches.close()
+                raise preemption.Preempted(f"asked to leave, saved after step {step} of {total}")
     batches.close()
     return run.validate(state["params"]) if rows is None else rows
 
@@ -98,28 +110,23 @@ class Run:
     """
 
     def __init__(self, config: ConfigDict, workdir: Path):
-        weights = steps.exit_weights(config.tune.weights, config.exits.points)
-        recipe = steps.Recipe(config.tune.loss, weights, config.tune.train)
         self.config = config
         self.schedule = optimizers.learning_rate(config.tune)
         self.optimizer = optimizers.make_optimizer(config.tune)
         self.mesh = sharding.make_mesh(config.mesh)
+        self.recipe = plan.recipe(config, self.mesh)
+        self._share = sharding.row_share(self.mesh, config.data.batch_size)
         assemble.save_config(config, workdir)
-        self.pretrained, self.model = assemble.load_backbone(config)
+        self.pretrained, model = assemble.load_backbone(config)
+        self.model = assemble.for_tuning(config, model)
         self.feed = feeds.make(config, self.model.config, self.pretrained.tokenizer)
         self.metadata = self._metadata(workdir)
-        tandem = recipe.train == "all"
-        self.frozen = {} if tandem else self._place({"backbone": self.pretrained.params})
+        tandem = config.tune.train == "all"
+        self.frozen = {} if tandem else self._place({"backbone": self._backbone()})
         if self.metadata["token_ids"]:
             ids = {"token_ids": jnp.array(self.metadata["token_ids"], jnp.int32)}
             self.frozen |= self._place(ids)
-        self.step = jax.jit(
-            functools.partial(
-                steps.tune_step, model=self.model, recipe=recipe, optimizer=self.optimizer
-            ),
-            donate_argnums=0,
-            out_shardings=(self._state_shardings(), sharding.replicated(self.mesh)),
-        )
+        self.step = plan.step(config, self.model, self.mesh)
 
     def state(self) -> steps.TuneState:
         """The state before the first step."""
@@ -132,32 +139,29 @@ class Run:
         params = {"exits": exits}
         if self.config.tune.train == "all":
             # A copy: the state is donated from step to step, what was loaded is not.
-            params["backbone"] = jax.tree.map(jnp.copy, self.pretrained.params)
+            params["backbone"] = jax.tree.map(jnp.copy, self._backbone())
         if not jax.tree.leaves(params):
             raise ValueError(
                 "there is nothing to tune: no exits, or embedding heads that share the backbone's "
                 "output matrix; choose exits.output=own or another exits.head"
             )
-        return jax.device_put(
-            steps.init_state(params, self.optimizer), self._state_shardings(), donate=True
-        )
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        state = steps.init_state(params, self.optimizer)
+        where = plan.state(self.config, self.model, self.mesh)
+        return sharding.place(state, jax.tree.map(lambda x: x.sharding, where), donate=True)
 
     def batches(self) -> TrainingBatches:
         """The endless training data of this process."""
-        return self.feed.training(self.config.seed, jax.process_index(), jax.process_count())
+        return self.feed.training(self.config.seed, *self._share)
 
     def place_batch(self, batch: dict) -> dict:
-        rows = sharding.batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(rows, array)
-            for name, array in batch.items()
-        }
+        return sharding.place_batch(batch, self.mesh, self.config.data.batch_size)
 
     def validate(self, params: dict) -> list[dict]:
         """A row per exit on the first held-out batches (`evaluation.exits.summary`)."""
         records = evaluation.record(
             self.model,
-            self.frozen | params,
+            self.frozen | steps.computing(params, self.recipe),
             map(self.place_batch, self._validation_batches),
         )
         return evaluation.summary(records)
@@ -167,21 +171,12 @@ class Run:
         return list(self.feed.held_out("validation", self.config.tune.validation_batches))
 
     def _place(self, params: dict) -> dict:
-        return jax.device_put(params, sharding.shardings(params, self.mesh))
+        return sharding.place(params, sharding.shardings(params, self.mesh))
 
-    def _state_shardings(self) -> steps.TuneState:
-        params = assemble.abstract_trained(self.config, self.model)
-        init = functools.partial(steps.init_state, optimizer=self.optimizer)
-        state = jax.eval_shape(init, params)
-        placed, everywhere = sharding.shardings(params, self.mesh), sharding.replicated(self.mesh)
-        opt_state = optax.tree_map_params(
-            self.optimizer,
-            lambda _, spec: spec,
-            state["opt_state"],
-            placed,
-            transform_non_params=lambda _: everywhere,
-        )
-        return {"params": placed, "opt_state": opt_state, "step": everywhere}
+    def _backbone(self) -> dict:
+        """What was loaded, laid out as the model runs it."""
+        loaded = self.pretrained.params
+        return base.stack_blocks(loaded) if self.model.config.scan else loaded
 
     def _metadata(self, workdir: Path) -> dict:
         backbone = tree.fingerprint(self.pretrained.params)

@@ -37,11 +37,15 @@ class Recipe:
       weights: one per exit.
       train: `exits`, or `all`: the backbone as well, whose own cross-entropy then joins the sum
         with weight 1. No exit's teacher learns from its pupils.
+      dtype: what the network computes in. Whatever is trained is kept in float32.
+      table_parts: over how many devices the rows of the output matrices are split (`mesh.tensor`).
     """
 
     loss: str
     weights: tuple[float, ...]
     train: str = "exits"
+    dtype: str = "float32"
+    table_parts: int = 1
 
     def __post_init__(self):
         for name, known in (("loss", LOSSES), ("train", TRAINED)):
@@ -66,6 +70,11 @@ def exit_weights(weights: Sequence[float], points: Sequence[int]) -> tuple[float
             "or none for equal weights"
         )
     return tuple(map(float, weights)) or (1.0,) * len(points)
+
+
+def computing(params: base.Params, recipe: Recipe) -> base.Params:
+    """Trained parameters, float32, in the type that the network computes in."""
+    return jax.tree.map(lambda x: x.astype(recipe.dtype), params)
 
 
 def init_state(params: base.Params, optimizer: optax.GradientTransformation) -> TuneState:
@@ -152,7 +161,10 @@ def _mean(losses_EN: jax.Array, mask_N: jax.Array) -> jax.Array:
 
 
 def _token_losses(bound: Bound, observed: dict, recipe: Recipe):
-    """(losses [E, N], None, whether the heads are right: bool [E, N]), N = B · T."""
+    """(losses [E, N], None, whether the heads are right: bool [E, N]), N = B · T.
+
+    The last is for gates, and None where there are none.
+    """
     features = [
         _flat(head.features(hidden, observed["context"])[0])
         for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
@@ -163,8 +175,11 @@ def _token_losses(bound: Bound, observed: dict, recipe: Recipe):
         targets["teacher"] = (final, bound.backbone.output_table())
     targets = [{name: targets[name]} for name in LOSSES[recipe.loss]]
     heads = features, bound.exit_tables()
-    found = [losses.exit_losses(*heads, **t, token_ids=bound.token_ids) for t in targets]
-    right = losses.right(*jax.lax.stop_gradient(heads), **targets[0], token_ids=bound.token_ids)
+    how = {"token_ids": bound.token_ids, "parts": recipe.table_parts}
+    found = [losses.exit_losses(*heads, **target, **how) for target in targets]
+    right = None
+    if hasattr(bound.heads[0], "gate"):
+        right = losses.right(*jax.lax.stop_gradient(heads), **targets[0], **how)
     return sum(found) / len(found), None, right
 
 
@@ -195,7 +210,9 @@ def _class_losses(bound: Bound, observed: dict, recipe: Recipe):
     return compared(logits), ensembles, right
 
 
-def _final_loss(rest: base.Params, observed: dict, model: MultiExit) -> jax.Array:
+def _final_loss(
+    rest: base.Params, observed: dict, *, model: MultiExit, recipe: Recipe
+) -> jax.Array:
     """Mean cross-entropy of the final exit, a scalar."""
     backbone = model.bind(rest).backbone
     labels, mask = observed["labels"].reshape(-1), observed["mask"].reshape(-1)
@@ -205,7 +222,8 @@ def _final_loss(rest: base.Params, observed: dict, model: MultiExit) -> jax.Arra
         per_example = losses.class_losses([final], labels=labels)
     else:
         table = backbone.output_table()
-        per_example = losses.exit_losses([_flat(features)], [table], labels=labels)
+        how = {"labels": labels, "parts": recipe.table_parts}
+        per_example = losses.exit_losses([_flat(features)], [table], **how)
     return _mean(per_example, mask)[0]
 
 
@@ -230,15 +248,17 @@ def tune_step(
     """
 
     def objective(params):
-        whole = {**frozen, **params}
+        whole = {**frozen, **computing(params, recipe)}
         rest = {name: x for name, x in whole.items() if name != "exits"}
         observed = observe(whole, batch, model=model, recipe=recipe)
         loss, by_point = jnp.float32(0), {}
         if model.exits.points:
-            loss, per_exit = heads_loss(params["exits"], rest, observed, model=model, recipe=recipe)
+            loss, per_exit = heads_loss(whole["exits"], rest, observed, model=model, recipe=recipe)
             by_point = dict(zip(model.exits.points, per_exit, strict=True))
         if recipe.train == "all":
-            by_point[model.config.depth] = final = _final_loss(rest, observed, model)
+            by_point[model.config.depth] = final = _final_loss(
+                rest, observed, model=model, recipe=recipe
+            )
             loss += final
         return loss, (by_point, observed["moments"])
 

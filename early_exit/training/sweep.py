@@ -2,7 +2,7 @@
 
 The one idea: a run is its folder, named after what the run overrides. Whether it is finished and
 what it found is read there and nowhere else, so an interrupted sweep goes on when started again,
-and it does not matter which engine ran it.
+and it does not matter what started it.
 """
 
 import collections
@@ -13,18 +13,31 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from early_exit import assemble, checkpoint
 from early_exit import config as configs
 from early_exit.config import ConfigDict, Overrides
 from early_exit.metrics import read_metrics
-
-# A command line, and the file that takes what it prints.
-Job = tuple[list[str], Path]
+from early_exit.training import preemption
 
 _VALIDATION = r"validation/(?P<figure>\w+)/exit_(?P<exit>\d+)"
 _UNFIT_FOR_A_NAME = r"[^-+.\w]"
+
+# Between looks at what is running.
+_POLL_SECONDS = 0.2
+
+
+class Job(NamedTuple):
+    """A command line, and the folder of the run that it makes."""
+
+    command: list[str]
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        """The file that takes what the command prints."""
+        return self.folder / "log.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +47,6 @@ class Run:
     folder: Path
     overrides: Overrides
     config: ConfigDict
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
 
     @property
     def is_finished(self) -> bool:
@@ -99,17 +108,36 @@ def _names(asked: Sequence[Overrides]) -> list[str]:
     return [",".join(name(*item) for item in overrides.items()) or "base" for overrides in asked]
 
 
-def run_local(jobs: Sequence[Job]) -> None:
-    """Runs the jobs on this machine, one after the other; a failed one does not stop the rest."""
-    for number, (command, log) in enumerate(jobs, 1):
-        print(f"[{number}/{len(jobs)}] {log.parent.name}: ", end="", flush=True)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
-        with log.open("a") as file:
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-        outcome = f"failed with status {status}" if status else "finished"
-        print(f"{outcome} after {time.perf_counter() - began:.0f} s", flush=True)
+def run_local(jobs: Sequence[Job], parallel: int = 1) -> None:
+    """Runs the jobs on this machine, `parallel` at a time; a failed one does not stop the rest.
+
+    Returns when all have ended. Whatever ends it earlier has the running ones save and leave.
+    """
+    waiting, running = list(enumerate(jobs, 1)), []
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                number, job = waiting.pop(0)
+                name = f"[{number}/{len(jobs)}] {job.folder.name}"
+                print(f"{name}: started", flush=True)
+                job.folder.mkdir(parents=True, exist_ok=True)
+                with job.log.open("a") as log:
+                    process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT)
+                running.append((name, process, time.perf_counter()))
+            time.sleep(_POLL_SECONDS)
+            for name, process, began in running:
+                if process.poll() is not None:
+                    seconds = time.perf_counter() - began
+                    print(f"{name}: {_outcome(process)} after {seconds:.0f} s", flush=True)
+            running = [entry for entry in running if entry[1].returncode is None]
+    finally:
+        for _, process, _ in running:
+            process.terminate()
+        for _, process, _ in running:
+            process.wait()
 
 
-# An engine takes jobs and returns when they have ended, whether they succeeded or not.
-ENGINES: dict[str, Callable[[Sequence[Job]], None]] = {"local": run_local}
+def _outcome(process: subprocess.Popen) -> str:
+    if process.returncode == preemption.EXIT_STATUS:
+        return "saved and left"
+    return f"failed with status {process.returncode}" if process.returncode else "finished"

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from early_exit.config import ConfigDict
-from early_exit.training import sweep
+from early_exit.training import preemption, sweep
 
 BASE = ConfigDict(
     {"tune": {"steps": 3, "rate": 1e-3}, "exits": {"points": (2, 4), "rate": 0.5}, "text": "a"}
@@ -66,14 +66,63 @@ def test_the_sweeps_beside_the_configs_fit_them(name, tmp_path):
     assert len({run.config.to_json() for run in runs}) == len(runs) > 1
 
 
-def test_a_failed_job_does_not_stop_the_next(tmp_path, capsys):
-    def job(name, script):
-        return [sys.executable, "-c", script], tmp_path / name / "log.txt"
+def job(folder, script):
+    return sweep.Job([sys.executable, "-SEc", script], folder)
 
-    jobs = [job("a", "import sys; print('one'); sys.exit('two')"), job("b", "print('three')")]
+
+def test_a_failed_job_does_not_stop_the_next(tmp_path, capsys):
+    jobs = [
+        job(tmp_path / "a", "import sys; print('one'); sys.exit('two')"),
+        job(tmp_path / "b", "print('three')"),
+        job(tmp_path / "c", f"import sys; sys.exit({preemption.EXIT_STATUS})"),
+    ]
     sweep.run_local(jobs)
-    assert [sorted(log.read_text().split()) for _, log in jobs] == [["one", "two"], ["three"]]
+    texts = [each.log.read_text() for each in jobs]
+    assert [sorted(text.split()) for text in texts] == [["one", "two"], ["three"], []]
     printed = capsys.readouterr().out
-    assert "[1/2] a: failed with status 1" in printed and "[2/2] b: finished" in printed
-    sweep.run_local(jobs[1:])
-    assert jobs[1][1].read_text() == "three\nthree\n"  # what an earlier start said is kept
+    assert "[1/3] a: failed with status 1" in printed and "[2/3] b: finished" in printed
+    assert "[3/3] c: saved and left" in printed
+    sweep.run_local(jobs[1:2])
+    assert jobs[1].log.read_text() == "three\nthree\n"  # what an earlier start said is kept
+
+
+# Ends when `needed` have begun, and says from when to when it ran.
+MEETS = """
+import pathlib, sys, time
+began = time.monotonic()
+here, name, needed = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+(here / name).touch()
+while len(list(here.iterdir())) < needed:
+    time.sleep(0.01)
+print(began, time.monotonic())
+"""
+
+
+def test_so_many_jobs_run_at_a_time(tmp_path):
+    """The first two wait for each other, then the next two; never are there three."""
+    (met := tmp_path / "met").mkdir()
+    jobs = []
+    for name, needed in ("a", 2), ("b", 2), ("c", 4), ("d", 4):
+        command, folder = job(tmp_path / name, MEETS)
+        jobs.append(sweep.Job([*command, str(met), name, str(needed)], folder))
+    sweep.run_local(jobs, parallel=2)
+    spans = [tuple(map(float, each.log.read_text().split())) for each in jobs]
+    assert max(sum(a <= began <= b for a, b in spans) for began, _ in spans) == 2
+
+
+def test_a_sweep_that_ends_early_lets_its_jobs_save(tmp_path):
+    (met := tmp_path / "met").mkdir()
+    saves = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved')))\n"
+        "(pathlib.Path(sys.argv[1]) / 'ready').touch()\n"
+        "time.sleep(100)"
+    )
+    command, folder = job(tmp_path / "long", saves)
+    long = sweep.Job([*command, str(met)], folder)
+    command, folder = job(tmp_path / "short", MEETS)
+    short = sweep.Job([*command, str(met), "short", "2"], folder)
+    impossible = sweep.Job([str(tmp_path / "no such program")], tmp_path / "impossible")
+    with pytest.raises(FileNotFoundError, match="no such program"):
+        sweep.run_local([long, short, impossible], parallel=2)
+    assert long.log.read_text() == "saved\n"

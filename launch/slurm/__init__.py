@@ -1,0 +1,1 @@
+"""Runs as jobs of a Slurm cluster: `run.sbatch` is such a job, `submit` queues many."""
