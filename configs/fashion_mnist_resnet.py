@@ -1,12 +1,14 @@
 """A CIFAR-style ResNet with exits on Fashion-MNIST (Xiao et al. 2017), trained from scratch.
 
-    python -m launch.tune --config=configs/fashion_mnist_resnet.py --workdir=runs/fashion
-    python -m launch.tune --config=configs/fashion_mnist_resnet.py:points=,layers=14 --workdir=…
+    python -m launch.tune --config=configs/fashion_mnist_resnet.py:points= --workdir=runs/plain
+    python -m launch.tune --config=configs/fashion_mnist_resnet.py:source=runs/plain,epochs=4 \
+        --workdir=runs/fashion
 
-The first trains a ResNet-32 and its exits in tandem, the second a smaller network without exits.
-`train=exits,source=runs/…` tunes exits behind a network that was trained before. The data comes
-through TensorFlow Datasets (`tfds:fashion_mnist`) or, as `data=idx:FOLDER`, from the original
-files; Debian has them in the package dataset-fashion-mnist.
+The first trains a ResNet-32 without exits, the second goes on with it and five exits in tandem:
+with exits from the first step on, a network so narrow ends lower (`experiments`). `layers=14`
+makes a smaller one, `train=exits,source=runs/…` tunes exits behind a network and leaves it as it
+is. The data comes through TensorFlow Datasets (`tfds:fashion_mnist`) or, as `data=idx:FOLDER`, from
+the original files; Debian has them in the package dataset-fashion-mnist.
 """
 
 from early_exit.config import ConfigDict, over, parse_arg
@@ -23,7 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         layers=32,
         width=8,
         points=(2, 4, 6, 8, 11),
-        head="conv",
+        head="grid",
         loss="cross_entropy",
         gate=False,
         cascade=False,
@@ -78,12 +80,13 @@ def settings(
             "tune": {
                 "train": train,
                 "loss": loss,
-                # Half the final exit's: it is the one to keep.
+                # Half the final exit's: it is the one to keep. Heads learn as fast in any case, for
+                # AdamW takes no notice of scale.
                 "weights": (0.5,) * len(points),
                 "steps": steps,
                 "optimizer": "adamw",
                 "learning_rate": 4e-3,
-                "backbone_rate": 1.0,
+                "backbone_rate": 0.5 if source else 1.0,
                 "warmup_steps": min(200, steps - 1),
                 "final_fraction": 0.002,
                 "b1": 0.9,

@@ -2,7 +2,9 @@
 
 The one idea: a cross-entropy needs of the vocabulary only running sums, so the output matrices
 are read in chunks of rows inside a rematerialised scan. Logits exist for one chunk at a time,
-forward and backward; automatic differentiation does the rest.
+forward and backward; automatic differentiation does the rest. Where the rows of the matrices are
+split over devices, each chunk has as many of every part: all devices work on all chunks, and none
+needs another's rows.
 
 Shapes: N positions, D features, V vocabulary, C classes of a head (V, or R + 1 with "none of
 these" last), E exits.
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 
 from early_exit.backbones.base import logits
 
-# Columns of logits held at a time, all exits together: 4096 for 2048 positions are 32 MiB.
+# Columns of logits that a device holds at a time, all exits together: with 2048 positions, 32 MiB.
 CHUNK = 4096
 
 
@@ -26,10 +28,18 @@ def _chunk_size(rows: int, most: int) -> int:
     return next(divisors, most)
 
 
-def _chunked(rows_CD: jax.Array, chunk: int) -> jax.Array:
-    """[C, D] → [ceil(C / chunk), chunk, D], padded with zeros (callers mask the padding)."""
-    padding = -rows_CD.shape[0] % chunk
-    return jnp.pad(rows_CD, ((0, padding), (0, 0))).reshape(-1, chunk, rows_CD.shape[1])
+def _chunked(rows: jax.Array, most: int, parts: int = 1) -> jax.Array:
+    """[C, …] → [chunks, parts · size, …] with size ≤ `most`, padded with zeros.
+
+    Callers mask the padding. `parts` is how many parts the rows lie in, if it divides them.
+    """
+    parts = 1 if rows.shape[0] % parts else parts
+    rows = rows.reshape(parts, -1, *rows.shape[1:])
+    size = _chunk_size(rows.shape[1], most)
+    padding = [(0, 0)] * rows.ndim
+    padding[1] = (0, -rows.shape[1] % size)
+    rows = jnp.pad(rows, padding).reshape(parts, -1, size, *rows.shape[2:])
+    return rows.swapaxes(0, 1).reshape(-1, parts * size, *rows.shape[3:])
 
 
 def _fold(peak_N, total_N, values_NC):
@@ -39,10 +49,11 @@ def _fold(peak_N, total_N, values_NC):
     return new_peak, total_N + jnp.exp(values_NC - new_peak[:, None]).sum(-1)
 
 
-def log_normalizer(features_ND: jax.Array, table_VD: jax.Array, chunk: int = CHUNK) -> jax.Array:
-    """log Σ_v exp(features · table_v), float32 [N]."""
-    chunk = _chunk_size(table_VD.shape[0], chunk)
-    valid = _chunked(jnp.ones((table_VD.shape[0], 1), bool), chunk)[..., 0]
+def log_normalizer(
+    features_ND: jax.Array, table_VD: jax.Array, chunk: int = CHUNK, parts: int = 1
+) -> jax.Array:
+    """log Σ_v exp(features · table_v), float32 [N]; `chunk` and `parts` as in `exit_losses`."""
+    valid = _chunked(jnp.ones(table_VD.shape[0], bool), chunk, parts)
 
     def body(carry, xs):
         rows, valid = xs
@@ -50,7 +61,8 @@ def log_normalizer(features_ND: jax.Array, table_VD: jax.Array, chunk: int = CHU
         return _fold(*carry, values), None
 
     start = jnp.full(features_ND.shape[0], -jnp.inf), jnp.zeros(features_ND.shape[0])
-    (peak, total), _ = jax.lax.scan(jax.checkpoint(body), start, (_chunked(table_VD, chunk), valid))
+    slices = _chunked(table_VD, chunk, parts), valid
+    (peak, total), _ = jax.lax.scan(jax.checkpoint(body), start, slices)
     return peak + jnp.log(total)
 
 
@@ -62,6 +74,7 @@ def exit_losses(
     teacher: tuple[jax.Array, jax.Array] | None = None,
     token_ids: jax.Array | None = None,
     chunk: int = CHUNK,
+    parts: int = 1,
 ) -> jax.Array:
     """Loss of every exit at every position, float32 [E, N], in nats.
 
@@ -76,7 +89,8 @@ def exit_losses(
       teacher: (features [N, D], output matrix [V, D]) of the distribution to match. No gradient
         flows into it.
       token_ids: int32 [R], the tokens that the first R rows of `tables` stand for, if reduced.
-      chunk: columns of logits held at a time, all exits together.
+      chunk: columns of logits that a device holds at a time, all exits together.
+      parts: over how many devices the rows of the output matrices are split.
 
     Raises:
       ValueError: not exactly one of labels and teacher.
@@ -85,17 +99,19 @@ def exit_losses(
         raise ValueError("give exit_losses either labels or a teacher")
     reduced = token_ids is not None
     classes = tables[0].shape[0] - reduced
-    chunk = _chunk_size(classes, chunk // len(features))
-    count = features[0].shape[0]
+    own = 1 if reduced else parts  # with a row for the rest, no head's matrix is split
+    most, count = chunk // len(features), features[0].shape[0]
     ids = jnp.arange(classes) if token_ids is None else token_ids
     # Padding has id −1: no label equals it, and every logit there is masked.
-    ids = jnp.pad(ids + 1, (0, -classes % chunk)).reshape(-1, chunk) - 1
-    slices = {"ids": ids, "tables": [_chunked(table[:classes], chunk) for table in tables]}
+    slices = {
+        "ids": _chunked(ids + 1, most, own) - 1,
+        "tables": [_chunked(table[:classes], most, own) for table in tables],
+    }
     if teacher is not None:
         teacher_features, teacher_table = jax.lax.stop_gradient(teacher)
-        normalizer = log_normalizer(teacher_features, teacher_table)
+        normalizer = log_normalizer(teacher_features, teacher_table, parts=parts)
         rows = teacher_table[token_ids] if reduced else teacher_table
-        slices["teacher"] = _chunked(rows, chunk)
+        slices["teacher"] = _chunked(rows, most, own)
 
     def target(xs):
         """The target's (probability, log-probability) on this chunk's tokens, [N, chunk]."""
@@ -170,16 +186,17 @@ def right(
     teacher: tuple[jax.Array, jax.Array] | None = None,
     token_ids: jax.Array | None = None,
     chunk: int = CHUNK,
+    parts: int = 1,
 ) -> jax.Array:
     """Whether every exit's best token is the target's, bool [E, N]; the arguments of `exit_losses`.
 
     Against `labels` that is accuracy, against a `teacher` agreement. A reduced head whose most
     probable class is "none of these" is right nowhere.
     """
-    target = labels if teacher is None else _best(*teacher, chunk)[1]
+    target = labels if teacher is None else _best(*teacher, chunk, parts)[1]
     found = []
     for feature, table in zip(features, tables, strict=True):
-        peak, best = _best(feature, table if token_ids is None else table[:-1], chunk)
+        peak, best = _best(feature, table if token_ids is None else table[:-1], chunk, parts)
         if token_ids is not None:
             declines = logits(feature, table[-1:])[:, 0] > peak
             best = jnp.where(declines, -1, token_ids[best])
@@ -187,11 +204,9 @@ def right(
     return jnp.stack(found)
 
 
-def _best(features_ND, table_CD, chunk: int) -> tuple[jax.Array, jax.Array]:
+def _best(features_ND, table_CD, chunk: int, parts: int) -> tuple[jax.Array, jax.Array]:
     """(the greatest logit, its row of the table), [N] each."""
-    rows = table_CD.shape[0]
-    chunk = _chunk_size(rows, chunk)
-    ids = jnp.pad(jnp.arange(rows) + 1, (0, -rows % chunk)).reshape(-1, chunk) - 1
+    ids = _chunked(jnp.arange(table_CD.shape[0]) + 1, chunk, parts) - 1
 
     def body(best, xs):
         table, ids = xs
@@ -203,7 +218,7 @@ def _best(features_ND, table_CD, chunk: int) -> tuple[jax.Array, jax.Array]:
 
     count = features_ND.shape[0]
     start = jnp.full(count, -jnp.inf), jnp.zeros(count, jnp.int32)
-    return jax.lax.scan(body, start, (_chunked(table_CD, chunk), ids))[0]
+    return jax.lax.scan(body, start, (_chunked(table_CD, chunk, parts), ids))[0]
 
 
 def gate_losses(logits_EN: jax.Array, right_EN: jax.Array, mask_N: jax.Array) -> jax.Array:

@@ -85,6 +85,24 @@ def test_losses_equal_dense_ones(vocab, exits, reduced, chunk, target):
     np.testing.assert_allclose(got, dense(**inputs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["labels", "teacher"])
+@pytest.mark.parametrize(
+    ("vocab", "reduced", "chunk", "parts"),
+    [
+        (24, 0, 6, 4),  # two chunks of three rows from each part
+        (21, 0, 8, 3),  # parts of a prime number of rows: each padded
+        (23, 0, 8, 3),  # no whole parts
+        (30, 11, 8, 3),  # the teacher's alone
+    ],
+)
+def test_it_does_not_matter_in_how_many_parts_the_rows_lie(vocab, reduced, chunk, parts, target):
+    inputs = pick(case(vocab, 2, reduced), target)
+    got = losses.exit_losses(**inputs, chunk=chunk, parts=parts)
+    np.testing.assert_allclose(got, dense(**inputs), atol=1e-5, rtol=1e-5)
+    right = losses.right(**inputs, chunk=chunk, parts=parts)
+    np.testing.assert_array_equal(right, losses.right(**inputs))
+
+
 @pytest.mark.parametrize("reduced", [0, 11])
 @pytest.mark.parametrize(
     ("extreme", "target"), [("exits", "labels"), ("exits", "teacher"), ("teacher", "teacher")]

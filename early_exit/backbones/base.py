@@ -88,6 +88,8 @@ class BackboneConfig(abc.ABC):
       pools: whether it tells classes apart, one prediction for a whole input; a language model
         predicts at every position.
       head_kinds: the exit heads that it can carry (see `exits.heads`).
+      grid_cells: how many places heads of the kind `grid` tell apart.
+      scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
     """
 
     depth: int
@@ -95,6 +97,8 @@ class BackboneConfig(abc.ABC):
     num_classes: int
     pools: ClassVar[bool]
     head_kinds: ClassVar[tuple[str, ...]]
+    grid_cells: ClassVar[int] = 0
+    scan = False
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> Backbone: ...
@@ -106,6 +110,10 @@ class BackboneConfig(abc.ABC):
     def pool(self, hidden: jax.Array, context: Any) -> jax.Array:
         """Hidden states → what one prediction is made from; where `pools`, a row per input."""
         return hidden
+
+    def pool_grid(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states → [B, `grid_cells`, D], for heads of the kind `grid`."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:

@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from early_exit import tree
@@ -25,6 +26,7 @@ STATISTICS = r"(^|/)norm/(mean|variance)$"
 
 _EPSILON = 1e-5  # of every BatchNorm, as in torch
 _REDUCTION = 4  # how much narrower a bottleneck is inside
+_GRID = 4  # places along each side, for heads that keep a coarse layout
 # Layers, as networks are named by → (kind of block, blocks of each stage): He et al., table 1.
 _IMAGENET = {
     18: ("basic", (2, 2, 2, 2)),
@@ -78,7 +80,8 @@ class ResNetConfig(base.BackboneConfig):
     early_stride: bool = False
 
     pools: ClassVar[bool] = True
-    head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "conv")
+    head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "conv", "grid")
+    grid_cells: ClassVar[int] = _GRID**2
 
     def __post_init__(self):
         if self.block not in BLOCKS:
@@ -174,17 +177,25 @@ class ResNetConfig(base.BackboneConfig):
     def pool(self, hidden, context):
         return hidden.mean((1, 2), dtype=jnp.float32).astype(hidden.dtype)
 
+    def pool_grid(self, hidden):
+        down, right = (jnp.asarray(_cells(size), jnp.float32) for size in hidden.shape[1:3])
+        means = jnp.einsum("ih,bhwc,jw->bijc", down, hidden.astype(jnp.float32), right)
+        return means.reshape(len(hidden), self.grid_cells, -1).astype(hidden.dtype)
+
     def build_mlp(self, rngs: nnx.Rngs) -> "MLP":
         """For heads, over pooled features. The network itself has none."""
         return MLP(self.width, rngs=rngs)
 
-    def build_conv(self, outputs: int, rngs: nnx.Rngs) -> nnx.Conv:
-        """For heads, before pooling: 3×3 of stride 2, as the classifiers of MSDNet have."""
-        init = nnx.initializers.he_normal()
-        padding = ((1, 1), (1, 1))
-        return nnx.Conv(
-            self.width, outputs, (3, 3), 2, padding=padding, kernel_init=init, rngs=rngs
-        )
+    def build_conv(self, outputs: int, rngs: nnx.Rngs) -> "Narrowing":
+        """For heads, before pooling: to so many channels, in convolutions of stride 2."""
+        return Narrowing(self.width, outputs, rngs=rngs)
+
+
+def _cells(size: int) -> np.ndarray:
+    """float64 [_GRID, size]: each row averages the pixels of one cell; cells may overlap by one."""
+    at, edges = np.arange(size), np.arange(_GRID + 1) * size
+    inside = (at >= edges[:-1, None] // _GRID) & (at < -(-edges[1:, None] // _GRID))
+    return inside / inside.sum(1, keepdims=True)
 
 
 class BatchNorm(nnx.Module):
@@ -285,6 +296,31 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.relu(self.up(x)))
+
+
+class Narrowing(nnx.Module):
+    """3×3 convolutions of stride 2, as the classifiers of MSDNet have; ReLU after each.
+
+    Each doubles the channels until there are enough: in place of the stages that an early exit
+    leaves out, at a small part of their cost.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        widths = [inputs, min(2 * inputs, outputs)]
+        while widths[-1] < outputs:
+            widths.append(min(2 * widths[-1], outputs))
+        init, padding = nnx.initializers.he_normal(), ((1, 1), (1, 1))
+        self.convs = nnx.Dict(
+            {
+                str(i): nnx.Conv(*pair, (3, 3), 2, padding=padding, kernel_init=init, rngs=rngs)
+                for i, pair in enumerate(itertools.pairwise(widths))
+            }
+        )
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        for i in range(len(self.convs)):
+            x_BHWC = jax.nn.relu(self.convs[str(i)](x_BHWC))
+        return x_BHWC
 
 
 class ResNet(base.Backbone):

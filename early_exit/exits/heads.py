@@ -31,7 +31,9 @@ class ExitConfig:
       points: blocks (1-based) after which there is an exit, each in 1 … depth − 1.
       head: what stands before the output matrix: `embedding`, nothing, which classifiers call
         `linear`; `norm`; `mlp`, a residual feed-forward part, then norm; `layer`, one whole block,
-        then norm; `conv`, a strided convolution to the network's last width, then norm.
+        then norm; `conv`, a strided convolution to the network's last width, then norm; `grid`,
+        the same, pooled not as one but in a coarse grid of places: early blocks see little of an
+        image, so what is where in it says much of what it is.
       output: `own`, an output matrix of each head, or `shared`, the backbone's.
       classes: how many tokens a head can predict, the most frequent ones; 0 for all.
       gate: whether each head has a gate, which tells from the hidden state alone whether the head
@@ -94,6 +96,8 @@ class ExitConfig:
 
     def width(self, backbone: BackboneConfig, point: int) -> int:
         """Of the features of the head after block `point`."""
+        if self.head == "grid":
+            return backbone.grid_cells * backbone.width
         return (backbone if self.head == "conv" else backbone.at(point)).width
 
 
@@ -103,8 +107,10 @@ class Head(nnx.Module):
     def __init__(self, network: BackboneConfig, exits: ExitConfig, point: int, *, rngs: nnx.Rngs):
         here = self.network = network.at(point)
         earlier, classes = exits.points.index(point), network.num_classes
-        wide = network if exits.head == "conv" else here
-        if exits.head == "conv":
+        self.keeps_layout = exits.head == "grid"
+        convolves = exits.head == "conv" or self.keeps_layout
+        wide = network if convolves else here
+        if convolves:
             self.conv = here.build_conv(network.width, rngs)
         if exits.head == "mlp":
             self.mlp_norm = here.build_norm(rngs)
@@ -117,7 +123,7 @@ class Head(nnx.Module):
         if exits.output == "shared":
             rows = 1 if exits.classes else 0  # only "none of these" is not in the backbone's
         if rows and network.pools:
-            self.output = Classifier(rows, wide.width, rngs=rngs)
+            self.output = Classifier(rows, exits.width(network, point), rngs=rngs)
         elif rows:
             init = nnx.initializers.normal(0.02)
             self.output = nnx.Embed(rows, wide.width, embedding_init=init, rngs=rngs)
@@ -143,11 +149,13 @@ class Head(nnx.Module):
         """
         rows = None
         if hasattr(self, "conv"):
-            hidden = jax.nn.relu(self.conv(hidden))
+            hidden = self.conv(hidden)
         if self.has_block and self.network.pools:
             hidden = self.block(hidden, context)
         elif self.has_block:
             hidden, rows = self.block(hidden, context, past, past_length_B)
+        if self.keeps_layout:
+            return self.norm(self.network.pool_grid(hidden)).reshape(len(hidden), -1), rows
         hidden = self.network.pool(hidden, context)
         if hasattr(self, "mlp"):
             hidden = hidden + self.mlp(self.mlp_norm(hidden))

@@ -1,5 +1,8 @@
 """Heads of networks that tell classes apart: what they pool, and what they take from each other."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,11 +93,20 @@ def test_every_kind_treats_rows_apart(config, inputs, kind):
 
 
 def test_a_conv_head_brings_early_blocks_to_the_width_of_the_last():
-    model, params = build(RESNET, head="conv")
-    assert params["exits"]["1"]["conv"]["kernel"].shape == (3, 3, 4, 8)
-    assert params["exits"]["3"]["conv"]["kernel"].shape == (3, 3, 8, 8)
+    deep = dataclasses.replace(RESNET, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32))
+    model, params = build(deep, points=(1, 2, 3), head="conv")
+    for point, widths in (("1", (4, 8, 16, 32)), ("2", (8, 16, 32)), ("3", (16, 32))):
+        shapes = {
+            i: conv["kernel"].shape for i, conv in params["exits"][point]["conv"]["convs"].items()
+        }
+        assert shapes == {
+            str(i): (3, 3, *pair) for i, pair in enumerate(itertools.pairwise(widths))
+        }
     features, _ = model.bind(params).heads[0].features(jnp.ones((2, 8, 8, 4)), None)
-    assert features.shape == (2, 8)
+    assert features.shape == (2, 32)
+    # Even where nothing is left to widen, a head looks at the whole once more.
+    _, params = build(RESNET, head="conv")
+    assert params["exits"]["3"]["conv"]["convs"]["0"]["kernel"].shape == (3, 3, 8, 8)
 
 
 def test_padding_says_nothing_to_pooled_means():

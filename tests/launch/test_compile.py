@@ -1,0 +1,167 @@
+"""Programs compiled for devices that are not there, and what is said of them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import llama2_7b, llama2_13b, llama2_70b, llama3_8b, pythia_6_9b, qwen2_5_7b, tiny
+from early_exit import assemble, sharding, tree
+from early_exit.backbones import base
+from early_exit.config import override
+from early_exit.evaluation import cost
+from early_exit.training import plan
+from launch import compile as compiling
+
+ROOT = Path(__file__).parents[2]
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+DEVICES = {
+    "JAX_PLATFORMS": "cpu",
+    # Only what is in the program counts, not how good it is.
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+}
+# The tuning step of a small model on eight devices, exits alone and in tandem.
+SCRIPT = """
+import json
+from configs import tiny
+from early_exit import assemble, sharding, tree
+from early_exit.backbones import base
+from early_exit.config import override
+from launch import compile as compiling
+
+found = {}
+for train in ("exits", "all"):
+    config = override(tiny.get_config(), {
+        "model.scan": True, "exits.head": "norm", "exits.points": (2, 4), "exits.classes": 0,
+        "tune.train": train, "tune.loss": "cross_entropy",
+    })
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    model = assemble.abstract_model(config)
+    estimate = compiling.tuning(config, model, mesh, None)
+    reduced = [
+        each for each in estimate.program.collectives
+        if each.kind in ("all-reduce", "reduce-scatter") and {"data", "fsdp"} & {*each.axes}
+    ]
+    found[train] = {
+        "ratio": estimate.flops_ratio,
+        "open_loops": estimate.program.open_loops,
+        "reduced": sum(each.bytes for each in reduced),
+        "arguments": estimate.arguments,
+        "trained": tree.size_in_bytes(assemble.abstract_trained(config, model)),
+    }
+print(json.dumps(found))
+"""
+
+
+def command(*arguments, **variables):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_frozen_backbone_has_no_gradient_to_exchange():
+    done = command("-c", SCRIPT, **DEVICES)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    frozen, tandem = found["exits"], found["all"]
+    for each in (frozen, tandem):
+        # A vocabulary of one chunk: its logits are not computed again for the backward pass.
+        assert 0.75 < each["ratio"] < 1.01 and each["open_loops"] == 0
+    # What is reduced over the batch's axes: at least each chip's part of what is trained.
+    assert frozen["trained"] / 4 < frozen["reduced"] < 1.5 * frozen["trained"]
+    assert tandem["reduced"] > tandem["trained"] / 4 > 1.5 * frozen["trained"]
+
+
+def test_the_command_prints_what_a_step_costs():
+    flags = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    what = ["-m", "launch.compile", "--config=configs/tiny.py", "--config.model.scan"]
+    done = command(*what, *flags, "--config.exits.head=norm", **DEVICES)
+    assert done.returncode == 0, done.stderr
+    assert "tune on this host: 8 chips (data 2, fsdp 2, tensor 2), 6 blocks" in done.stdout
+    for part in ("memory of a chip", "made on the way", "compiled ÷ traced", "all-reduce"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--topology=v3:2x2", r"unknown chip in --topology=v3:2x2; known are v5e, v5p, v6e"),
+        ("--config.mesh.tensor=3", "does not use exactly"),
+        ("--config.model.dtpye=float32", "no such setting"),
+    ],
+)
+def test_bad_input_is_a_sentence(flag, message):
+    done = command("-m", "launch.compile", "--config=configs/tiny.py", flag, **DEVICES)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_shorter_model_has_its_exits_where_the_longer_one_has_them():
+    config = llama2_70b.get_config()
+    model = compiling.model_of(config, blocks=16)
+    assert model.config.depth == 16 and model.exits.points == (2, 4, 6, 8, 10, 12, 14, 15)
+    assert compiling.model_of(config) == assemble.abstract_model(config)
+
+
+@pytest.mark.parametrize(
+    ("module", "billions"),
+    [
+        (llama2_7b, 6.738),
+        (llama2_13b, 13.016),
+        (llama2_70b, 68.977),
+        (llama3_8b, 8.030),
+        (qwen2_5_7b, 7.616),
+        (pythia_6_9b, 6.857),
+    ],
+)
+def test_the_large_models_are_as_large_as_published(module, billions):
+    config = module.get_config()
+    model = assemble.for_tuning(config, assemble.abstract_model(config))
+    _, params = base.abstract(model.config.build)
+    assert tree.count(params) / 1e9 == pytest.approx(billions, abs=0.001)
+    assert len(model.exits.points) == 8
+    assert config.data.batch_size * config.data.sequence_length * config.tune.steps == 1_310_720_000
+
+
+def test_traced_work_of_a_step_is_what_its_parts_need():
+    """Blocks once; of each head three passes; of its output matrix a fourth, computed again."""
+    config = override(tiny.get_config(), {"exits.classes": 0, "tune.loss": "cross_entropy"})
+    mesh = sharding.make_mesh({"data": 1})
+    model = assemble.abstract_model(config)
+    args = plan.state(config, model, mesh), plan.frozen(config, model, mesh)
+    step = plan.step(config, model, mesh).trace(*args, plan.token_batch(config, mesh))
+    rows, length = config.data.batch_size, config.data.sequence_length
+    row = {"tokens": jax.ShapeDtypeStruct((1, length), "int32")}
+    of = cost.backbone(model.config, inputs=row)
+    total = of.before(model.exits.points[-1]).multiply_adds
+    table = length * model.config.width * model.config.vocab_size
+    for point in model.exits.points:
+        head = cost.head(model.config, model.exits, of, point, "float32")[0].multiply_adds
+        total += 3 * (head - table) + 4 * table
+    # Beside them, the weighted sum of the losses.
+    assert cost.traced_multiply_adds(step.jaxpr) == pytest.approx(rows * total, rel=1e-6)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed (extra `tpu-compile`)")
+@pytest.mark.parametrize("what", ["tune", "decode"])
+def test_programs_for_a_tpu(what):
+    settings = ["--config.model.scan", "--config.mesh.tensor=2", "--config.exits.points=(3,)"]
+    done = command(
+        *["-m", "launch.compile", "--config=configs/tiny.py", *settings, "--topology=v5e:2x2"],
+        *[f"--what={what}", "--positions=100", "--blocks=4"],
+        JAX_PLATFORMS="cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    for part in ("15.750", "XLA's estimate for one chip", "million tokens a day"):
+        assert part in done.stdout
+    gone = command("-m", "launch.compile", "--config=configs/tiny.py", "--topology=v5e:3x5")
+    assert gone.returncode == 1 and "--topology=v5e:3x5 is no slice of chips" in gone.stderr
