@@ -1,19 +1,37 @@
-"""Measures what the exits are worth: agreement per exit, and decoding speed beside the full model.
+"""Measures what the exits are worth: how good each is, and what leaving there saves on the clock.
 
     python -m launch.evaluate --workdir=runs/smollm2
+    python -m launch.evaluate --workdir=runs/fashion --baseline=runs/fashion8,runs/fashion14
 
-Writes evaluation.json, from which `launch.report` makes a page.
+A language model's decoding, or a classifier's answers, beside the full model; the baselines are
+runs of smaller classifiers without exits. Writes evaluation.json, from which `launch.report` makes
+a page.
 """
 
+from pathlib import Path
+
+from absl import flags
+
 from early_exit import assemble
-from early_exit.evaluation import run
+from early_exit.evaluation import run, run_classifier
 from early_exit.metrics import table
 from launch import common
+
+BASELINE = flags.DEFINE_list(
+    "baseline", [], "Folders of runs of networks without exits, to measure beside a classifier."
+)
 
 
 def main(argv):
     common.no_arguments(argv)
-    results = run.evaluate(assemble.load_tuned(common.workdir(), common.CONFIG.value))
+    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
+    if tuned.model.config.pools:
+        results = run_classifier.evaluate(tuned, [Path(folder) for folder in BASELINE.value])
+        print("\n\n".join(run_classifier.tables(results)))
+        return
+    if BASELINE.value:
+        raise ValueError("--baseline is for classifiers; this is a language model")
+    results = run.evaluate(tuned)
     print("Exits on held-out text, a position being a next token to predict:")
     print(
         table(

@@ -26,7 +26,7 @@ ONLY = {
     "losses": {"jax", "numpy", "early_exit.backbones.base.logits"},
     "confidence": {"jax", "numpy"},
     "policy": {"jax", "numpy", "early_exit.confidence"},
-    "calibration": {"jax", "numpy", "early_exit.confidence", "early_exit.policy"},
+    "calibration": {"jax", "numpy", "scipy", "early_exit.confidence", "early_exit.policy"},
 }
 # Libraries that only some rooms know.
 KEEPERS = {

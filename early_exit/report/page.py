@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _read_json(path: Path, mend: str) -> Any:
 
 
 def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
-    model, decoding = evaluation["model"], evaluation["decoding"]
+    model = evaluation["model"]
     depths = [*model["exit_points"], model["depth"]]
     policy = None
     if (workdir / "policy.json").exists():
@@ -64,10 +65,6 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
     config = {}
     if (workdir / "config.json").exists():
         config = _read_json(workdir / "config.json", "restore it, or tune in another --workdir")
-    full = next((row for row in decoding if row["epsilon"] is None), None)
-    if full is None:
-        raise KeyError("a decoding row of the full model")
-    dynamic = [row for row in decoding if row["epsilon"] is not None]
     training = plots.training_curves(read_metrics(workdir), depths)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("early_exit.report"),
@@ -78,28 +75,68 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "percent": lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%",
+        "ms": lambda milliseconds: f"{milliseconds:.3g}\N{NO-BREAK SPACE}ms",
+        "figures": lambda number: f"{number:.3g}" if number < 1000 else f"{number:,.0f}",
+        "name": _name,
         "colour": lambda depth: tokens.hex_colour(tokens.background(depth, depths)),
     }
-    return environment.get_template("report.html").render(
+    classifies = "classification" in evaluation
+    own = _classification(evaluation) if classifies else _decoding(evaluation, depths, policy)
+    template = "classifier.html" if classifies else "decoding.html"
+    return environment.get_template(template).render(
         evaluation,
         name=_name(model["source"]),
+        classifies=classifies,
+        points=model["exit_points"],
         depths=depths,
-        full=full,
-        lossless=[row for row in decoding if row["epsilon"] is None and row is not full],
-        chosen=_chosen(dynamic, policy),
-        fastest=max(dynamic, key=lambda row: row["tokens_per_second"], default=None),
         policy=policy and _policy_facts(policy),
         settings=_settings(config),
-        speed_plot=Markup(plots.quality_against_speed(decoding)),
-        exits_plot=Markup(plots.exit_bars(evaluation["exits"])),
         training_plot=training and Markup(training),
         training_loss=config.get("tune", {}).get("loss"),
         legend=Markup(tokens.html_spans([f" {d} " for d in depths], depths, depths)),
-        heat_maps=[
+        **own,
+    )
+
+
+def _decoding(
+    evaluation: dict[str, Any], depths: list[int], policy: policies.ExitPolicy | None
+) -> dict[str, Any]:
+    """What the page of a language model shows beside what all show."""
+    decoding = evaluation["decoding"]
+    full = next((row for row in decoding if row["epsilon"] is None), None)
+    if full is None:
+        raise KeyError("a decoding row of the full model")
+    dynamic = [row for row in decoding if row["epsilon"] is not None]
+    return {
+        "full": full,
+        "lossless": [row for row in decoding if row["epsilon"] is None and row is not full],
+        "chosen": _chosen(dynamic, policy),
+        "fastest": max(dynamic, key=lambda row: row["tokens_per_second"], default=None),
+        "speed_plot": Markup(plots.quality_against_speed(decoding)),
+        "exits_plot": Markup(plots.exit_bars(evaluation["exits"])),
+        "heat_maps": [
             Markup(tokens.html_spans(sample["pieces"], sample["depths"], depths))
             for sample in evaluation["samples"]
         ],
-    )
+    }
+
+
+def _classification(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What the page of a classifier shows beside what all show."""
+    of = evaluation["classification"]
+    full, *dynamic = own = of["rows"]
+    exits_plot = None
+    if evaluation["model"]["exit_points"]:
+        exits_plot = Markup(plots.exit_bars(evaluation["exits"], ("correct", "coverage")))
+    return {
+        "full": full,
+        "own": own,
+        "rows": [*own, *of["static"]],
+        "chosen": next((row for row in dynamic if row["policy"] == of["chosen"]), None),
+        "cost_plot": Markup(plots.accuracy_against_cost(own, of["static"], of["curve"])),
+        "latency_plot": Markup(plots.accuracy_against_latency(own, of["static"])),
+        "exits_plot": exits_plot,
+    }
 
 
 def _name(source: str) -> str:
@@ -128,9 +165,18 @@ def _policy_facts(policy: policies.ExitPolicy) -> dict[str, Any]:
                 for name in ("decay", "budget")
                 if (value := getattr(policy, name)) is not None
             },
-            **{name: _text(value) for name, value in policy.provenance.items()},
+            **dict(_facts(policy.provenance)),
         },
     }
+
+
+def _facts(stated: Mapping[str, Any], prefix: str = ""):
+    """(name, text) of what a provenance states, nested or not."""
+    for name, value in stated.items():
+        if isinstance(value, Mapping):
+            yield from () if name == "drift" else _facts(value, f"{name}: ")
+        else:
+            yield f"{prefix}{name}", _text(value)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -147,5 +193,5 @@ def _settings(config: dict[str, Any]) -> dict[str, dict[str, str]]:
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "–"
-    text = str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text

@@ -7,7 +7,7 @@ and dark with it. What is drawn in a stand-in colour becomes a CSS variable of t
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -49,6 +49,18 @@ _STYLE = {
 # A curve of more points is averaged down: nobody sees more, and the page stays small.
 _CURVE_POINTS = 300
 _EXIT_LOSS = r"loss/exit_(\d+)"
+_BARS = {"agreement": "agreement", "coverage": "coverage at 95 %", "correct": "accuracy"}
+# Curves side by side differ in line as well as in colour.
+_LINES = (
+    (_ACCENT, "-"),
+    (_INK, "--"),
+    (_MUTED, ":"),
+    (_SOFT, "-"),
+    (_ACCENT, "--"),
+    (_INK, ":"),
+    (_MUTED, "-"),
+    (_SOFT, "--"),
+)
 _LABEL_WIDTH, _LABEL_HEIGHT = 55, 12  # in points
 
 
@@ -85,31 +97,164 @@ def quality_against_speed(decoding: Sequence[dict[str, Any]]) -> str:
     return _svg("speed", "quality against speed", draw)
 
 
-def exit_bars(exits: Sequence[dict[str, Any]]) -> str:
-    """Agreement and coverage of every early exit, side by side; SVG.
+def accuracy_against_cost(
+    rows: Sequence[dict[str, Any]],
+    static: Sequence[dict[str, Any]],
+    curve: Sequence[dict[str, Any]],
+) -> str:
+    """A classifier's accuracy against its multiply-adds, beside networks without exits; SVG.
 
     Args:
-      exits: rows with `exit`, `agreement` and `coverage` (0 … 1), the final exit's last.
+      rows: with `policy`, `accuracy` and `multiply_adds`; the first is the full model.
+      static: the same, of the networks without exits.
+      curve: the same but for `policy`, of a policy's every level.
+    """
+
+    def cost(row):
+        return row["multiply_adds"] / 1e6
+
+    return _accuracy("cost", cost, "million multiply-adds", rows, static, curve)
+
+
+def accuracy_against_latency(
+    rows: Sequence[dict[str, Any]], static: Sequence[dict[str, Any]]
+) -> str:
+    """A classifier's accuracy against the mean time of one answer; SVG.
+
+    Args:
+      rows, static: as for `accuracy_against_cost`, with `latency`.
+    """
+
+    def latency(row):
+        return row["latency"]["mean"]
+
+    return _accuracy("latency", latency, "ms an answer, mean", rows, static, rows[1:])
+
+
+def _accuracy(name, place, unit, rows, static, curve) -> str:
+    full, *dynamic = rows
+    curve = sorted(curve, key=place)
+    static = sorted(static, key=place)
+
+    def places(rows):
+        return [place(row) for row in rows], [100 * row["accuracy"] for row in rows]
+
+    def draw(axes: Axes):
+        axes.plot(*places(curve), color=_ACCENT, linewidth=1.2)
+        axes.plot(*places(dynamic), color=_ACCENT, linestyle="none", marker="o", markersize=6)
+        axes.plot(
+            *places(static), color=_MUTED, linewidth=0.8, dashes=(4, 3), marker="s", markersize=5
+        )
+        axes.plot(*places([full]), color=_INK, linestyle="none", marker="D", markersize=7)
+        axes.margins(x=0.18, y=0.14)
+        # The curve goes down to where everything leaves first, which is of no interest.
+        pointed = [*dynamic, *static, full]
+        lowest, highest = (f(100 * row["accuracy"] for row in pointed) for f in (min, max))
+        room = max(0.25 * (highest - lowest), 0.1)
+        axes.set_ylim(lowest - room, highest + room)
+        names = [row["policy"].replace("epsilon", "ε") for row in pointed]
+        _label(axes, *places(pointed), names, on_left=[False] * len(pointed), rise=-8)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(unit)
+        axes.set_ylabel("accuracy, %")
+
+    return _svg(name, f"accuracy against {unit}", draw)
+
+
+def quality_against_cost(
+    curves: Mapping[str, Sequence[tuple[float, float]]], cost: str, quality: str
+) -> str:
+    """What methods make of their budgets, mean cost spent against quality; SVG.
+
+    Args:
+      curves: method → points (cost, quality in 0 … 1), at most eight methods.
+      cost, quality: what the axes say.
+    """
+
+    def draw(axes: Axes):
+        for (name, points), (colour, line) in zip(curves.items(), _LINES, strict=False):
+            x, y = np.array(sorted(points)).T
+            axes.plot(x, 100 * y, line, color=colour, marker="o", markersize=4, label=name)
+        axes.set_xlabel(cost)
+        axes.set_ylabel(f"{quality}, %")
+        axes.legend(loc="lower right")
+
+    return _svg("budget", "quality against cost", draw)
+
+
+def target_against_achieved(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    """The risk that methods were asked to keep against the risk that came out; SVG.
+
+    Args:
+      curves: method → points (risk asked for, mean risk of its policies, the risk that most of them
+        stay below), each in 0 … 1, at most four methods. The last is drawn as a line from the
+        mean; below the diagonal, the promise is kept.
+    """
+
+    def draw(axes: Axes):
+        most = 100 * max(asked for points in curves.values() for asked, *_ in points)
+        axes.plot([0, most], [0, most], color=_MUTED, linewidth=0.8, dashes=(4, 3))
+        for (name, points), (colour, line) in zip(curves.items(), _LINES, strict=False):
+            asked, mean, high = 100 * np.array(sorted(points)).T
+            axes.plot(asked, mean, line, color=colour, marker="o", markersize=4, label=name)
+            axes.vlines(asked, mean, high, color=colour, linewidth=1.2)
+        axes.set_xlabel("risk asked for, %")
+        axes.set_ylabel("risk that came out, %")
+        axes.legend(loc="upper left")
+
+    return _svg("achieved", "target against achieved", draw)
+
+
+def risk_against_coverage(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """Share of wrong answers against the share of positions answered; SVG.
+
+    Args:
+      curves: name → (coverage [K], risk [K]), both in 0 … 1.
+    """
+
+    def draw(axes: Axes):
+        for (name, curve), (colour, line) in zip(
+            curves.items(), itertools.cycle(_LINES), strict=False
+        ):
+            x, y = 100 * _thinned(np.column_stack(curve))
+            axes.plot(x, y, line, color=colour, label=name)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("answered, %")
+        axes.set_ylabel("wrong among them, %")
+        axes.legend(loc="upper left")
+
+    return _svg("rejection", "risk against coverage", draw)
+
+
+def exit_bars(
+    exits: Sequence[dict[str, Any]], shown: Sequence[str] = ("agreement", "coverage")
+) -> str:
+    """Two figures of every early exit, side by side; SVG.
+
+    Args:
+      exits: rows with `exit` and what is `shown` (0 … 1), the final exit's last.
+      shown: two of `agreement`, `coverage` and `correct`.
     """
     early = exits[:-1]
 
     def draw(axes: Axes):
         middles = np.arange(len(early))
         width = 0.36
-        for name, shift, colour in (("agreement", -1, _ACCENT), ("coverage", 1, _SOFT)):
+        for name, shift, colour in zip(shown, (-1, 1), (_ACCENT, _SOFT), strict=True):
             values = [100 * row[name] for row in early]
-            label = "coverage at 95 %" if name == "coverage" else name
             bars = axes.bar(
-                middles + shift * width / 2, values, width * 0.94, color=colour, label=label
+                middles + shift * width / 2, values, width * 0.94, color=colour, label=_BARS[name]
             )
             axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
         axes.set_xticks(middles, [f"block {row['exit']}" for row in early])
         axes.grid(visible=False, axis="x")
         axes.set_ylim(0, 100)
-        axes.set_ylabel("% of positions")
+        axes.set_ylabel("% of examples" if "correct" in shown else "% of positions")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0)
 
-    return _svg("exits", "agreement and coverage of each exit", draw)
+    described = " and ".join(_BARS[name].removesuffix(" at 95 %") for name in shown)
+    return _svg("exits", f"{described} of each exit", draw)
 
 
 def training_curves(lines: Sequence[dict[str, Any]], exit_depths: Sequence[int]) -> str | None:

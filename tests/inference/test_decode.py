@@ -1,12 +1,13 @@
 """The engine against a slow decoder that recomputes everything, without cache or branches."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from slow_decoder import CLOSE, SlowDecoder, mixed_policy, softmax
@@ -19,12 +20,31 @@ from early_exit.inference.generate import Decoder, generate, stream
 from early_exit.inference.mode import BY_NAME, Mode
 from early_exit.inference.sampling import Sampling
 
+# Blocks of a program are what it takes to compile it, so most tests have few.
+TINIEST = DecoderConfig(
+    vocab_size=23,
+    width=16,
+    depth=3,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_width=24,
+    context_length=256,
+)
+FOUR_BLOCKS = dataclasses.replace(TINIEST, depth=4)
+
 PROMPT = [7, 3, 52, 11, 29]
+SMALL_PROMPT = [7, 3, 19, 11, 2]  # in the small vocabulary
 REPEATING = [5, 9, 31, 2] * 6
 # Few widths, so that there is less to compile.
 MODES = {name: dataclasses.replace(mode, window=4) for name, mode in BY_NAME.items()}
 LOSSY, DEFERRED, VERIFIED, LOOKUP = MODES.values()
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+
+
+@pytest.fixture(scope="module")
+def mixed_deferred(tiny):
+    return mixed_policy(*tiny, PROMPT, DEFERRED)
 
 
 def run(model, params, prompts, policy, new_tokens=12, **kwargs):
@@ -46,19 +66,19 @@ def key_of(row=0, rows=1, seed=0):
     [
         {"head": "embedding"},
         {"head": "norm", "output": "shared"},
-        {"head": "mlp", "classes": 20},
-        {"head": "layer", "classes": 20, "output": "shared"},
+        {"head": "mlp", "classes": 12},
+        {"head": "layer", "classes": 12, "output": "shared"},
     ],
     ids=lambda exits: exits["head"],
 )
 def test_forced_exits_equal_the_slow_decoder(exits, skipped):
     """With `defer`, a full window forces every fourth position through all blocks."""
-    model, params = build(**exits)
+    model, params = build(FOUR_BLOCKS, points=(1, 3), **exits)
     mode = Mode(skipped=skipped, window=4)
     for exit_index in (0, 1):
         policy = policies.forced(2, exit_index)
-        (got,) = run(model, params, [PROMPT], policy, mode=mode)
-        slow = SlowDecoder(model, params, 17).decode(PROMPT, policy, mode, 12, key_of())
+        (got,) = run(model, params, [SMALL_PROMPT], policy, mode=mode)
+        slow = SlowDecoder(model, params).decode(SMALL_PROMPT, policy, mode, 12, key_of())
         assert got.tokens.tolist() == slow.tokens
         assert got.exits.tolist() == slow.exits
         early = [exit_index] * 11
@@ -74,33 +94,32 @@ CONFIDENCES = ["max_prob", "margin", "entropy", "patience", "similarity", "gate"
 @pytest.mark.parametrize("mode", [LOSSY, DEFERRED], ids=["lossy", "deferred"])
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_every_confidence_equals_the_slow_decoder(confidence, mode):
-    model, params = build(points=(1, 2, 4), head="layer", gate=True)
+    model, params = build(FOUR_BLOCKS, points=(1, 2, 3), head="layer", gate=True)
     policy = policies.patient(3, 1)
     if confidence != "patience":
-        policy = mixed_policy(model, params, PROMPT, mode, confidence)
-    (got,) = run(model, params, [PROMPT], policy, 24, mode=mode)
-    slow = SlowDecoder(model, params, 29).decode(PROMPT, policy, mode, 24, key_of())
+        policy = mixed_policy(model, params, SMALL_PROMPT, mode, confidence)
+    (got,) = run(model, params, [SMALL_PROMPT], policy, 24, mode=mode)
+    slow = SlowDecoder(model, params).decode(SMALL_PROMPT, policy, mode, 24, key_of())
     assert got.tokens.tolist() == slow.tokens
     assert got.exits.tolist() == slow.exits
     np.testing.assert_allclose(got.log_probs, slow.log_probs, atol=CLOSE)
 
 
 @pytest.mark.parametrize("fields", [{"decay": 4.0}, {"budget": 3.5}, {"decay": 1.0, "budget": 5.0}])
-def test_decay_and_budget_equal_the_slow_decoder(tiny, fields):
-    policy = mixed_policy(*tiny, PROMPT, LOSSY)
-    changed = policies.make(policy.thresholds, **fields)
-    (plain,) = run(*tiny, [PROMPT], policy, 24)
+def test_decay_and_budget_equal_the_slow_decoder(tiny, mixed, fields):
+    changed = policies.make(mixed.thresholds, **fields)
+    (plain,) = run(*tiny, [PROMPT], mixed, 24)
     (got,) = run(*tiny, [PROMPT], changed, 24)
-    slow = SlowDecoder(*tiny, 29).decode(PROMPT, changed, LOSSY, 24, key_of())
+    slow = SlowDecoder(*tiny).decode(PROMPT, changed, LOSSY, 24, key_of())
     assert got.exits.tolist() == slow.exits != plain.exits.tolist()
     assert got.tokens.tolist() == slow.tokens
     if "budget" in fields:
         assert got.depths[1:].mean() <= fields["budget"]
 
 
-def test_a_decaying_threshold_receives_the_position(tiny):
+def test_a_decaying_threshold_receives_the_position(tiny, mixed):
     """As τ → ∞ a threshold λ falls from 0.9 λ + 0.1 to 0.9 λ with the first token."""
-    threshold, _ = np.asarray(mixed_policy(*tiny, PROMPT, LOSSY).thresholds)
+    threshold, _ = np.asarray(mixed.thresholds)
 
     def exits(threshold, **fields):
         policy = policies.make([threshold, policies.NEVER], **fields)
@@ -110,28 +129,26 @@ def test_a_decaying_threshold_receives_the_position(tiny):
     assert at_once == exits(threshold) != exits(threshold + 0.1)
 
 
-TINIEST = DecoderConfig(
-    vocab_size=23,
-    width=16,
-    depth=3,
-    heads=2,
-    kv_heads=1,
-    head_dim=8,
-    mlp_width=24,
-    context_length=256,
-)
-OPTIONS = st.fixed_dictionaries(
+TEMPERATE, TOP_K, TOP_P = Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8)
+# Head, classes, confidence, decay, budget, mode, window, sampling: each makes another program.
+# Every value is there with several of the others'.
+PROGRAMS = [
+    ("norm", 0, "max_prob", 3.0, 2.0, "lossy", 4, TEMPERATE),
+    ("layer", 12, "patience", None, 2.0, "lossy", 4, TOP_P),
+    ("mlp", 12, "similarity", 3.0, None, "deferred", 2, TOP_K),
+    ("layer", 0, "entropy", None, 2.0, "deferred", 6, TOP_P),
+    ("norm", 12, "gate", 3.0, 2.0, "deferred", 3, Sampling()),
+    ("mlp", 0, "margin", None, None, "verified", 5, TEMPERATE),
+    ("layer", 12, "max_prob", 3.0, 2.0, "verified", 2, TOP_K),
+    ("norm", 0, "gate", None, 2.0, "verified", 3, TOP_P),
+    ("mlp", 12, "patience", None, None, "lookup", 4, TEMPERATE),
+    ("layer", 0, "similarity", None, 2.0, "lookup", 6, Sampling()),
+    ("norm", 12, "entropy", 3.0, None, "lookup", 2, TOP_P),
+    ("mlp", 0, "margin", 3.0, 2.0, "lookup", 3, TOP_K),
+]
+# What a program is run on; no example compiles anything.
+DATA = st.fixed_dictionaries(
     {
-        "head": st.sampled_from(["norm", "mlp", "layer"]),
-        "classes": st.sampled_from([0, 12]),
-        "confidence": st.sampled_from(CONFIDENCES),
-        "decay": st.sampled_from([None, 3.0]),
-        "budget": st.sampled_from([None, 2.0]),
-        "mode": st.sampled_from(sorted(MODES)),
-        "window": st.integers(2, 6),
-        "sampling": st.sampled_from(
-            [Sampling(), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8)]
-        ),
         "quantile": st.floats(0.2, 0.9),
         "prompt": st.lists(st.integers(0, 22), min_size=1, max_size=12),
         "new_tokens": st.integers(1, 20),
@@ -139,37 +156,32 @@ OPTIONS = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
     }
 )
+built = functools.cache(build)
 
 
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: "-".join(map(str, (p[5], *p[:3]))))
 @settings(
-    max_examples=16,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],  # every example compiles its own programs: too slow to shrink
 )
-@given(OPTIONS)
-def test_every_combination_equals_the_slow_decoder(options):
-    model, params = build(
-        TINIEST, points=(1, 2), head=options["head"], classes=options["classes"], gate=True
-    )
-    prompt, new_tokens, key = options["prompt"], options["new_tokens"], key_of(seed=options["seed"])
-    confidence = options["confidence"]
-    mode = MODES[options["mode"]]
-    mode = Mode(
-        mode.skipped, mode.verified, mode.lookup, options["window"], 0.0, options["sampling"]
-    )
-    slow = SlowDecoder(model, params, 32)
-    decay = None if confidence == "patience" else options["decay"]
+@given(data=DATA)
+def test_every_combination_equals_the_slow_decoder(program, data):
+    head, classes, confidence, decay, budget, mode, window, sampling = program
+    model, params = built(TINIEST, points=(1, 2), head=head, classes=classes, gate=True)
+    prompt, new_tokens, key = data["prompt"], data["new_tokens"], key_of(seed=data["seed"])
+    mode = dataclasses.replace(MODES[mode], window=window, row_cost=0.0, sampling=sampling)
+    slow = SlowDecoder(model, params)
     never = policies.never(2, confidence)
     scores = np.array(slow.decode(prompt, never, mode, 20, key).scores[1:], np.float64)
     finite = np.where(np.isfinite(scores), scores, -1)
-    thresholds = np.quantile(finite, options["quantile"], axis=0)
-    policy = policies.make(thresholds, confidence, decay=decay, budget=options["budget"])
+    thresholds = np.quantile(finite, data["quantile"], axis=0)
+    policy = policies.make(thresholds, confidence, decay=decay, budget=budget)
     # In verified decoding the text is the full model's whatever the policy says.
     drafts = policy if mode.verified else None
     expected = slow.decode(prompt, None if drafts else policy, mode, new_tokens, key)
-    stop_ids = [expected.tokens[len(expected.tokens) // 2]] if options["stop"] else []
+    stop_ids = [expected.tokens[len(expected.tokens) // 2]] if data["stop"] else []
     expected = slow.decode(prompt, None if drafts else policy, mode, new_tokens, key, stop_ids)
     (got,) = run(
         model,
@@ -179,7 +191,7 @@ def test_every_combination_equals_the_slow_decoder(options):
         new_tokens,
         mode=mode,
         stop_ids=stop_ids,
-        seed=options["seed"],
+        seed=data["seed"],
     )
     assert got.tokens.tolist() == expected.tokens
     np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=CLOSE)
@@ -217,7 +229,7 @@ def test_never_firing_thresholds_equal_the_plain_model(tiny, mode):
     np.testing.assert_array_equal(got.tokens, plain.tokens)
     np.testing.assert_allclose(got.log_probs, plain.log_probs, atol=1e-5)
     assert got.counts.evaluations_BE[:2].tolist() == [0, 0]
-    slow = SlowDecoder(*tiny, 45).decode(PROMPT, None, LOSSY, 40, key_of())
+    slow = SlowDecoder(*tiny).decode(PROMPT, None, LOSSY, 40, key_of())
     assert plain.tokens.tolist() == slow.tokens
 
 
@@ -231,29 +243,29 @@ def test_deferred_keys_and_values_are_the_full_models():
     seen_gap = False
     for _ in range(12):
         state = decoder.run(state, steps=3)
-        assert (np.diff(state.filled_BE, axis=1) <= 0).all()
-        seen_gap |= bool((state.filled_BE[:, 0] - state.filled_BE[:, -1] > 2).any())
+        cache, tokens_BS, newest_B, filled_BE = jax.device_get(
+            (state.cache, state.tokens_BS, state.newest_B, state.filled_BE)
+        )
+        assert (np.diff(filled_BE, axis=1) <= 0).all()
+        seen_gap |= (filled_BE[:, 0] - filled_BE[:, -1] > 2).any()
         for row in range(3):
-            length = int(state.newest_B[row]) + 1
-            tokens = state.tokens_BS[row : row + 1, :length]
-            fresh = decoder.start(
-                [np.asarray(tokens[0]).tolist()], 1, jax.random.key(0), state.tokens_BS.shape[1]
-            )
+            text = tokens_BS[row, : newest_B[row] + 1].tolist()
+            fresh = decoder.start([text], 1, jax.random.key(0), tokens_BS.shape[1])
+            fresh_cache = jax.device_get(fresh.cache)
             for segment, (first, last) in enumerate(model.segments):
-                filled = int(state.filled_BE[row, segment])
+                filled = filled_BE[row, segment]
                 names = [f"block/{i}" for i in range(first, last)]
                 names += [f"exit/{last}"] if segment < 2 else []
                 for name in names:
-                    for mine, full in zip(state.cache[name], fresh.cache[name], strict=True):
+                    for mine, full in zip(cache[name], fresh_cache[name], strict=True):
                         np.testing.assert_allclose(
                             mine[row, :, :filled], full[0, :, :filled], atol=1e-4
                         )
     assert seen_gap, "no position was ever deferred"
 
 
-def test_deferred_positions_pass_each_block_at_most_once(tiny):
-    policy = mixed_policy(*tiny, PROMPT, DEFERRED)
-    (got,) = run(*tiny, [PROMPT], policy, 40, mode=DEFERRED)
+def test_deferred_positions_pass_each_block_at_most_once(tiny, mixed_deferred):
+    (got,) = run(*tiny, [PROMPT], mixed_deferred, 40, mode=DEFERRED)
     assert got.counts.positions_BE[0] == 39
     assert (np.diff(got.counts.positions_BE) <= 0).all()
     assert got.layer_tokens == got.counts.positions_BE.sum() * 2
@@ -262,14 +274,15 @@ def test_deferred_positions_pass_each_block_at_most_once(tiny):
     assert (got.counts.evaluations_BE <= [*reached[:2], 40]).all()
 
 
-@pytest.mark.parametrize("policy", [policies.forced(2, 0), policies.forced(2, 1)], ids=str)
 @pytest.mark.parametrize("window", [2, 3, 8])
-def test_a_full_window_forces_the_deep_pass(tiny, policy, window):
+def test_a_full_window_forces_the_deep_pass(window):
+    model, params = build(TINIEST, points=(1, 2))
     mode = Mode("defer", window=window)
-    (got,) = run(*tiny, [PROMPT], policy, 26, mode=mode)
-    early = (got.exits[1:] < 2).astype(int)
-    runs = [len(list(group)) for is_early, group in itertools.groupby(early) if is_early]
-    assert set(runs[:-1]) == {window - 1}
+    for policy in (policies.forced(2, 0), policies.forced(2, 1)):
+        (got,) = run(model, params, [SMALL_PROMPT], policy, 26, mode=mode)
+        early = (got.exits[1:] < 2).astype(int)
+        runs = [len(list(group)) for is_early, group in itertools.groupby(early) if is_early]
+        assert set(runs[:-1]) == {window - 1}
 
 
 def test_adding_exits_leaves_the_full_model_alone(tiny):
@@ -290,14 +303,13 @@ def test_a_backbone_alone_decodes(tiny):
 @pytest.mark.parametrize(
     ("mode", "temperature"), [(LOSSY, 0.0), (DEFERRED, 0.9), (VERIFIED, 0.9), (LOOKUP, 0.0)]
 )
-def test_rows_of_a_batch_equal_rows_alone(tiny, mode, temperature):
+def test_rows_of_a_batch_equal_rows_alone(tiny, mixed, mode, temperature):
     model, params = tiny
-    mode = Mode(mode.skipped, mode.verified, mode.lookup, sampling=Sampling(temperature))
+    mode = dataclasses.replace(mode, sampling=Sampling(temperature))
     prompts = [PROMPT, [1], list(range(40)), [60, 0, 60], [5, 9] * 70, REPEATING, [8], [4, 4]]
     lengths = [9, 30, 4, 1, 17, 25, 12, 20]
-    policy = mixed_policy(model, params, PROMPT, LOSSY)
-    batch = run(model, params, prompts, policy, lengths, mode=mode)
-    decoder = Decoder(model, params, policy, (), mode)
+    batch = run(model, params, prompts, mixed, lengths, mode=mode)
+    decoder = Decoder(model, params, mixed, (), mode)
     for i, (prompt, length, row) in enumerate(zip(prompts, lengths, batch, strict=True)):
         keys = jax.random.split(jax.random.key(0), len(prompts))[i : i + 1]
         state = decoder.run(decoder.start([prompt], length, keys, None))
@@ -314,11 +326,11 @@ def test_rows_of_a_batch_equal_rows_alone(tiny, mode, temperature):
     assert len({tuple(row.exits[1:]) for row in batch}) > 1
 
 
-def test_rows_do_not_wait_for_each_others_depth(tiny):
+def test_rows_do_not_wait_for_each_others_depth(tiny, mixed):
     """Fewer blocks are passed than if every row waited for the deepest of its step."""
     rows = 8
     prompts = [[row, *PROMPT] for row in range(rows)]
-    first, second = np.asarray(mixed_policy(*tiny, PROMPT, LOSSY).thresholds)
+    first, second = np.asarray(mixed.thresholds)
     for policy, most in (
         (policies.make([first, second]), 1.1),
         (policies.make([0.7 * first, second]), 1.0),  # most leave at the first exit
@@ -338,13 +350,13 @@ def test_ended_rows_cost_no_pass(tiny):
 
 
 @every_mode
-def test_log_probs_are_those_of_the_head_that_decided(tiny, mode):
+def test_log_probs_are_those_of_the_head_that_decided(tiny, mixed, mixed_deferred, mode):
     model, params = tiny
-    policy = mixed_policy(model, params, PROMPT, mode if mode.verified is False else LOSSY)
+    policy = mixed_deferred if mode is DEFERRED else mixed
     (got,) = run(model, params, [PROMPT], policy, 24, mode=mode)
     text = [*PROMPT, *got.tokens.tolist()]
     ran = ran_of(PROMPT, got) if mode is LOSSY else None
-    _, exit_logits, final_logits, _ = SlowDecoder(model, params, len(text)).states(text, ran)
+    _, exit_logits, final_logits, _ = SlowDecoder(model, params).states(text, ran)
     for n, (token, e, log_prob) in enumerate(
         zip(got.tokens, got.exits, got.log_probs, strict=True)
     ):
@@ -365,17 +377,14 @@ def test_stop_tokens_end_a_row_whoever_says_them(tiny, mode):
                 assert stopped.tokens.tolist() == free.tokens[: first + 1].tolist()
 
 
-def test_streaming_gives_the_same_tokens_and_compiles_nothing_new(tiny):
+def test_streaming_gives_the_same_tokens_and_compiles_nothing_new(tiny, mixed):
     model, params = tiny
-    policy = mixed_policy(model, params, PROMPT, LOSSY)
-    (whole,) = run(model, params, [PROMPT], policy, 21)
+    (whole,) = run(model, params, [PROMPT], mixed, 21)
     compiled = programs.decode._cache_size(), programs.prefill._cache_size()
-    portions = list(
-        stream(model, params, [PROMPT[:3]], policy=policy, max_new_tokens=21, portion=4)
-    )
+    portions = list(stream(model, params, [PROMPT[:3]], policy=mixed, max_new_tokens=21, portion=4))
     assert [len(rows[0].tokens) for rows in portions] == [1, 5, 9, 13, 17, 21]
     run(model, params, [PROMPT], policies.make([0.3, 0.1]), 21)
-    (again,) = run(model, params, [PROMPT], policy, 21)
+    (again,) = run(model, params, [PROMPT], mixed, 21)
     np.testing.assert_array_equal(again.tokens, whole.tokens)
     np.testing.assert_array_equal(again.log_probs, whole.log_probs)
     assert (programs.decode._cache_size(), programs.prefill._cache_size()) == compiled
@@ -386,16 +395,18 @@ def test_streaming_shows_only_what_has_been_checked(tiny):
     (whole,) = run(model, params, [REPEATING], None, 30)
     policy = policies.forced(2, 0)
     settings = {"policy": policy, "max_new_tokens": 30, "mode": LOOKUP, "portion": 1}
-    portions = [rows[0].tokens.tolist() for rows in stream(model, params, [REPEATING], **settings)]
-    for tokens in portions:
+    compiled = set()
+    for rows in stream(model, params, [REPEATING], **settings):
+        tokens = rows[0].tokens.tolist()
         assert tokens == whole.tokens[: len(tokens)].tolist()
-    assert len(portions[-1]) == 30
+        compiled.add(programs.decode._cache_size())
+    assert len(tokens) == 30
+    assert len(compiled) == 1, "something was compiled after the first portion, on the clock"
 
 
-def test_allocated_cache_does_not_change_the_answer(tiny):
-    policy = mixed_policy(*tiny, PROMPT, LOSSY)
-    (small,) = run(*tiny, [PROMPT], policy, 30)
-    (large,) = run(*tiny, [PROMPT], policy, 30, slots=512)
+def test_allocated_cache_does_not_change_the_answer(tiny, mixed):
+    (small,) = run(*tiny, [PROMPT], mixed, 30)
+    (large,) = run(*tiny, [PROMPT], mixed, 30, slots=512)
     np.testing.assert_array_equal(small.tokens, large.tokens)
 
 
@@ -404,14 +415,15 @@ def test_long_prompts_and_answers_cross_chunks(tiny, mode):
     """Prefill runs in chunks of 64, attention reads the cache in chunks of 128."""
     rng = np.random.default_rng(0)
     policy = policies.forced(2, 1)
-    slow = SlowDecoder(*tiny, 310)
+    slow = SlowDecoder(*tiny)
+    settings = {"mode": mode, "slots": 640}  # one program for all of them
     for length in (63, 64, 65, 127, 129, 300):
         prompt = rng.integers(0, 61, length).tolist()
-        (got,) = run(*tiny, [prompt], policy, 8, mode=mode)
+        (got,) = run(*tiny, [prompt], policy, 8, **settings)
         expected = slow.decode(prompt, None if mode.verified else policy, mode, 8, key_of())
         assert got.tokens.tolist() == expected.tokens
-    (got,) = run(*tiny, [PROMPT], policy, 507, mode=mode)  # the whole context
-    (again,) = run(*tiny, [[*PROMPT, *got.tokens[:-9].tolist()]], policy, 9, mode=mode)
+    (got,) = run(*tiny, [PROMPT], policy, 507, **settings)  # the whole context
+    (again,) = run(*tiny, [[*PROMPT, *got.tokens[:-9].tolist()]], policy, 9, **settings)
     assert len(got.tokens) == 507
     if mode.verified:
         assert got.tokens[-9:].tolist() == again.tokens.tolist()
@@ -458,7 +470,7 @@ def test_sampling_draws_from_the_right_distribution(tiny, mode):
     common = int(np.bincount(first).argmax())
     draws = second[first == common]
     assert len(draws) > 200
-    _, exit_logits, final_logits, _ = SlowDecoder(model, params, 6).states([*PROMPT, common])
+    _, exit_logits, final_logits, _ = SlowDecoder(model, params).states([*PROMPT, common])
     right, wrong = exit_logits[0][5], final_logits[5]
     if mode.verified:
         right, wrong = wrong, right
@@ -468,14 +480,14 @@ def test_sampling_draws_from_the_right_distribution(tiny, mode):
 
 
 @every_mode
-def test_bfloat16_weights_are_decoded_in_bfloat16(tiny, mode):
-    model, params = tiny
+def test_bfloat16_weights_are_decoded_in_bfloat16(mode):
+    model, params = build(TINIEST, points=(1, 2))
     half = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), params)
     decoder = Decoder(model, half, policies.make([0.2, 0.2]), (), mode)
-    state = decoder.run(decoder.start([PROMPT], 12, jax.random.key(0), None))
+    state = decoder.run(decoder.start([SMALL_PROMPT], 12, jax.random.key(0), None))
     assert state.hidden_BWD.dtype == state.cache["block/0"][0].dtype == jax.numpy.bfloat16
     (got,) = decoder.generations(state, [0.0])
-    _, exits, final, _ = SlowDecoder(model, params, 6).states([*PROMPT, got.tokens[0]])
+    _, exits, final, _ = SlowDecoder(model, params).states([*SMALL_PROMPT, got.tokens[0]])
     assert np.isfinite(got.log_probs).all() and len(got.tokens) == 12
     assert final[4][got.tokens[0]] > final[4].max() - 0.05 * np.ptp(final[4])
 

@@ -1,5 +1,6 @@
 """What the compiled decoding loop does, read off the program instead of a clock."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,19 +8,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conftest import build
+from conftest import TINY, build
 from early_exit import policy as policies
 from early_exit.inference.decode import decode, prefill
 from early_exit.inference.mode import DEFERRED, LOOKUP, LOSSY
 from early_exit.inference.state import initial_state
 
 SLOTS = 512
+# Segments of one block and of two.
+CONFIG, POINTS = dataclasses.replace(TINY, depth=4), (1, 3)
 MODES = {"lossy": LOSSY, "deferred": DEFERRED, "lookup": LOOKUP}
 STOP_IDS = jnp.array([-1])
 
 
 def arguments(head, batch, mode, slots=SLOTS):
-    model, params = build(head=head, gate=True)
+    model, params = build(CONFIG, points=POINTS, head=head, gate=True)
     state = jax.eval_shape(
         lambda key: initial_state(model, [[1, 2]] * batch, 9, mode=mode, key=key, slots=slots),
         jax.random.key(0),

@@ -6,9 +6,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from early_exit.inference.sampling import GREEDY, Sampling, choose, filtered
+from early_exit.inference import sampling as samplings
+from early_exit.inference.sampling import GREEDY, Sampling
 
-LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=2, max_size=12)
+choose = jax.jit(samplings.choose, static_argnames=("sampling", "vocab_size"))
+filtered = jax.jit(samplings.filtered, static_argnames="sampling")
+
+# Few lengths, and few settings below: each is a program.
+LOGITS = st.sampled_from([2, 12]).flatmap(
+    lambda length: st.lists(
+        st.integers(-40, 40).map(lambda n: n / 8), min_size=length, max_size=length
+    )
+)
+FILTERS = [
+    Sampling(temperature, top_k, top_p)
+    for temperature, top_k, top_p in [
+        (1.0, 0, 1.0),
+        (0.5, 1, 1.0),
+        (2.0, 5, 1.0),
+        (0.5, 0, 0.1),
+        (1.0, 0, 0.93),
+        (2.0, 3, 0.37),
+        (1.0, 5, 0.61),
+        (0.5, 2, 0.93),
+    ]
+]
 
 
 def kept_by_definition(logits, sampling):
@@ -34,20 +56,14 @@ def kept_by_definition(logits, sampling):
     return kept
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    LOGITS,
-    st.sampled_from([0.5, 1.0, 2.0]),
-    st.integers(0, 5),
-    st.sampled_from([0.1, 0.37, 0.61, 0.93, 1.0]),
-)
-def test_filters_keep_what_their_definition_keeps(logits, temperature, top_k, top_p):
-    sampling = Sampling(temperature, top_k, top_p)
+@settings(deadline=None, max_examples=200)
+@given(LOGITS, st.sampled_from(FILTERS))
+def test_filters_keep_what_their_definition_keeps(logits, sampling):
     found = np.asarray(filtered(jnp.array([logits], jnp.float32), sampling))[0]
     kept = kept_by_definition(logits, sampling)
     assert set(np.flatnonzero(np.isfinite(found))) == kept and kept
     for i in kept:
-        np.testing.assert_allclose(found[i], logits[i] / temperature, rtol=1e-6)
+        np.testing.assert_allclose(found[i], logits[i] / sampling.temperature, rtol=1e-6)
 
 
 def test_rows_are_filtered_and_drawn_apart():

@@ -29,12 +29,21 @@ def training_lines(count, **curves):
     ]
 
 
-@pytest.fixture(params=["speed", "exits", "training"])
+CURVES = {
+    "search": [(2.0, 0.8), (1.0, 0.6), (4.0, 0.9)],
+    "eero": [(1.0, 0.5), (3.0, 0.85)],
+}
+RISKS = {"6": (np.array([0.1, 1.0]), np.array([0.0, 0.2]))}
+
+
+@pytest.fixture(params=["speed", "exits", "training", "budget", "rejection"])
 def svg(request, evaluation):
     return {
         "speed": lambda: plots.quality_against_speed(evaluation["decoding"]),
         "exits": lambda: plots.exit_bars(evaluation["exits"]),
         "training": lambda: plots.training_curves(training_lines(9, _6=float, _18=float), DEPTHS),
+        "budget": lambda: plots.quality_against_cost(CURVES, "blocks a token", "agreement"),
+        "rejection": lambda: plots.risk_against_coverage(RISKS),
     }[request.param]()
 
 
@@ -104,6 +113,24 @@ def test_bars_show_early_exits_only(evaluation):
     labels = texts(plots.exit_bars(evaluation["exits"])).keys()
     assert {"block 6", "block 18", "31", "7", "44", "22"} <= labels
     assert "block 30" not in labels
+
+
+def test_a_curve_goes_through_its_points_from_cheap_to_dear():
+    svg = plots.quality_against_cost(CURVES, "blocks a token", "agreement")
+    assert {"search", "eero", "blocks a token", "agreement, %"} <= texts(svg).keys()
+    root = ElementTree.fromstring(svg)
+    lines = [g for g in root.iter(f"{SVG}g") if "-line2d_" in g.get("id", "")]
+    marks = [u for g in lines for u in g.iter(f"{SVG}use") if "--accent" in u.get("style")]
+    x, y = np.array([(float(mark.get("x")), float(mark.get("y"))) for mark in marks[:3]]).T
+    # Positions in the plot are linear in the figures, and sorted by cost.
+    np.testing.assert_allclose(np.diff(x) / np.ptp(x), [1 / 3, 2 / 3], atol=1e-3)
+    np.testing.assert_allclose(np.diff(y) / np.ptp(y), [-2 / 3, -1 / 3], atol=1e-3)
+
+
+def test_a_long_curve_of_risks_makes_no_large_plot():
+    many = np.linspace(1e-5, 1, 100_000)
+    svg = plots.risk_against_coverage({"max_prob": (many, many / 2)})
+    assert "wrong among them, %" in texts(svg) and len(svg) < 30_000
 
 
 def test_curves_are_of_training_steps_alone():

@@ -1,0 +1,258 @@
+"""The body of `launch.evaluate` for a classifier: from a run's folder to what its exits are worth.
+
+The one idea: everything is measured on the test split, which neither training nor calibration has
+seen, and beside smaller networks without exits, the other way to pay less for an answer.
+"""
+
+import base64
+import io
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from early_exit import assemble, tree
+from early_exit import feed as feeds
+from early_exit.assemble import Tuned
+from early_exit.calibration import methods, thresholds
+from early_exit.evaluation import classifiers, cost, energy, exits, run
+from early_exit.evaluation.classifiers import Case
+from early_exit.inference.classify import Classified
+from early_exit.metrics import table
+from early_exit.policy import ExitPolicy
+
+FULL = "full model"
+# Settings of the data that a network without exits must share with the one it is compared with.
+_SAME = ("source", "mean", "std", "image_size", "sequence_length")
+_TEXT_SHOWN, _PIXELS_SHOWN = 300, 96
+
+
+def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
+    """Measures the exits, and saves what was found as `evaluation.json`.
+
+    The run's own policy and ε-accuracy policies at several levels (config section `evaluate`) take
+    turns with the full model and with the baselines.
+
+    Args:
+      baselines: folders of runs on the same data, of networks without exits.
+
+    Raises:
+      ValueError: a baseline with exits or other data.
+    """
+    records = run.records_of(tuned)
+    own = assemble.load_policy(tuned) if (tuned.workdir / assemble.POLICY).exists() else None
+    confidence = own.confidence if own else tuned.config.calibrate.confidence
+    policies: dict[str, ExitPolicy | None] = {methods.described(own): own} if own else {}
+    for epsilon in tuned.config.evaluate.epsilons:
+        name = f"epsilon {epsilon:.3g}"
+        policies.setdefault(name, thresholds.fit(records, confidence, epsilon))
+    results = measure(tuned, policies, [assemble.load_tuned(folder) for folder in baselines])
+    (tuned.workdir / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def measure(
+    tuned: Tuned, policies: Mapping[str, ExitPolicy], baselines: Sequence[Tuned] = ()
+) -> dict:
+    """All of `evaluation.json`, for these policies by name; the first is the one to be shown.
+
+    Raises:
+      ValueError: a baseline with exits or other data.
+    """
+    settings, model = tuned.config.evaluate, tuned.model
+    feed = feeds.make(tuned.config, model.config, tuned.tokenizer)
+    batches = list(feed.held_out("test", settings.batches))
+    inputs, labels = _joined(batches)
+    test = exits.record(model, tuned.params, batches, **tuned.metadata)
+    row = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in inputs.items()}
+
+    def case(of: Tuned, policy: ExitPolicy | None = None):
+        of_backbone = cost.backbone(of.model.config, inputs=row)
+        return Case(of.model, of.params, policy, of_backbone)
+
+    full = case(tuned)
+    cases = {FULL: full}
+    cases |= {name: Case(model, tuned.params, policy, full.of) for name, policy in policies.items()}
+    for baseline in baselines:
+        _check(baseline, tuned)
+        cases[baseline.workdir.name] = case(baseline)
+    rows, answers = classifiers.compare(
+        cases,
+        inputs,
+        labels,
+        rounds=settings.rounds,
+        singles=settings.singles,
+        rows=settings.rows,
+        sizes=settings.sizes,
+    )
+    chosen = next(iter(policies), None)
+    confidence = policies[chosen].confidence if policies else "max_prob"
+    of_model = len(rows) - len(baselines)
+    meter = energy.meter()
+    return {
+        "model": _described(tuned),
+        "exits": exits.summary(test),
+        "parts": classifiers.parts(full),
+        "classification": {
+            "chosen": chosen,
+            "rows": rows[:of_model],
+            "static": rows[of_model:],
+            "curve": classifiers.curve(full, run.records_of(tuned), test, confidence)
+            if model.exits.points
+            else [],
+            "oracle": classifiers.oracle(full, test),
+            "confidence": confidence,
+            "energy": meter.name if meter else energy.MODELLED,
+            "singles": min(settings.singles, len(labels)),
+            "rounds": settings.rounds,
+        },
+        "examples": _examples(feed, answers[chosen or FULL], labels, settings.examples),
+        "data": {"source": tuned.config.data.source, "split": "test", "count": len(labels)},
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "system": platform.system(),
+        },
+    }
+
+
+def tables(results: dict) -> Iterator[str]:
+    """What `measure` found, as text: exits; quality and cost; time."""
+    of, data = results["classification"], results["data"]
+    full = results["parts"][-1]
+    yield "Exits on {count} examples of the {split} split of {source}:\n".format(**data) + table(
+        [
+            (
+                row["exit"],
+                *(row["loss"], row["correct"], row["agreement"]),
+                *(part["head_multiply_adds"] / 1e6, part["head_bytes"] / 1e3),
+                *(part["multiply_adds"] / 1e6, part["multiply_adds"] / full["multiply_adds"]),
+            )
+            for row, part in zip(results["exits"], results["parts"], strict=True)
+        ],
+        header=(
+            "exit",
+            *("loss", "accuracy", "agreement"),
+            *("head, M mult-adds", "kB", "all, leaving there", "÷ full"),
+        ),
+    )
+    oracle, rows = of["oracle"], [*of["rows"], *of["static"]]
+    quality = [
+        (
+            row["policy"],
+            *(row["accuracy"], row["agreement"], row["mean_depth"], row["multiply_adds"] / 1e6),
+            1e3 * row["joules"],
+        )
+        for row in rows
+    ]
+    adds, depth = oracle["multiply_adds"] / 1e6, oracle["mean_depth"]
+    quality.append(("oracle exits", oracle["accuracy"], None, depth, adds, None))
+    columns = ("accuracy", "equal to full", "mean depth", "M mult-adds", f"mJ, {of['energy']}")
+    yield "Quality and cost of an answer:\n" + table(quality, header=("policy", *columns))
+    sizes = list(rows[0]["throughput"])
+    yield (
+        f"Time: milliseconds of one of {of['singles']} examples one by one, and examples a second "
+        f"in batches; {of['rounds']} rounds in turns:\n"
+    ) + table(
+        [
+            (
+                row["policy"],
+                *row["latency"].values(),
+                row["latency_ratio"],
+                *(x for n in sizes for x in (row["throughput"][n], row["throughput_ratio"][n])),
+                row["programs"],
+            )
+            for row in rows
+        ],
+        header=(
+            "policy",
+            *rows[0]["latency"],
+            "÷ full",
+            *(x for n in sizes for x in (f"batch {n}", "× full")),
+            "programs",
+        ),
+    )
+
+
+def _joined(batches: Iterable[dict]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(what the stem takes, the labels) of the examples of all batches."""
+    parts = [{name: x[batch["valid"]] for name, x in batch.items()} for batch in batches]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    del joined["valid"]
+    return joined, joined.pop("labels")
+
+
+def _check(baseline: Tuned, tuned: Tuned) -> None:
+    if baseline.model.exits.points:
+        raise ValueError(
+            f"{baseline.workdir} has exits after blocks {baseline.model.exits.points}; a baseline "
+            "is a network without exits (exits.points=())"
+        )
+    theirs, ours = (json.loads(of.config.data.to_json()) for of in (baseline, tuned))
+    for name in _SAME:
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{baseline.workdir} was trained with data.{name}={theirs.get(name)}, but "
+                f"{tuned.workdir} with {ours.get(name)}; they cannot be compared"
+            )
+
+
+def _described(tuned: Tuned) -> dict:
+    model, config = tuned.model, tuned.config
+    new = dict(config.model.get("new") or {})
+    return {
+        # A network made anew is named by what it was made of.
+        "source": config.model.source or f"{new.pop('family')} ({_listed(new)})",
+        "depth": model.config.depth,
+        "num_classes": model.config.num_classes,
+        "exit_points": list(model.exits.points),
+        "head": model.exits.head,
+        "output": model.exits.output,
+        "init": config.exits.init,
+        "train": config.tune.train,
+        "backbone_parameters": tree.count(tuned.params["backbone"]),
+        "exit_parameters": tree.count(tuned.params["exits"]),
+    }
+
+
+def _listed(settings: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _examples(feed: feeds.ExampleFeed, answer: Classified, labels: np.ndarray, count: int) -> dict:
+    """Those that left first and last, ready to be shown: `first` and `last`."""
+    examples = feed.examples("test")
+
+    def shown(index: int) -> dict:
+        example = examples[index]
+        said = int(answer.labels[index])
+        return {
+            "label": examples.classes[labels[index]],
+            "prediction": examples.classes[said],
+            "right": said == int(labels[index]),
+            "depth": int(answer.depths[index]),
+            "score": float(answer.scores[index]),
+            **({"text": _cut(example["text"])} if "text" in example else _png(example["image"])),
+        }
+
+    first, last = classifiers.extremes(answer, count)
+    return {"first": [shown(i) for i in first], "last": [shown(i) for i in last]}
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _TEXT_SHOWN else f"{text[:_TEXT_SHOWN].rsplit(' ', 1)[0]} …"
+
+
+def _png(image: np.ndarray) -> dict[str, str]:
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.thumbnail((_PIXELS_SHOWN, _PIXELS_SHOWN))
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return {"png": base64.b64encode(file.getvalue()).decode()}

@@ -1,0 +1,81 @@
+"""What the studies of classifiers share: runs trained once, a policy, and the bars on it.
+
+The one idea: training takes long and is done only where it is missing; what is measured is measured
+anew, in minutes, as often as wanted.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from early_exit import assemble, checkpoint
+from early_exit.assemble import Tuned
+from early_exit.calibration import thresholds
+from early_exit.config import ConfigDict
+from early_exit.evaluation import run, run_classifier
+from early_exit.policy import ExitPolicy
+from early_exit.report import plots
+from early_exit.training.loop import tune
+from experiments import bars
+
+ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds of timing; the config's if absent.")
+PLOT = flags.DEFINE_string("plot", None, "File for the plot of accuracy against cost, as SVG.")
+
+CHOSEN = "chosen"
+# Agreement of those who leave, from the most daring up; at the last, all agree.
+LEVELS = tuple(np.linspace(0.9, 1, 21).tolist())
+
+
+def trained(config: ConfigDict, folder: Path) -> Tuned:
+    """The run in that folder, trained to its end first if it is not."""
+    if checkpoint.latest_step(folder / assemble.CHECKPOINTS) != config.tune.steps:
+        print(f"training {folder}: {config.tune.steps} steps", flush=True)
+        tune(config, folder)
+    return assemble.load_tuned(folder, config)
+
+
+def chosen(tuned: Tuned, points: float) -> ExitPolicy:
+    """The most daring ε-accuracy policy at most so many points less accurate than the full model.
+
+    Both on the calibration split: what is measured afterwards has not been looked at.
+    """
+    records, confidence = run.records_of(tuned), tuned.config.calibrate.confidence
+    for epsilon in LEVELS:
+        policy = thresholds.fit(records, confidence, epsilon)
+        exits = policy.exit_index(records.score(confidence), records.exit_depths)
+        right = records.correct[exits, np.arange(len(exits))]
+        lost = 100 * (records.correct[-1].mean() - right.mean())
+        if lost <= points:
+            break
+    print(f"chosen: ε = {epsilon:.3f}, {lost:.2f} points lost on the calibration split\n")
+    return policy
+
+
+def measured(tuned: Tuned, policy: ExitPolicy, baselines: Sequence[Tuned] = ()) -> dict:
+    """`run_classifier.measure` of the policy, printed and, where that is asked for, plotted."""
+    if ROUNDS.value or bars.QUICK.value:
+        tuned.config.evaluate.rounds = ROUNDS.value or 1
+    results = run_classifier.measure(tuned, {CHOSEN: policy}, baselines)
+    print("\n\n".join(run_classifier.tables(results)))
+    if PLOT.value:
+        of = results["classification"]
+        plot = plots.accuracy_against_cost(of["rows"], of["static"], of["curve"])
+        Path(PLOT.value).write_text(plot + "\n", encoding="utf-8")
+        print(f"\nplot in {PLOT.value}")
+    return results
+
+
+def policy_bars(
+    results: dict, *, points: float, latency: float, size: int, throughput: float
+) -> list[bars.Bar]:
+    """That the chosen policy loses few points of accuracy, and what it must gain for them."""
+    full, row = results["classification"]["rows"]
+    lost = 100 * (full["accuracy"] - row["accuracy"])
+    gained = row["throughput_ratio"][str(size)]
+    return [
+        bars.Bar("points below the full model", lost, points),
+        bars.Bar("mean latency at batch 1 ÷ full", row["latency_ratio"], latency),
+        bars.Bar(f"throughput at batch {size} ÷ full", gained, throughput, at_least=True),
+    ]
