@@ -52,7 +52,7 @@ setup(
         "test": TEST,
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
-        "cuda": ["jax[cuda13]>=0.10,<0.11"],
+        "cuda": ["jax[cuda13]>=0.10,<0.11", "nvidia-ml-py>=12"],
         # Compiles for TPU topologies on a host without one.
         # The version that jax 0.10 goes with: what others compile, it cannot read.
         "tpu-compile": ["libtpu==0.0.42.*"],

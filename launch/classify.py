@@ -156,7 +156,7 @@ def _line(name: str, answers: Classified, i: int, classes: Sequence[str]) -> str
     label = "withheld" if answers.abstained[i] else classes[answers.labels[i]]
     name = name if len(name) <= _SHOWN else f"{name[: _SHOWN - 1]}…"
     sure = answers.probabilities[i].max()
-    return f"{label:<14} {sure:6.1%}  {answers.depths[i]:>3} blocks  {name}"
+    return f"{label:<14} {sure:6.1%}  depth {answers.depths[i]:>3}  {name}"
 
 
 def _write(

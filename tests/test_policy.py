@@ -246,9 +246,17 @@ def test_damaged_fields(path, changes, message):
         load(path)
 
 
-FIELDS = (
-    "enabled confidence thresholds decay budget temperatures reject provenance"  # each is needed
-).split()
+# Each is needed.
+FIELDS = [
+    "enabled",
+    "confidence",
+    "thresholds",
+    "decay",
+    "budget",
+    "temperatures",
+    "reject",
+    "provenance",
+]
 
 
 @pytest.mark.parametrize("missing", FIELDS)

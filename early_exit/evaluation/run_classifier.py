@@ -126,7 +126,8 @@ def tables(results: dict) -> Iterator[str]:
     """What `measure` found, as text: exits; quality and cost; time."""
     of, data = results["classification"], results["data"]
     full = results["parts"][-1]
-    yield "Exits on {count} examples of the {split} split of {source}:\n".format(**data) + table(
+    source = data["source"].partition("#")[0]  # a hash of what it must be follows
+    yield f"Exits on {data['count']} examples of the {data['split']} split of {source}:\n" + table(
         [
             (
                 row["exit"],

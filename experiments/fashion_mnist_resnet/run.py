@@ -31,14 +31,16 @@ def main(argv):
     folder = Path(RUNS.value or ("runs/fashion_quick" if quick else "runs/fashion"))
     first, more = (1, 1) if quick else (8, 4)
 
-    def trained(name, arg):
+    def trained(name, arg, **tune):
         config = fashion_mnist_resnet.get_config(f"data={DATA.value},{arg}")
+        config.tune.update(tune)
         return classifiers.trained(config, folder / name)
 
     def without_exits(layers):
         trained(f"plain{layers}", f"layers={layers},points=,epochs={first}")
         source = f"source={folder}/plain{layers}"
-        return trained(f"full{layers}", f"{source},points=,epochs={more}")
+        # These go on at a quarter of their first rate, `tandem` at half of it.
+        return trained(f"full{layers}", f"{source},points=,epochs={more}", backbone_rate=0.25)
 
     static = [without_exits(layers) for layers in (*SMALLER, LAYERS)]
     tandem = trained("tandem", f"source={folder}/plain{LAYERS},epochs={more}")

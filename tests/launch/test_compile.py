@@ -40,12 +40,12 @@ for train in ("exits", "all"):
         "model.scan": True, "exits.head": "norm", "exits.points": (2, 4), "exits.classes": 0,
         "tune.train": train, "tune.loss": "cross_entropy",
     })
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
     model = assemble.abstract_model(config)
     estimate = compiling.tuning(config, model, mesh, None)
     reduced = [
         each for each in estimate.program.collectives
-        if each.kind in ("all-reduce", "reduce-scatter") and {"data", "fsdp"} & {*each.axes}
+        if each.kind in ("all-reduce", "reduce-scatter") and "data" in each.axes
     ]
     found[train] = {
         "ratio": estimate.flops_ratio,
@@ -76,9 +76,9 @@ def test_a_frozen_backbone_has_no_gradient_to_exchange():
     for each in (frozen, tandem):
         # A vocabulary of one chunk: its logits are not computed again for the backward pass.
         assert 0.75 < each["ratio"] < 1.01 and each["open_loops"] == 0
-    # What is reduced over the batch's axes: at least each chip's part of what is trained.
-    assert frozen["trained"] / 4 < frozen["reduced"] < 1.5 * frozen["trained"]
-    assert tandem["reduced"] > tandem["trained"] / 4 > 1.5 * frozen["trained"]
+    # What is reduced over the rows' axis: a chip's part of what is trained, and some scalars.
+    assert frozen["trained"] / 2 <= frozen["reduced"] < 1.1 * frozen["trained"]
+    assert tandem["reduced"] >= tandem["trained"] / 2 > 2 * frozen["trained"]
 
 
 def test_the_command_prints_what_a_step_costs():

@@ -1,0 +1,160 @@
+"""Would tuning eight exits of Llama-2 70B fit a pod, and what would it cost? Compiled, not run.
+
+    pip install 'early_exit[tpu-compile]'
+    python -m experiments.pod_plan.run            # about ten minutes on 2 cores
+    python -m experiments.pod_plan.run --check    # exits 1 if a bar falls short
+
+The tuning step at the full depth of 80 blocks, on slices of 128 chips; the decoding loop, whose
+blocks are not in a loop, at 4 and 8 blocks, from which the full depth is extrapolated. `--quick`
+compiles the step with 16 blocks.
+"""
+
+import jax
+
+from configs import llama2_70b
+from early_exit import sharding, tree
+from early_exit.config import ConfigDict
+from early_exit.evaluation import cost, pod
+from early_exit.exits.multi_exit import MultiExit
+from early_exit.inference import mode
+from early_exit.metrics import table
+from experiments import bars
+from launch import compile as compiling
+
+# Rows over `data`, matrices over `tensor`: the frozen backbone is never gathered.
+SLICES = {
+    "v5p:4x4x8": {"data": 16, "tensor": 8},
+    "v6e:8x16": {"data": 16, "tensor": 8},
+}
+DECODE_ON, DECODE_MESH, DECODE_BLOCKS = "v5p:2x2x2", {"data": 1, "tensor": 8}, (4, 8)
+BATCH_AXES = {"data", "fsdp"}
+
+
+def main(argv):
+    del argv
+    config = llama2_70b.get_config()
+    model = compiling.model_of(config, 16 if bars.QUICK.value else None)
+    analytic = _analytic_flops(config, model)
+    heads = tree.size_in_bytes(model.abstract_exits(config.model.dtype))
+    rows, checks, figures = [], [], {}
+    for name, axes in SLICES.items():
+        estimate = _tuning(config, model, name, axes)
+        row = _row(name, estimate, config, analytic)
+        reduced = _reduced_over_rows(estimate)
+        # A chip has a part of each matrix, and reduces that with the chips of other rows.
+        expected = heads / axes["tensor"]
+        rows.append(row)
+        figures[name] = {"row": row, "exchanged": estimate.exchanged(), "reduced": reduced}
+        checks += [
+            bars.Bar(f"{name}: GiB left on a chip", estimate.spare / pod.GIB, 0, at_least=True),
+            bars.Bar(
+                f"{name}: |matrix products compiled ÷ analytic − 1|",
+                abs(estimate.program.flops * estimate.chips / analytic - 1),
+                0.05,
+            ),
+            bars.Bar(f"{name}: bytes reduced over rows ÷ heads'", reduced / expected, 1.05),
+            bars.Bar(f"{name}: of them in loops over blocks", _in_block_loops(estimate), 0),
+        ]
+        print(table(rows, header=HEADER))
+        print("\n" + table(_exchanged(estimate), header=("between chips", "along", "times", "GiB")))
+    decoding = [_decoding(config, blocks) for blocks in DECODE_BLOCKS]
+    decode_rows = _extrapolated(decoding, config.model.new.depth)
+    print("\n" + table(decode_rows, header=("decoding, blocks", "GiB a chip", "ms a token")))
+    bars.conclude(figures | {"decoding": decode_rows}, checks)
+
+
+HEADER = (
+    "tuning on",
+    "GiB needed",
+    "left",
+    "TFLOP, analytic",
+    "compiled",
+    "ms, XLA",
+    "ms between chips",
+    "G tokens a day",
+    "hours for the recipe",
+)
+
+
+def _tuning(config: ConfigDict, model: MultiExit, name: str, axes: dict) -> pod.Estimate:
+    devices, chip = compiling.topology(name)
+    estimate = compiling.tuning(config, model, sharding.make_mesh(axes, devices), chip)
+    if estimate.program is None:
+        raise SystemExit(f"{name}: does not fit, {estimate.needed / pod.GIB:.1f} GiB are needed")
+    return estimate
+
+
+def _row(name: str, estimate: pod.Estimate, config: ConfigDict, analytic: int) -> tuple:
+    tokens = config.data.batch_size * config.data.sequence_length
+    seconds = estimate.seconds
+    return (
+        name,
+        estimate.needed / pod.GIB,
+        estimate.spare / pod.GIB,
+        analytic / estimate.chips / 1e12,
+        estimate.program.flops / 1e12,
+        1e3 * estimate.compute_seconds,
+        1e3 * estimate.exchange_seconds,
+        tokens * compiling.SECONDS_PER_DAY / seconds / 1e9,
+        config.tune.steps * seconds / 3600,
+    )
+
+
+def _exchanged(estimate: pod.Estimate) -> list[tuple]:
+    rows = estimate.exchanged()
+    return [(kind, axes, times, size / pod.GIB) for kind, axes, times, size, _ in rows]
+
+
+def _analytic_flops(config: ConfigDict, model: MultiExit) -> int:
+    """Of the matrix products of a step, all chips together, from shapes.
+
+    Blocks are run once. A head is run and differentiated, which takes twice as much again; its
+    logits are computed once more for that.
+    """
+    length = config.data.sequence_length
+    row = {"tokens": jax.ShapeDtypeStruct((1, length), "int32")}
+    of = cost.backbone(model.config, inputs=row)
+    total = of.before(model.exits.points[-1]).multiply_adds
+    logits = length * model.config.width * model.config.vocab_size
+    for point in model.exits.points:
+        head = cost.head(model.config, model.exits, of, point, "float32")[0].multiply_adds
+        total += 3 * (head - logits) + 4 * logits
+    return 2 * config.data.batch_size * total
+
+
+def _reductions(estimate: pod.Estimate) -> list:
+    return [
+        each
+        for each in estimate.program.collectives
+        if each.kind in ("all-reduce", "reduce-scatter") and BATCH_AXES & {*each.axes}
+    ]
+
+
+def _reduced_over_rows(estimate: pod.Estimate) -> int:
+    """Bytes that chips with different rows add up: gradients, and some scalars."""
+    return sum(each.bytes for each in _reductions(estimate))
+
+
+def _in_block_loops(estimate: pod.Estimate) -> int:
+    """How many of these stand in a loop of the forward pass, which is where the blocks are."""
+    large = [each for each in _reductions(estimate) if each.shape.bytes > 2**20]
+    return sum("while" in each.source and "transpose" not in each.source for each in large)
+
+
+def _decoding(config: ConfigDict, blocks: int) -> tuple[int, float, float]:
+    """(blocks, GiB needed, ms a token) of lossy decoding at full depth, one row."""
+    devices, chip = compiling.topology(DECODE_ON)
+    mesh = sharding.make_mesh(DECODE_MESH, devices)
+    model = compiling.model_of(config, blocks)
+    estimate = compiling.decoding(config, model, mesh, chip, 1, 2048, mode.LOSSY)
+    return blocks, estimate.needed / pod.GIB, 1e3 * estimate.seconds
+
+
+def _extrapolated(rows: list[tuple], depth: int) -> list[tuple]:
+    (few, *low), (more, *high) = rows
+    slope = (depth - few) / (more - few)
+    return [*rows, (depth, *(a + slope * (b - a) for a, b in zip(low, high, strict=True)))]
+
+
+if __name__ == "__main__":
+    bars.run(main)

@@ -1,0 +1,181 @@
+"""`launch.classify` as a user types it, on untrained runs: what it reads, prints and writes."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from PIL import Image
+
+from configs import digits_resnet, news_minilm
+from early_exit import assemble, checkpoint, tree
+from early_exit import feed as feeds
+from early_exit import policy as policies
+from early_exit.inference.classify import Classifier
+
+ROOT = pathlib.Path(__file__).parents[2]
+WORDS = [f"word{i}" for i in range(61)]
+
+
+def save_run(config, folder):
+    """A run with heads as drawn, and a policy by which about half of the test split leaves early.
+
+    Returns:
+      The folder, the examples of the test split, and the answers to them.
+    """
+    pretrained, model = assemble.load_backbone(config)
+    params = {"backbone": pretrained.params}
+    params["exits"] = model.init_exits(jax.random.key(3), pretrained.params, "random", None)
+    assemble.save_config(config, folder)
+    with checkpoint.Saver(folder / assemble.CHECKPOINTS) as saver:
+        belongs = {"backbone": tree.fingerprint(pretrained.params), "token_ids": []}
+        saver.save(1, {"params": {"exits": params["exits"]}}, {}, belongs)
+    feed = feeds.make(config, model.config, pretrained.tokenizer)
+    examples = feed.examples("test")
+    inputs = feed.prepare()(list(examples), None)
+    first = next(Classifier(model, params, largest=512).anytime(inputs))
+    policy = policies.make(
+        [float(np.median(first.scores)), policies.NEVER], heads=tree.fingerprint(params["exits"])
+    )
+    policies.save(policy, folder / assemble.POLICY)
+    want = Classifier(model, params, policy, largest=512)(inputs)
+    return types.SimpleNamespace(folder=folder, examples=examples, want=want)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return save_run(
+        digits_resnet.get_config("train=exits,width=4"), tmp_path_factory.mktemp("digits")
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("texts")
+    model = root / "model"
+    shutil.copytree(ROOT / "tests/fixtures/tiny_bert", model)
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, WORDS[1])
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=WORDS[0]
+    ).save_pretrained(model)
+    rng = np.random.default_rng(0)
+    rows = root / "rows.jsonl"
+    with rows.open("w") as file:
+        for i in range(60):
+            text = " ".join(rng.choice(WORDS, rng.integers(2, 12)))
+            file.write(json.dumps({"text": text, "label": ["art", "law", "sea"][i % 3]}) + "\n")
+    config = news_minilm.get_config(f"data=rows:{rows},train=exits")
+    config.model.source, config.model.changes = str(model), {}
+    config.exits.points = (1, 2)
+    config.data.sequence_length = 16
+    return save_run(config, root / "run")
+
+
+def classify(*flags):
+    """What `python -m launch.classify <flags>` does."""
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # soon there, not good
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "launch.classify", *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def summary(done):
+    """{place: the numbers beside it}, and the last line of what was printed."""
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(block \d+|all) +(.*)$", done.stdout, re.MULTILINE)
+    return {place: numbers.split() for place, numbers in rows}
+
+
+def test_a_split_is_answered_and_judged(images, tmp_path):
+    path = tmp_path / "new" / "answers.jsonl"
+    done = classify(f"--workdir={images.folder}", "--split=test", "--batch=64", f"--output={path}")
+    counts, want = summary(done), images.want
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["depth"] for row in rows] == want.depths.tolist()
+    assert [int(row["label"]) for row in rows] == want.labels.tolist()
+    labels = [example["label"] for example in images.examples]
+    assert [int(row["known_label"]) for row in rows] == labels
+    for row, probabilities, score in zip(rows, want.probabilities, want.scores, strict=True):
+        np.testing.assert_allclose(row["probabilities"], probabilities, atol=1e-5)
+        assert row["score"] == pytest.approx(score, abs=1e-5) and not row["withheld"]
+    right = want.labels == labels
+    for place, chosen in {
+        "block 1": want.exits == 0,
+        "block 2": want.exits == 1,
+        "block 3": want.exits == 2,
+        "all": np.ones(len(right), bool),
+    }.items():
+        count, share, accuracy = counts[place]
+        assert int(count) == chosen.sum() and float(share) == pytest.approx(chosen.mean(), abs=1e-3)
+        if chosen.any():
+            assert float(accuracy) == pytest.approx(right[chosen].mean(), abs=1e-3)
+    assert f"{len(rows)} examples, " in done.stdout
+    assert f"{want.depths.mean():.2f} of 3 blocks per example\n{path}\n" in done.stdout
+
+
+def test_image_files_are_answered_like_the_data_they_were(images, tmp_path):
+    chosen = {"a.png": 0, "b/c.png": 1, "b/d.PNG": 2, "e.png": 3}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    for name, i in chosen.items():
+        Image.fromarray(images.examples[i]["image"][..., 0]).save(tmp_path / name)
+    done = classify(f"--workdir={images.folder}", f"--input={tmp_path}", "--batch=3")
+    assert summary(done)["all"] == ["4", "1.000", "–"]
+    found = re.findall(r"^(\d+) +([\d.]+)% +depth +(\d) +(\S+)$", done.stdout, re.MULTILINE)
+    want = images.want
+    assert found == [
+        (f"{want.labels[i]}", f"{100 * want.probabilities[i].max():.1f}", f"{want.depths[i]}", name)
+        for name, i in sorted(chosen.items())
+    ]
+
+
+def test_texts_are_answered_by_the_names_of_their_classes(texts, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": example["text"]}) for example in texts.examples]
+    path.write_text("\n\n".join(lines))
+    done = classify(f"--workdir={texts.folder}", f"--input={path}", "--budget=1.5")
+    counts = summary(done)
+    assert int(counts["block 1"][0]) >= len(lines) / 2
+    found = re.findall(r"^(art|law|sea) .* depth +(\d)  (word.*)$", done.stdout, re.MULTILINE)
+    assert [text for _, _, text in found] == [
+        text if len(text) <= 60 else f"{text[:59]}…"
+        for text in (example["text"] for example in texts.examples)
+    ]
+    names = texts.examples.classes
+    for (label, depth, _), want, deepest in zip(
+        found, texts.want.labels, texts.want.depths, strict=True
+    ):
+        assert int(depth) < deepest or label == names[want]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input=x", "--split=test"], "give either --input or --split"),
+        (["--input=nothing/there"], "there is no nothing/there"),
+        (["--input=launch"], "launch holds no image; put .png, .jpg, .jpeg files there"),
+        (["--input=LICENSE"], "these examples are texts, which make no images"),
+    ],
+)
+def test_what_cannot_be_classified_is_told(images, flags, message):
+    done = classify(f"--workdir={images.folder}", *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert message in done.stderr
