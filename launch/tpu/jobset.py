@@ -24,7 +24,7 @@ MANIFEST = "jobset.yaml"
 IMAGE = flags.DEFINE_string("image", None, "GKE: container that starts in this repository.")
 CLAIM = flags.DEFINE_string("claim", None, "GKE: PersistentVolumeClaim of the --workdir.")
 ACCELERATOR = flags.DEFINE_string("accelerator", "tpu-v5p-slice", "GKE: name of the chips.")
-TOPOLOGY = flags.DEFINE_string("topology", "2x2x1", "GKE: chips of a slice.")
+TOPOLOGY = flags.DEFINE_string("slice", "2x2x1", "GKE: chips of a slice.")
 CHIPS = flags.DEFINE_integer("chips", 4, "GKE: chips of a host.", lower_bound=1)
 SLICES = flags.DEFINE_integer("slices", 1, "GKE: slices of a run.", lower_bound=1)
 RESTARTS = flags.DEFINE_integer(
@@ -46,12 +46,12 @@ def manifest(job: Job, workdir: Path) -> str:
         if not flag.value:
             raise ValueError(f"--{flag.name} is missing")
     if not re.fullmatch(r"\d+(x\d+){1,2}", TOPOLOGY.value):
-        raise ValueError(f"--topology={TOPOLOGY.value} is not like 4x4 or 4x4x8")
+        raise ValueError(f"--slice={TOPOLOGY.value} is not like 4x4 or 4x4x8")
     chips = math.prod(map(int, TOPOLOGY.value.split("x")))
     hosts, rest = divmod(chips, CHIPS.value)
     if rest:
         raise ValueError(
-            f"the {chips} chips of --topology={TOPOLOGY.value} are no whole number of hosts with "
+            f"the {chips} chips of --slice={TOPOLOGY.value} are no whole number of hosts with "
             f"--chips={CHIPS.value}"
         )
     values = {

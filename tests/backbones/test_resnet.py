@@ -247,8 +247,8 @@ def test_heads_after_a_block_have_its_width(config):
 
         norm, mlp, conv = jax.eval_shape(parts, states[point])
         assert norm.shape == mlp.shape == (3, shorter.width)
-        side = -(-states[point].shape[1] // 2)
-        assert conv.shape == (3, side, side, 2 * shorter.width)
+        sides = (-(-side // 2) for side in states[point].shape[1:3])
+        assert conv.shape == (3, *sides, 2 * shorter.width)
 
 
 def test_points_outside_the_network():

@@ -105,7 +105,7 @@ def test_slurm_that_refuses_or_is_not_there_is_an_error(bin, tmp_path, monkeypat
 
 def test_a_manifest_has_a_pod_for_every_host(tmp_path):
     job = Job(COMMAND, tmp_path / "points=2-4,Learning_Rate=0.001" / ("x" * 80))
-    flagged = {"image": "img:1", "claim": "runs", "topology": "4x4x8", "slices": 2}
+    flagged = {"image": "img:1", "claim": "runs", "slice": "4x4x8", "slices": 2}
     with flagsaver.flagsaver(**flagged):
         found = yaml.safe_load(jobset.manifest(job, tmp_path))
         other = yaml.safe_load(jobset.manifest(Job(COMMAND, tmp_path / "b"), tmp_path))
@@ -132,8 +132,8 @@ def test_a_manifest_has_a_pod_for_every_host(tmp_path):
     [
         ({"claim": None}, "--claim is missing"),
         ({"image": None}, "--image is missing"),
-        ({"topology": "4*4"}, "--topology=4.4 is not like 4x4 or 4x4x8"),
-        ({"topology": "1x2"}, "2 chips of --topology=1x2 are no whole number of hosts"),
+        ({"slice": "4*4"}, "--slice=4.4 is not like 4x4 or 4x4x8"),
+        ({"slice": "1x2"}, "2 chips of --slice=1x2 are no whole number of hosts"),
     ],
 )
 def test_manifests_that_cannot_be(flagged, message, tmp_path):
