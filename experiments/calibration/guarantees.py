@@ -1,10 +1,10 @@
-"""Do guarantees hold? Calibrated on a random part of real records, judged on all of them.
+"""Do guarantees hold? Calibrated on a random part of real records, judged on the others.
 
     python -m experiments.calibration.guarantees --records=runs/records/news.npz --check
 
-A promise is broken where the risk of a policy is above α over all the texts (or examples) that the
-part was drawn from; each method may break δ of its promises. What is found on the others alone is
-shown too: that is as much a matter of chance as the calibration is.
+A promise is broken where the risk of a policy is above α on the other texts (or examples); each
+method may break δ of its promises. The risk on the others is a matter of chance, too, so the risk
+over all that the part was drawn from is shown beside it.
 
 Beside the methods, on the same parts: ε-accuracy, which promises nothing about new data; and two
 controls that are wrong on purpose. `best of many` takes the policy that leaves most among all whose
@@ -116,11 +116,11 @@ def main(argv):
     rows, broken = [], {}
     for (among, alpha, method), figures in sorted(found.items()):
         risks, on_others, leaving = np.array(figures).T
-        broken[among, alpha, method] = float(np.mean(risks > alpha))
-        shares = broken[among, alpha, method], float(np.mean(on_others > alpha))
+        broken[among, alpha, method] = float(np.mean(on_others > alpha))
+        shares = broken[among, alpha, method], float(np.mean(risks > alpha))
         reached = risks.mean(), np.quantile(risks, 1 - DELTA.value), leaving.mean()
         rows.append((method, among, alpha, *shares, *reached))
-    header = ("method", "among", "α", "broken", "on the others", "risk", "but for δ", "leave early")
+    header = ("method", "among", "α", "broken", "over all", "risk", "but for δ", "leave early")
     print(table(rows, header=header))
     if PLOT.value:
         achieved = {
