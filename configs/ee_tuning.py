@@ -5,7 +5,8 @@ backbone is in bfloat16, and its blocks run in a loop. Without a `source` of wei
 its shapes: enough to compile everything for a pod, and to see what that costs.
 """
 
-from early_exit.config import ConfigDict, parse_arg
+from configs import smollm2_135m
+from early_exit.config import ConfigDict, override, parse_arg
 
 
 def settings(arg: str | None, *, new: dict, tensor: int) -> ConfigDict:
@@ -19,7 +20,7 @@ def settings(arg: str | None, *, new: dict, tensor: int) -> ConfigDict:
     arg = parse_arg(
         arg,
         source="",
-        data="",
+        data="stdlib",
         points=eighths(new["depth"]),
         head="mlp",
         loss="cross_entropy",
@@ -28,53 +29,35 @@ def settings(arg: str | None, *, new: dict, tensor: int) -> ConfigDict:
         batch_size=16,
         sequence_length=2048,
     )
-    return ConfigDict(
+    config = override(
+        smollm2_135m.get_config(),
         {
-            "seed": 0,
-            "model": {
-                "source": arg.source,
-                "dtype": "bfloat16",
-                "new": {} if arg.source else {"family": "decoder"} | new,
-                "scan": True,
-                "remat": "block" if arg.train == "all" else "none",
-            },
-            "exits": {
-                "points": arg.points,
-                "head": arg.head,
-                "output": "own",
-                "classes": 0,
-                "gate": False,
-                "init": "copy",
-            },
-            "data": {
-                "source": arg.data,
-                "sequence_length": arg.sequence_length,
-                "batch_size": arg.batch_size,
-                "frequency_batches": 64,
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": tensor},
-            "tune": {
-                "train": arg.train,
-                "loss": arg.loss,
-                "weights": (),
-                "steps": arg.steps,
-                "optimizer": "adamw",
-                "learning_rate": 1e-4,
-                "backbone_rate": 0.1,
-                "warmup_steps": min(100, arg.steps - 1),
-                "final_fraction": 0.1,
-                "b1": 0.9,
-                "b2": 0.95,
-                "weight_decay": 0.01,
-                "clip_norm": 1.0,
-                "checkpoint_every": 1000,
-                "keep_checkpoints": 2,
-                "validate_every": 1000,
-                "validation_batches": 8,
-            },
-            "calibrate": {"confidence": "max_prob", "epsilon": 0.95, "batches": 32},
-        }
+            "exits.points": arg.points,
+            "exits.head": arg.head,
+            "exits.classes": 0,
+            "data.source": arg.data,
+            "data.sequence_length": arg.sequence_length,
+            "data.batch_size": arg.batch_size,
+            "mesh.data": -1,
+            "mesh.fsdp": 1,
+            "mesh.tensor": tensor,
+            "tune.train": arg.train,
+            "tune.loss": arg.loss,
+            "tune.steps": arg.steps,
+            "tune.learning_rate": 1e-4,
+            "tune.warmup_steps": min(100, arg.steps - 1),
+            "tune.checkpoint_every": 1000,
+            "tune.validate_every": 1000,
+        },
     )
+    config.model = {
+        "source": arg.source,
+        "dtype": "bfloat16",
+        "new": {} if arg.source else {"family": "decoder"} | new,
+        "scan": True,
+        "remat": "block" if arg.train == "all" else "none",
+    }
+    return config
 
 
 def eighths(depth: int) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ batches are split over `data` and `fsdp`, and the compiler derives the rest. Wit
 processes, each has the parameters whole before they are placed, and its share of a batch's rows.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from early_exit import tree
 
 AXES = ("data", "fsdp", "tensor")
+_ROWS = P(("data", "fsdp"))
 
 # First match wins. Kernels are [in, out]: the wide side of each pair is split over `tensor`, so
 # that a block needs one reduction after attention and one after the feed-forward part.
@@ -80,13 +82,35 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch split over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, _ROWS)
+
+
+def by_row(x: jax.Array) -> jax.Array:
+    """Keeps a value whose first axis is that of a batch's rows where its rows are.
+
+    Left free, the compiler moves it to where a matrix that it meets has its columns. Outside
+    `under`, nothing is done.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _ROWS)
+
+
+def under(mesh: Mesh, function: Callable) -> Callable:
+    """The function with its values laid out on the mesh (`by_row`); to be jitted."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return wrapped
 
 
 def cache_sharding(mesh: Mesh, heads: int) -> NamedSharding:
     """Of keys and values [B, K, S, d] in a cache: rows like a batch's, heads over `tensor`."""
     split = "tensor" if heads % mesh.shape["tensor"] == 0 else None
-    return NamedSharding(mesh, P(("data", "fsdp"), split))
+    return NamedSharding(mesh, P(*_ROWS, split))
 
 
 def place(params: Any, placed: Any, donate: bool = False) -> Any:

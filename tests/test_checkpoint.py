@@ -203,7 +203,8 @@ for other in (saved_as, like(mesh(8, 1), P("data")), like(mesh(1, 8), P(None, "f
 
 
 def test_arrays_come_back_under_another_mesh(tmp_path):
-    done = python(OTHER_MESH, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = python(OTHER_MESH, tmp_path, XLA_FLAGS=flags)
     assert done.returncode == 0, done.stderr
     # And on a single device, here.
     state, _ = checkpoint.restore(tmp_path, {"x": jax.ShapeDtypeStruct((8, 16), jnp.float32)})

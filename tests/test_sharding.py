@@ -42,6 +42,8 @@ def test_the_rules_place_a_blocks_parameters():
         "backbone/blocks/3/mlp_norm/scale": ((64,), P()),
         "backbone/embedding/embedding": ((512, 64), back),
         "backbone/final_norm/scale": ((64,), P()),
+        "backbone/blocks/mlp/up/kernel": ((6, 64, 128), P(None, "fsdp", "tensor")),
+        "backbone/blocks/mlp_norm/scale": ((6, 64), P()),
         "exits/12/mlp/up/kernel": ((64, 128), wide),
         "exits/12/output/embedding": ((512, 64), back),
         "token_ids": ((500,), P()),
@@ -98,6 +100,8 @@ import dataclasses, functools, json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from conftest import TINY, build
 from early_exit import sharding, tree
+from early_exit.backbones import base
+from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import step as steps
 
 path, meshes, losses = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -118,23 +122,30 @@ def shards(params):  # of those there are
 for loss, options in losses.items():
     model, params = build(config, points=(1,), **options)
     exits = params.pop("exits")
-    step = functools.partial(
-        steps.tune_step, model=model, recipe=steps.Recipe(loss, (1.0,)), optimizer=optimizer
-    )
+    looped = MultiExit(dataclasses.replace(config, scan=True), model.exits)
+    stacked = params | {"backbone": base.stack_blocks(params["backbone"])}
     for name, axes in [("one", None), *meshes.items()]:
         state, frozen, rows = steps.init_state({"exits": exits}, optimizer), params, batch
+        recipe = steps.Recipe(loss, (1.0,))
+        step = functools.partial(
+            steps.tune_step, model=model, recipe=recipe, optimizer=optimizer
+        )
         run = jax.jit(step)
-        if axes is not None:
+        if axes is not None:  # blocks in a loop, and output matrices in parts, as on a pod
             mesh = sharding.make_mesh(axes)
+            recipe = dataclasses.replace(recipe, table_parts=mesh.shape["tensor"])
+            step = functools.partial(
+                steps.tune_step, model=looped, recipe=recipe, optimizer=optimizer
+            )
             placed, everywhere = sharding.shardings(exits, mesh), sharding.replicated(mesh)
             opt_state = optax.tree_map_params(
                 optimizer, lambda _, spec: spec, state["opt_state"], {"exits": placed},
                 transform_non_params=lambda _: everywhere,
             )
             where = {"params": {"exits": placed}, "opt_state": opt_state, "step": everywhere}
-            run = jax.jit(step, out_shardings=(where, everywhere))
+            run = jax.jit(sharding.under(mesh, step), out_shardings=(where, everywhere))
             state = jax.device_put(state, where)
-            frozen = jax.device_put(params, sharding.shardings(params, mesh))
+            frozen = jax.device_put(stacked, sharding.shardings(stacked, mesh))
             rows = jax.device_put(batch, sharding.batch_sharding(mesh))
         new, metrics = run(state, frozen, rows)
         results[f"{loss}/{name}/loss"] = metrics["loss"]
@@ -155,9 +166,7 @@ def results(tmp_path_factory):
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            # What is compared is the partitioning: the least effort on machine code is enough.
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-            "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         },
         capture_output=True,

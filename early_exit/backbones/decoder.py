@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from early_exit import sharding
 from early_exit.backbones import base, layers, rotary
 
 # Keys and values of one block: each [B, K, S, d] in a cache, [B, T, K, d] for new positions.
@@ -258,9 +259,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, KeyValue]:
         """Hidden states → (hidden states, keys and values of the new positions)."""
         mixed, rows = self.attention(self.attention_norm(hidden_BTD), context, past, past_length_B)
-        mixed = hidden_BTD + mixed
+        mixed = sharding.by_row(hidden_BTD + mixed)
         read = hidden_BTD if self.parallel else mixed
-        return mixed + self.mlp(self.mlp_norm(read)), rows
+        return sharding.by_row(mixed + self.mlp(self.mlp_norm(read))), rows
 
     def keys_values(self, hidden_BTD: jax.Array, context: Context) -> KeyValue:
         """Only what later positions will look at; the block itself is not run."""
@@ -327,7 +328,7 @@ class Decoder(base.Backbone):
         window_mask = None
         if c.window is not None:
             window_mask = layers.causal_mask(segments, length, c.window)
-        return hidden, Context(rotation, mask, window_mask)
+        return sharding.by_row(hidden), Context(rotation, mask, window_mask)
 
     def run_blocks(self, hidden, start, stop, context):
         if not self.config.scan:

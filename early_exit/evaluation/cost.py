@@ -85,15 +85,14 @@ def _multiply_adds(jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        out = equation.outvars[0].aval
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += out.size * math.prod(shape[axis] for axis in contracted)
+            total += equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            total += out.size * kernel.size // outputs
+            total += equation.outvars[0].aval.size * kernel.size // outputs
         else:
             inner = [_multiply_adds(sub) for sub in jax.extend.core.jaxprs_in_params(params)]
             times = params["length"] if name == "scan" else 1

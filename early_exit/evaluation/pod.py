@@ -25,6 +25,7 @@ class Chip:
     Attributes:
       memory: bytes that the compiler may use of its HBM.
       flops: dense bfloat16, a second.
+      bandwidth: of its HBM, bytes a second.
       hertz: of the clock that XLA's cycles are of.
       ring: bytes a second that a ring of chips passes on, both ways round, along one axis of the
         torus (Austin et al. 2025, How to Scale Your Model, ch. 2).
@@ -32,14 +33,15 @@ class Chip:
 
     memory: int
     flops: float
+    bandwidth: float
     hertz: float
     ring: float
 
 
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 197e12, 1.5e9, 0.9e11),
-    "v5p": Chip(int(95.73 * GIB), 459e12, 1.75e9, 1.8e11),
-    "v6e": Chip(int(31.24 * GIB), 918e12, 1.75e9, 1.8e11),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 0.82e12, 1.5e9, 0.9e11),
+    "v5p": Chip(int(95.73 * GIB), 459e12, 2.77e12, 1.75e9, 1.8e11),
+    "v6e": Chip(int(31.24 * GIB), 918e12, 1.64e12, 1.75e9, 1.8e11),
 }
 
 

@@ -196,8 +196,7 @@ class _Reader:
             if kind in COLLECTIVES:
                 collectives.append(self._collective(kind, instruction, times))
             elif not fused:
-                estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
-                cycles += int(estimate[1]) * times if estimate else 0
+                cycles += _cycles(instruction) * times
             if instruction.opcode == "while" and self._turns(instruction) is None:
                 open_loops += 1
         return Program(flops, once, cycles, tuple(collectives), open_loops)
@@ -212,7 +211,7 @@ class _Reader:
                 turns = 1 if turns is None else turns
                 yield from self._walk(_name(instruction.attribute("body")), times * turns, fused)
             elif instruction.opcode == "conditional":
-                # One branch runs: the one with the most to multiply stands for all.
+                # One branch runs: the one that takes longest stands for all.
                 branches = self._branches(instruction)
                 yield from self._walk(max(branches, key=self._weight), times, fused)
             elif instruction.opcode in ("fusion", "call", "async-start"):
@@ -226,8 +225,13 @@ class _Reader:
         return [_name(branch) for branch in listed + pair if branch]
 
     @functools.cache  # noqa: B019 - a reader lives as long as one call
-    def _weight(self, name: str) -> int:
-        return sum(self._multiply_adds(c, i) * times for c, i, times, _ in self._walk(name))
+    def _weight(self, name: str) -> tuple[int, int]:
+        """(cycles, which not every compiler estimates, multiply-adds)."""
+        cycles = multiply_adds = 0
+        for computation, instruction, times, fused in self._walk(name):
+            cycles += 0 if fused else times * _cycles(instruction)
+            multiply_adds += times * self._multiply_adds(computation, instruction)
+        return cycles, multiply_adds
 
     def _multiply_adds(self, computation: Computation, instruction: Instruction) -> int:
         if instruction.opcode not in ("dot", "convolution"):
@@ -258,18 +262,28 @@ class _Reader:
     def _turns(self, loop: Instruction) -> int | None:
         """How often a loop turns; None where no constant says so.
 
-        The loops of `lax.scan` count up from 0 by 1, to a constant in their condition.
+        Loops count up from 0 to a constant in their condition: those of `lax.scan` by 1, those
+        that the compiler has unrolled by more.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if known:
             return int(known[1])
+        condition = _name(loop.attribute("condition"))
         limits = {
             int(instruction.constant)
-            for name in self._within(_name(loop.attribute("condition")))
+            for name in self._within(condition)
             for instruction in self.computations[name].instructions.values()
             if instruction.opcode == "constant" and instruction.constant.isdecimal()
         }
-        return limits.pop() if len(limits) == 1 else None
+        counters = [
+            int(instruction.attribute("index"))
+            for instruction in self.computations[condition].instructions.values()
+            if instruction.opcode == "get-tuple-element"
+        ]
+        if len(limits) != 1 or len(counters) != 1:
+            return None
+        body = self.computations[_name(loop.attribute("body"))]
+        return limits.pop() // _step(body, counters[0])
 
     def _within(self, name: str) -> list[str]:
         """A computation and those that it has fused."""
@@ -279,6 +293,29 @@ class _Reader:
             if instruction.opcode == "fusion"
         ]
         return [name, *fused]
+
+
+def _cycles(instruction: Instruction) -> int:
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+    return int(estimate[1]) if estimate else 0
+
+
+def _step(body: Computation, index: int) -> int:
+    """By how much a turn of a loop raises the number at that place of what it carries."""
+    total, found = 0, body.instructions[body.root]
+    while found.operands:
+        if found.opcode == "get-tuple-element":
+            break
+        at = index if found.opcode == "tuple" else 0
+        if found.opcode == "add":
+            parts = [body.instructions[name] for name in found.operands]
+            constants = [int(part.constant) for part in parts if part.opcode == "constant"]
+            if len(constants) != 1:
+                break
+            total += constants[0]
+            at = next(i for i, part in enumerate(parts) if part.opcode != "constant")
+        found = body.instructions[found.operands[at]]
+    return total or 1
 
 
 def _name(attribute: str) -> str:

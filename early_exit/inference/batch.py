@@ -20,7 +20,8 @@ from early_exit.policy import ExitPolicy
 Inputs = Mapping[str, np.ndarray]
 
 # What calling a program takes beside its rows, in rows: two buckets instead of a larger one pay
-# where they save as many.
+# where they save as many. For a ResNet-32 of width 8 on two cores anything from 1 to 12 is as good;
+# the wider a network, the smaller it should be.
 CALL = 2
 
 

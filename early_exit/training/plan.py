@@ -43,7 +43,11 @@ def step(config: ConfigDict, model: MultiExit, mesh: Mesh):
         optimizer=make_optimizer(config.tune),
     )
     where = jax.tree.map(lambda x: x.sharding, state(config, model, mesh))
-    return jax.jit(function, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
+    return jax.jit(
+        sharding.under(mesh, function),
+        donate_argnums=0,
+        out_shardings=(where, sharding.replicated(mesh)),
+    )
 
 
 def state(config: ConfigDict, model: MultiExit, mesh: Mesh) -> steps.TuneState:

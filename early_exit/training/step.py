@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from early_exit import losses
+from early_exit import losses, sharding
 from early_exit.backbones import base
 from early_exit.data.transforms import next_token_targets
 from early_exit.exits.multi_exit import Bound, MultiExit
@@ -184,7 +184,7 @@ def _token_losses(bound: Bound, observed: dict, recipe: Recipe):
 
 
 def _flat(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1])
+    return sharding.by_row(x.reshape(-1, x.shape[-1]))
 
 
 def _class_losses(bound: Bound, observed: dict, recipe: Recipe):

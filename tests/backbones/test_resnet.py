@@ -367,8 +367,7 @@ def test_moments_on_eight_devices_are_those_on_one(tmp_path):
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-            "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}",
         },
         capture_output=True,

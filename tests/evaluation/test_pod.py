@@ -11,7 +11,7 @@ from early_exit import sharding
 from early_exit.evaluation import pod, program
 
 MESH = sharding.make_mesh({"data": -1})
-CHIP = pod.Chip(memory=10_000, flops=1e12, hertz=1e9, ring=1e9)
+CHIP = pod.Chip(memory=10_000, flops=1e12, bandwidth=1e12, hertz=1e9, ring=1e9)
 
 
 def estimate(chip, rows=16):

@@ -79,6 +79,12 @@ def test_loops_fusions_and_collectives_of_a_tpu_program():
     assert gather.bytes == 8 * 32 * 8 * 2 and gather.sent == gather.bytes / 2
 
 
+def test_a_loop_that_was_unrolled_turns_less_often():
+    by_three = TPU.replace("\\\n", "").replace("constant(1)", "constant(3)")
+    read = program.read(by_three, MESH)
+    assert read.flops == 4 * read.flops_once
+
+
 def compiled(function, *args):
     return program.read(jax.jit(function).lower(*args).compile().as_text(), {"data": 1})
 

@@ -22,8 +22,7 @@ ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 DEVICES = {
     "JAX_PLATFORMS": "cpu",
-    # Only what is in the program counts, not how good it is.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
 }
 # The tuning step of a small model on eight devices, exits alone and in tandem.
 SCRIPT = """
@@ -40,12 +39,12 @@ for train in ("exits", "all"):
         "model.scan": True, "exits.head": "norm", "exits.points": (2, 4), "exits.classes": 0,
         "tune.train": train, "tune.loss": "cross_entropy",
     })
-    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model = assemble.abstract_model(config)
     estimate = compiling.tuning(config, model, mesh, None)
     reduced = [
         each for each in estimate.program.collectives
-        if each.kind in ("all-reduce", "reduce-scatter") and "data" in each.axes
+        if each.kind in ("all-reduce", "reduce-scatter") and {"data", "fsdp"} & {*each.axes}
     ]
     found[train] = {
         "ratio": estimate.flops_ratio,
@@ -62,7 +61,7 @@ def command(*arguments, **variables):
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
     )
@@ -76,7 +75,7 @@ def test_a_frozen_backbone_has_no_gradient_to_exchange():
     for each in (frozen, tandem):
         # A vocabulary of one chunk: its logits are not computed again for the backward pass.
         assert 0.75 < each["ratio"] < 1.01 and each["open_loops"] == 0
-    # What is reduced over the rows' axis: a chip's part of what is trained, and some scalars.
+    # What is added up over rows: a chip's part of the gradients of what is trained, and scalars.
     assert frozen["trained"] / 2 <= frozen["reduced"] < 1.1 * frozen["trained"]
     assert tandem["reduced"] >= tandem["trained"] / 2 > 2 * frozen["trained"]
 

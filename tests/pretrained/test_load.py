@@ -194,7 +194,7 @@ def test_tensors_go_to_their_devices_one_at_a_time(tmp_path, tiny_llama):
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
             "PYTHONPATH": str(ROOT),
         },
         capture_output=True,

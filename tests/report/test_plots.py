@@ -36,7 +36,10 @@ CURVES = {
 RISKS = {"6": (np.array([0.1, 1.0]), np.array([0.0, 0.2]))}
 
 
-@pytest.fixture(params=["speed", "exits", "training", "budget", "rejection"])
+KEPT = {"ltt": [(0.2, 0.1, 0.15), (0.1, 0.05, 0.07)]}
+
+
+@pytest.fixture(params=["speed", "exits", "training", "budget", "rejection", "achieved"])
 def svg(request, evaluation):
     return {
         "speed": lambda: plots.quality_against_speed(evaluation["decoding"]),
@@ -44,6 +47,7 @@ def svg(request, evaluation):
         "training": lambda: plots.training_curves(training_lines(9, _6=float, _18=float), DEPTHS),
         "budget": lambda: plots.quality_against_cost(CURVES, "blocks a token", "agreement"),
         "rejection": lambda: plots.risk_against_coverage(RISKS),
+        "achieved": lambda: plots.target_against_achieved(KEPT),
     }[request.param]()
 
 
@@ -125,6 +129,26 @@ def test_a_curve_goes_through_its_points_from_cheap_to_dear():
     # Positions in the plot are linear in the figures, and sorted by cost.
     np.testing.assert_allclose(np.diff(x) / np.ptp(x), [1 / 3, 2 / 3], atol=1e-3)
     np.testing.assert_allclose(np.diff(y) / np.ptp(y), [-2 / 3, -1 / 3], atol=1e-3)
+
+
+def test_risks_that_came_out_stand_over_those_asked_for():
+    svg = plots.target_against_achieved(KEPT)
+    assert {"ltt", "risk asked for, %", "risk that came out, %"} <= texts(svg).keys()
+    root = ElementTree.fromstring(svg)
+    lines = [g for g in root.iter(f"{SVG}g") if "-line2d_" in g.get("id", "")]
+    marks = [u for g in lines for u in g.iter(f"{SVG}use") if "--accent" in u.get("style")]
+    (x_low, y_low), (x_high, y_high) = [(float(m.get("x")), float(m.get("y"))) for m in marks[:2]]
+    (diagonal,) = [
+        path.get("d").replace("M", "").replace("L", "").split()
+        for path in root.iter(f"{SVG}path")
+        if "4" in path.get("style", "") and "dasharray" in path.get("style", "")
+    ]
+    x0, y0, x1, y1 = map(float, diagonal)
+    # From (0, 0) to the greatest risk asked for; up is a smaller y.
+    assert x_high == pytest.approx(x1, abs=0.1)
+    assert x_low == pytest.approx((x0 + x1) / 2, abs=0.1)
+    assert y_low == pytest.approx(y0 + (y1 - y0) / 4, abs=0.1)
+    assert y_high == pytest.approx((y0 + y1) / 2, abs=0.1)
 
 
 def test_a_long_curve_of_risks_makes_no_large_plot():

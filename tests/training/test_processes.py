@@ -44,7 +44,7 @@ def start(folder, processes, tensor=1):
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"),
-        "XLA_FLAGS": f"{flag} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}",
     }
     started = []
     for i in range(processes):
