@@ -111,7 +111,13 @@ def load_backbone(config: ConfigDict) -> tuple[Pretrained, MultiExit]:
     if bool(source) == bool(new):
         raise ValueError("give either model.source, where weights are, or model.new")
     if new:
-        pretrained = _drawn(_new(new), {}, config, None)
+        network = _new(new)
+        if not isinstance(network, ResNetConfig):
+            raise ValueError(
+                f"a {new['family']} reads text, and a new one has no tokenizer for it; "
+                "give model.source, where weights are"
+            )
+        pretrained = _drawn(network, {}, config, None)
     elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
         tuned = load_tuned(Path(source))
         backbone = tuned.params["backbone"]

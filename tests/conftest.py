@@ -5,8 +5,10 @@ from pathlib import Path
 
 # Programs that run for milliseconds need not be good, only soon there. Processes that tests start
 # have it from here.
-SOON = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SOON}"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax
 import numpy as np

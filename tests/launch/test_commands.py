@@ -10,22 +10,12 @@ import types
 
 import pytest
 import safetensors.numpy
-from forks import Launcher
 
 from early_exit.metrics import read_metrics
 from early_exit.report import tokens
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=configs/tiny.py"
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Runs `python -m launch.<command> <flags>` to its end."""
-    folder = tmp_path_factory.mktemp("launch")
-    launcher = Launcher(folder, {"JAX_PLATFORMS": "cpu", "EARLY_EXIT_CACHE": str(folder / "cache")})
-    yield launcher
-    launcher.close()
 
 
 def succeeded(done):
