@@ -176,7 +176,7 @@ class Batch:
             rows, _, bucket = self._take(0)
             self.padding += (bucket - len(rows)) * int(self.blocks.sum())
             inputs = self._inputs_of(rows, bucket)
-            answers = self.programs.call(run_whole, self.kind, bucket, inputs)
+            _, answers = self.programs.call(run_whole, self.kind, bucket, inputs)
             self._ending.append((rows, answers))
 
     def run_level(self, segment: int) -> tuple[np.ndarray, np.ndarray, Answers]:

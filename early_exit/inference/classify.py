@@ -18,7 +18,7 @@ from early_exit import policy as policies
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.inference.batch import Batch, Inputs, Programs, fetched, read
-from early_exit.inference.rows import Answers, run_alone
+from early_exit.inference.rows import Answers, run_alone, run_whole
 from early_exit.policy import ExitPolicy
 
 
@@ -95,8 +95,9 @@ class Classifier:
           ValueError: inputs of different lengths, or a budget that does not reach the first exit.
         """
         inputs, count, kind = read(inputs)
-        if count == 1 and self._early and budget is None:
-            exits, answers = self._programs.call(run_alone, kind, 1, inputs)
+        if count == 1 and budget is None:  # nothing to keep book of
+            program = run_alone if self._early else run_whole
+            exits, answers = self._programs.call(program, kind, 1, inputs)
             return self._classified(fetched(answers), np.asarray(exits)[None], 0)
         batch = Batch(self._programs, inputs, count, kind, everyone=budget is not None)
         if budget is not None:

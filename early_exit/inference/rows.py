@@ -190,13 +190,13 @@ def run_alone(params, policy, inputs, *, model: MultiExit) -> tuple[jax.Array, A
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def run_whole(params, policy, inputs, *, model: MultiExit) -> Answers:
-    """The full model's answers; no exit is consulted."""
+def run_whole(params, policy, inputs, *, model: MultiExit) -> tuple[jax.Array, Answers]:
+    """All rows to the final exit, no other being consulted: (which one it is, its answers)."""
     network = _Network.of(model, params, policy)
     rows = network.start(inputs)
     for segment in range(network.final + 1):
         rows = network.advance(rows, segment)
-    return network.conclude(rows)
+    return jnp.int32(network.final), network.conclude(rows)
 
 
 def empty_pools(params, policy, inputs, *, model: MultiExit, size: int) -> list[Rows | None]:

@@ -17,6 +17,7 @@ from early_exit.backbones import base
 from early_exit.backbones.encoder import EncoderConfig
 from early_exit.backbones.resnet import ResNetConfig
 from early_exit.evaluation.classes import score_batch
+from early_exit.exits import multi_exit
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.inference import batch
@@ -194,7 +195,7 @@ def test_what_heads_take_from_each_other(confidence, largest):
     given = setting(points=(1, 2, 3), gate=True, cascade=True, ensemble=True)
     scores = given.scores[confidence]
     if confidence == "patience":
-        limits = [1, 1, 1]
+        limits = [1, policies.NEVER, 2]
     else:
         limits = thresholds(scores)
         limits[0] = policies.NEVER  # a head that is run for others only
@@ -220,26 +221,37 @@ def test_an_encoder_keeps_each_row_with_its_mask(masked, confidence, sizes):
         check(classify(first(given.inputs, size)), *(x[:size] for x in want))
 
 
-def test_heads_that_nothing_leaves_at_are_not_run(plain):
-    """Weights that are no numbers do no harm where they are not used."""
-    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), plain.params["exits"])
-    for e, point in enumerate(plain.model.exits.points):
-        exits = broken | {str(point): plain.params["exits"][str(point)]}
-        params = plain.params | {"exits": exits}
-        limits = [policies.NEVER] * 2
-        limits[e] = plain.limits[e]
-        want = slow(plain.scores["max_prob"], plain.predictions, limits)
-        classify = Classifier(plain.model, params, policies.make(limits), largest=LARGEST)
-        for size in (1, 11):
-            check(classify(first(plain.inputs, size)), *(x[:size] for x in want))
+def test_heads_that_nothing_leaves_at_are_not_run(plain, monkeypatch):
+    ran = []
+    exit_logits = multi_exit.Bound.exit_logits
+
+    def watched(self, e, *args):
+        jax.debug.callback(lambda: ran.append(e))
+        return exit_logits(self, e, *args)
+
+    monkeypatch.setattr(multi_exit.Bound, "exit_logits", watched)
+    some, never = plain.limits, policies.NEVER
+    for limits, want in (
+        ((never, some[1]), {1}),
+        ((policies.ALWAYS, some[1]), {0}),
+        ((never, never), set()),
+        (some, {0, 1}),
+    ):
+        policy = policies.make(limits)
+        # Programs of a size that no other test has: compiled here, with the callback in them.
+        Classifier(plain.model, plain.params, policy, largest=1)(first(plain.inputs, 9))
+        jax.effects_barrier()
+        assert set(ran) == want
+        ran.clear()
 
 
 def test_temperatures_change_scores_and_exits_but_no_label(plain):
-    warm = np.exp(-plain.softened["log_normalizers"][confidences.TEMPERATURES.index(2.0)])
+    temperatures = [2.0, 1.0, 4.0]
+    known = [confidences.TEMPERATURES.index(temperature) for temperature in temperatures]
+    warm = np.exp(-plain.softened["log_normalizers"][known, range(3)])
     limits = thresholds(warm)
-    assert (warm < plain.scores["max_prob"]).all()
     want = slow(warm, plain.predictions, limits)
-    policy = policies.make(limits, temperatures=[2, 2, 2])
+    policy = policies.make(limits, temperatures=temperatures)
     found = Classifier(plain.model, plain.params, policy, largest=LARGEST)(plain.inputs)
     check(found, *want)
     np.testing.assert_allclose(found.probabilities.max(-1), found.scores, atol=1e-6)
@@ -279,6 +291,17 @@ def test_a_policy_saves_what_a_budget_allows(plain):
     check(generous, *plain.want)
     tight = plain.classify(plain.inputs, budget=1.5)
     assert (tight.exits <= generous.exits).all() and tight.depths.mean() <= 1.5
+
+
+def test_what_some_leave_of_a_budget_is_for_the_next(plain):
+    exits, labels, _ = plain.want
+    easy, hard = np.flatnonzero(exits == 0)[:1], np.flatnonzero(exits == 2)[:9]
+    rows = np.concatenate([np.repeat(easy, LARGEST), hard])
+    found = plain.classify({name: x[rows] for name, x in plain.inputs.items()}, budget=2.5)
+    np.testing.assert_array_equal(found.exits, exits[rows])
+    np.testing.assert_array_equal(found.labels, labels[rows])
+    alone = plain.classify({name: x[hard] for name, x in plain.inputs.items()}, budget=2.5)
+    assert alone.depths.mean() <= 2.5
 
 
 def test_at_any_time_there_is_an_answer(plain):
