@@ -12,25 +12,15 @@ are here. Exits with status 1 if it does not fit, saying by how much and what to
 Times are estimates by the compiler, which has never seen the chip wait; they serve to compare.
 """
 
-import dataclasses
-import functools
-import os
 import sys
 
-import jax
-import jax.numpy as jnp
 from absl import flags
 
-from early_exit import assemble, sharding
-from early_exit.backbones import base
-from early_exit.config import ConfigDict
+from early_exit import sharding
 from early_exit.evaluation import pod
-from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference import decode, mode
-from early_exit.inference.state import initial_state
+from early_exit.inference import mode
 from early_exit.metrics import table
-from early_exit.policy import ExitPolicy
-from early_exit.training import plan
+from early_exit.training import ahead
 from launch import common
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of a TPU slice, as v5p:4x4x8.")
@@ -46,16 +36,16 @@ SECONDS_PER_DAY = 86_400
 def main(argv):
     common.no_arguments(argv)
     config = common.CONFIG.value
-    devices, chip = topology(TOPOLOGY.value)
+    devices, chip = ahead.topology(TOPOLOGY.value)
     mesh = sharding.make_mesh(config.mesh, devices)
-    model = model_of(config, BLOCKS.value)
+    model = ahead.model_of(config, BLOCKS.value)
     if WHAT.value == "tune":
-        estimate = tuning(config, model, mesh, chip)
+        estimate = ahead.tuning(config, model, mesh, chip)
         tokens, unit = config.data.batch_size * config.data.sequence_length, "step"
     else:
         rows = ROWS.value * mesh.shape["data"] * mesh.shape["fsdp"]
         decoding_mode = mode.BY_NAME[MODE.value]
-        estimate = decoding(config, model, mesh, chip, rows, POSITIONS.value, decoding_mode)
+        estimate = ahead.decoding(config, model, mesh, chip, rows, POSITIONS.value, decoding_mode)
         tokens, unit = rows, "sweep at full depth"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = TOPOLOGY.value or "this host"
@@ -80,100 +70,6 @@ def main(argv):
     if chip is not None:
         steps = config.tune.steps if WHAT.value == "tune" else None
         print(f"\n{table(time_rows(estimate, tokens, steps), header=(f'time of a {unit}', ''))}")
-
-
-def topology(name: str | None):
-    """(devices, chip) of a TPU slice; of this host without a name.
-
-    Raises:
-      ValueError: no such chip or slice.
-      RuntimeError: the TPU's compiler is not installed.
-    """
-    if name is None:
-        return jax.devices(), None
-    kind = name.partition(":")[0]
-    if kind not in pod.CHIPS:
-        raise ValueError(f"unknown chip in --topology={name}; known are {', '.join(pod.CHIPS)}")
-    # There is no TPU here to use, to ask, or to keep other processes from.
-    jax.config.update("jax_platforms", "cpu")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    from jax.experimental import topologies  # libtpu reads these variables when it is loaded
-
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology={name} is no slice of chips: {error}") from error
-    except (ImportError, RuntimeError, NotImplementedError) as error:
-        raise RuntimeError(
-            f"the TPU's compiler is not here ({error}); pip install 'early_exit[tpu-compile]'"
-        ) from error
-    return found.devices, pod.CHIPS[kind]
-
-
-def model_of(config: ConfigDict, blocks: int | None = None) -> MultiExit:
-    """The config's model, from shapes alone; with `blocks`, a shorter one with exits to match."""
-    model = assemble.abstract_model(config)
-    if blocks is None:
-        return model
-    network, exits = dataclasses.replace(model.config, depth=blocks), model.exits
-    scaled = [round(point * blocks / model.config.depth) for point in exits.points]
-    points = tuple(sorted({min(max(point, 1), blocks - 1) for point in scaled}))
-    return MultiExit(network, dataclasses.replace(exits, points=points))
-
-
-def tuning(config: ConfigDict, model: MultiExit, mesh, chip: pod.Chip | None) -> pod.Estimate:
-    """Of one step of a run (`training.plan`)."""
-    config = config.copy_and_resolve_references()
-    config.exits.points = model.exits.points
-    model = assemble.for_tuning(config, model)
-    parts = (plan.state, plan.frozen)
-    args = (*(part(config, model, mesh) for part in parts), plan.token_batch(config, mesh))
-    traced = plan.step(config, model, mesh).trace(*args)
-    return pod.estimate(traced, args, mesh, chip)
-
-
-def decoding(
-    config: ConfigDict,
-    model: MultiExit,
-    mesh,
-    chip: pod.Chip | None,
-    rows: int,
-    positions: int,
-    how: mode.Mode,
-) -> pod.Estimate:
-    """Of one sweep of the decoding loop, in which every row goes through all blocks.
-
-    Matrices are split as in tuning, rows over `data` and `fsdp`, the cache's heads over `tensor`.
-
-    Args:
-      rows: of all chips together.
-      positions: of each row, prompt and answer together.
-    """
-    dtype = jnp.dtype(config.model.dtype)
-    _, backbone = base.abstract(model.config.build)
-    params = {
-        "backbone": plan.typed(backbone, dtype),
-        "exits": model.abstract_exits(dtype),
-    }
-    if config.exits.classes:
-        params["token_ids"] = jax.ShapeDtypeStruct((config.exits.classes,), jnp.int32)
-    params = plan.placed(params, sharding.shardings(params, mesh))
-    start = functools.partial(
-        initial_state, model, [[0]] * rows, positions - how.capacity, mode=how, dtype=dtype
-    )
-    state = jax.eval_shape(lambda: start(key=jax.random.key(0)))
-    by_row = sharding.batch_sharding(mesh)
-    heads = sharding.cache_sharding(mesh, model.config.kv_heads)
-    where = jax.tree.map(lambda _: by_row, state)
-    where = where.change(cache=jax.tree.map(lambda _: heads, state.cache))
-    policy = ExitPolicy(
-        jax.ShapeDtypeStruct((len(model.exits.points),), jnp.float32), config.calibrate.confidence
-    )
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    stops = jax.ShapeDtypeStruct((1,), jnp.int32)
-    args = (params, plan.placed(state, where), policy, stops, scalar, scalar)
-    traced = decode.decode.trace(*args, model=model, mode=how)
-    return pod.estimate(traced, args, mesh, chip)
 
 
 def memory_rows(estimate: pod.Estimate) -> list[tuple[str, float]]:

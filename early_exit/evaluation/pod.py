@@ -140,7 +140,8 @@ def estimate(traced: Any, args: Any, mesh: Mesh, chip: Chip | None) -> Estimate:
         return Estimate(**known, needed=needed, temporaries=None, program=None)
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    fixed = memory.argument_size_in_bytes + memory.generated_code_size_in_bytes
+    # All arguments, also those that the program does not look at: they are there.
+    fixed = arguments + memory.generated_code_size_in_bytes
     return Estimate(
         **known,
         needed=fixed + new + memory.temp_size_in_bytes,

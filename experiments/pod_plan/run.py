@@ -17,8 +17,8 @@ from early_exit.evaluation import cost, pod
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.inference import mode
 from early_exit.metrics import table
+from early_exit.training import ahead
 from experiments import bars
-from launch import compile as compiling
 
 # Rows over `data`, matrices over `tensor`: the frozen backbone is never gathered.
 SLICES = {
@@ -33,7 +33,7 @@ BATCH_AXES = {"data", "fsdp"}
 def main(argv):
     del argv
     config = llama2_70b.get_config()
-    model = compiling.model_of(config, 16 if bars.QUICK.value else None)
+    model = ahead.model_of(config, 16 if bars.QUICK.value else None)
     analytic = _analytic_flops(config, model)
     heads = tree.size_in_bytes(model.abstract_exits(config.model.dtype))
     rows, checks, figures = [], [], {}
@@ -94,8 +94,8 @@ DECODE_HEADER = (
 
 
 def _tuning(config: ConfigDict, model: MultiExit, name: str, axes: dict) -> pod.Estimate:
-    devices, chip = compiling.topology(name)
-    estimate = compiling.tuning(config, model, sharding.make_mesh(axes, devices), chip)
+    devices, chip = ahead.topology(name)
+    estimate = ahead.tuning(config, model, sharding.make_mesh(axes, devices), chip)
     if estimate.program is None:
         raise SystemExit(f"{name}: does not fit, {estimate.needed / pod.GIB:.1f} GiB are needed")
     return estimate
@@ -112,7 +112,7 @@ def _row(name: str, estimate: pod.Estimate, config: ConfigDict, analytic: int) -
         estimate.program.flops / 1e12,
         1e3 * estimate.compute_seconds,
         1e3 * estimate.exchange_seconds,
-        tokens * compiling.SECONDS_PER_DAY / seconds / 1e9,
+        tokens * 86_400 / seconds / 1e9,
         config.tune.steps * seconds / 3600,
     )
 
@@ -160,9 +160,9 @@ def _in_block_loops(estimate: pod.Estimate) -> int:
 
 def _decoding(config: ConfigDict, model: MultiExit, rows: int) -> pod.Estimate:
     """Of a sweep in which every exit is consulted and every row goes through all blocks."""
-    devices, chip = compiling.topology(DECODE_ON)
+    devices, chip = ahead.topology(DECODE_ON)
     mesh = sharding.make_mesh(DECODE_MESH, devices)
-    return compiling.decoding(config, model, mesh, chip, rows, POSITIONS, mode.LOSSY)
+    return ahead.decoding(config, model, mesh, chip, rows, POSITIONS, mode.LOSSY)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from early_exit import assemble, sharding, tree
 from early_exit.backbones import base
 from early_exit.config import override
 from early_exit.evaluation import cost
-from early_exit.training import plan
-from launch import compile as compiling
+from early_exit.training import ahead, plan
 
 ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -31,7 +30,7 @@ from configs import tiny
 from early_exit import assemble, sharding, tree
 from early_exit.backbones import base
 from early_exit.config import override
-from launch import compile as compiling
+from early_exit.training import ahead
 
 found = {}
 for train in ("exits", "all"):
@@ -41,7 +40,7 @@ for train in ("exits", "all"):
     })
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model = assemble.abstract_model(config)
-    estimate = compiling.tuning(config, model, mesh, None)
+    estimate = ahead.tuning(config, model, mesh, None)
     reduced = [
         each for each in estimate.program.collectives
         if each.kind in ("all-reduce", "reduce-scatter") and {"data", "fsdp"} & {*each.axes}
@@ -80,34 +79,37 @@ def test_a_frozen_backbone_has_no_gradient_to_exchange():
     assert tandem["reduced"] >= tandem["trained"] / 2 > 2 * frozen["trained"]
 
 
-def test_the_command_prints_what_a_step_costs():
-    flags = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-    what = ["-m", "launch.compile", "--config=configs/tiny.py", "--config.model.scan"]
-    done = command(*what, *flags, "--config.exits.head=norm", **DEVICES)
+@pytest.mark.parametrize(
+    ("what", "work"), [("tune", "compiled ÷ traced"), ("decode", "a sweep at full depth")]
+)
+def test_the_command_prints_what_a_program_costs(launch, what, work):
+    flags = ["--config=configs/tiny.py", "--config.model.scan", "--config.exits.head=norm"]
+    done = launch("compile", *flags, f"--what={what}", "--blocks=3", "--positions=64")
     assert done.returncode == 0, done.stderr
-    assert "tune on this host: 8 chips (data 2, fsdp 2, tensor 2), 6 blocks" in done.stdout
-    for part in ("memory of a chip", "made on the way", "compiled ÷ traced", "all-reduce"):
+    assert f"{what} on this host: 1 chips (data 1, fsdp 1, tensor 1), 3 blocks" in done.stdout
+    for part in ("memory of a chip", "made on the way", "traced, a chip", work):
         assert part in done.stdout
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--topology=v3:2x2", r"unknown chip in --topology=v3:2x2; known are v5e, v5p, v6e"),
+        ("--topology=v3:2x2", "unknown chip in topology 'v3:2x2'; known are v5e, v5p, v6e"),
         ("--config.mesh.tensor=3", "does not use exactly"),
+        ("--config=configs/digits_resnet.py", "only language models are compiled ahead"),
         ("--config.model.dtpye=float32", "no such setting"),
     ],
 )
-def test_bad_input_is_a_sentence(flag, message):
-    done = command("-m", "launch.compile", "--config=configs/tiny.py", flag, **DEVICES)
+def test_bad_input_is_a_sentence(launch, flag, message):
+    done = launch("compile", "--config=configs/tiny.py", flag)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_shorter_model_has_its_exits_where_the_longer_one_has_them():
     config = llama2_70b.get_config()
-    model = compiling.model_of(config, blocks=16)
+    model = ahead.model_of(config, blocks=16)
     assert model.config.depth == 16 and model.exits.points == (2, 4, 6, 8, 10, 12, 14, 15)
-    assert compiling.model_of(config) == assemble.abstract_model(config)
+    assert ahead.model_of(config) == assemble.abstract_model(config)
 
 
 @pytest.mark.parametrize(
@@ -163,4 +165,4 @@ def test_programs_for_a_tpu(what):
     for part in ("15.750", "XLA's estimate for one chip", "million tokens a day"):
         assert part in done.stdout
     gone = command("-m", "launch.compile", "--config=configs/tiny.py", "--topology=v5e:3x5")
-    assert gone.returncode == 1 and "--topology=v5e:3x5 is no slice of chips" in gone.stderr
+    assert gone.returncode == 1 and "topology 'v5e:3x5' is no slice of chips" in gone.stderr
