@@ -1,4 +1,4 @@
-"""What a run says while it runs: a metrics file, TensorBoard, a progress bar, tables.
+"""What a run says while it runs: metrics files, TensorBoard, a progress bar, tables.
 
 The one idea: every write is one whole line that a killed run cannot lose, and a run that goes on
 from an earlier step first takes back the lines written after it.
@@ -15,13 +15,18 @@ from typing import Any, TextIO
 import tensorboardX
 import tqdm
 
+# What follows from config, data and weights; a run that was interrupted has the same lines.
 FILE = "metrics.jsonl"
+# What depends on the machine: rates and memory.
+SPEED = "speed.jsonl"
 # Without a terminal, progress is a line at a time.
 _SECONDS_BETWEEN_LINES = 30
 
 
 class MetricsWriter:
-    """Scalars by step, as lines of `metrics.jsonl` and as TensorBoard events in `tensorboard/`.
+    """Scalars by step, as lines of a file and as TensorBoard events in `tensorboard/`.
+
+    The files are `metrics.jsonl`, and `speed.jsonl` for what no other run would repeat.
 
     A context manager. With several processes, only the first should have one.
     """
@@ -33,22 +38,25 @@ class MetricsWriter:
         """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_later_lines(folder / FILE, resumed_step)
-        self._file = (folder / FILE).open("a")
+        self._files = {}
+        for name in (FILE, SPEED):
+            _drop_later_lines(folder / name, resumed_step)
+            self._files[name] = (folder / name).open("a")
         self._events = tensorboardX.SummaryWriter(
             str(folder / "tensorboard"), purge_step=0 if resumed_step is None else resumed_step + 1
         )
 
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+    def write(self, step: int, scalars: Mapping[str, Any], file: str = FILE) -> None:
         """Writes one line, `{"step": …, name: number, …}`; null stands for NaN and infinities."""
         numbers = {name: _number(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": int(step), **numbers}) + "\n")
-        self._file.flush()
+        self._files[file].write(json.dumps({"step": int(step), **numbers}) + "\n")
+        self._files[file].flush()
         for name, value in scalars.items():
             self._events.add_scalar(name, float(value), int(step))
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -58,9 +66,9 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that a killed run left unfinished is left out."""
-    return [json.loads(line) for line in _whole_lines(pathlib.Path(folder) / FILE)]
+def read_metrics(folder: str | os.PathLike, file: str = FILE) -> list[dict[str, Any]]:
+    """The lines of a run's file; a last line that a killed run left unfinished is left out."""
+    return [json.loads(line) for line in _whole_lines(pathlib.Path(folder) / file)]
 
 
 def _whole_lines(path: pathlib.Path) -> list[str]:

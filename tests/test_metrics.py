@@ -58,6 +58,20 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert steps_of(tmp_path) == [0, 10]
 
 
+def test_what_depends_on_the_machine_has_a_file_of_its_own(tmp_path):
+    for resumed, speed in [(None, 5.0), (1, 6.0)]:
+        with metrics.MetricsWriter(tmp_path, resumed) as writer:
+            for step in (1, 2):
+                if step > (resumed or 0):
+                    writer.write(step, {"loss": 0.5})
+                    writer.write(step, {"tokens_per_second": speed}, metrics.SPEED)
+    assert metrics.read_metrics(tmp_path) == [{"step": step, "loss": 0.5} for step in (1, 2)]
+    assert metrics.read_metrics(tmp_path, metrics.SPEED) == [
+        {"step": 1, "tokens_per_second": 5.0},
+        {"step": 2, "tokens_per_second": 6.0},
+    ]
+
+
 def test_the_half_line_of_a_killed_run_is_dropped(tmp_path):
     write_steps(tmp_path, [1, 2])
     with (tmp_path / metrics.FILE).open("a") as file:

@@ -21,6 +21,9 @@ from early_exit.backbones.resnet import ResNetConfig
 from early_exit.exits import heads
 from early_exit.exits.multi_exit import MultiExit
 
+# How jax names what `jax.checkpoint` computes again.
+_AGAIN = "rematted_computation"
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -76,15 +79,21 @@ def multiply_adds(function: Callable, *args) -> int:
     return traced_multiply_adds(jax.make_jaxpr(function)(*args))
 
 
-def traced_multiply_adds(traced: jax.extend.core.ClosedJaxpr) -> int:
-    """The same of a program that has been traced."""
-    return _multiply_adds(traced.jaxpr)
+def traced_multiply_adds(traced: jax.extend.core.ClosedJaxpr, *, again: bool = True) -> int:
+    """The same of a program that has been traced.
+
+    Args:
+      again: whether to count what a backward pass computes a second time (`jax.checkpoint`).
+    """
+    return _multiply_adds(traced.jaxpr, again)
 
 
-def _multiply_adds(jaxpr) -> int:
+def _multiply_adds(jaxpr, again: bool = True) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
+        if not again and _AGAIN in str(equation.source_info.name_stack):
+            continue
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
@@ -94,7 +103,8 @@ def _multiply_adds(jaxpr) -> int:
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += equation.outvars[0].aval.size * kernel.size // outputs
         else:
-            inner = [_multiply_adds(sub) for sub in jax.extend.core.jaxprs_in_params(params)]
+            subs = jax.extend.core.jaxprs_in_params(params)
+            inner = [_multiply_adds(sub, again) for sub in subs]
             times = params["length"] if name == "scan" else 1
             total += times * (max(inner, default=0) if name == "cond" else sum(inner))
     return total

@@ -20,9 +20,9 @@ from early_exit.config import ConfigDict
 from early_exit.data import transforms
 from early_exit.data.stream import TrainingBatches
 from early_exit.evaluation import exits as evaluation
-from early_exit.metrics import MetricsWriter, progress
+from early_exit.metrics import SPEED, MetricsWriter, progress
 from early_exit.training import optimizer as optimizers
-from early_exit.training import plan, preemption
+from early_exit.training import pace, plan, preemption
 from early_exit.training import step as steps
 
 
@@ -69,12 +69,15 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
             if not first_process:
                 return
             writer.write(step, scalars | {"learning_rate": float(run.schedule(step - 1))})
+            writer.write(step, clock.lap(), SPEED)
             bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
             bar.update(size)
 
-        unsettled = None
+        unsettled, clock = None, None
         for step in range(first + 1, total + 1):
-            state, metrics = run.step(state, run.frozen, run.place_batch(next(batches)))
+            batch = run.place_batch(next(batches))
+            clock = clock or run.clock(state, batch)
+            state, metrics = run.step(state, run.frozen, batch)
             if unsettled:  # read while this step runs
                 settle(*unsettled)
             unsettled = step, metrics
@@ -91,6 +94,8 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
                     writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
             if saves:  # last: a checkpoint stands for all that was written before it
                 saver.save(step, state, batches.get_state(), run.metadata)
+            if saves or validates:
+                clock.start()
             if leaves:
                 batches.close()
                 raise preemption.Preempted(f"asked to leave, saved after step {step} of {total}")
@@ -156,6 +161,14 @@ class Run:
 
     def place_batch(self, batch: dict) -> dict:
         return sharding.place_batch(batch, self.mesh, self.config.data.batch_size)
+
+    def clock(self, state: steps.TuneState, batch: dict) -> pace.Pace:
+        """For steps like this one, which may be about to run for the first time."""
+        utilised = None
+        if peak := pace.peak(self.mesh.devices.flat):
+            # The step is traced in any case, and only once.
+            utilised = pace.flops(self.step.trace(state, self.frozen, batch)) / peak
+        return pace.Pace(self.feed.unit, self.feed.per_batch, utilised)
 
     def validate(self, params: dict) -> list[dict]:
         """A row per exit on the first held-out batches (`evaluation.exits.summary`)."""

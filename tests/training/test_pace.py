@@ -1,0 +1,123 @@
+"""Rates, the share of the peak and memory, against counts made by hand."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import tiny
+from early_exit.config import override
+from early_exit.evaluation import pod
+from early_exit.metrics import SPEED, read_metrics
+from early_exit.training import loop, pace
+from early_exit.training import step as steps
+
+
+def device(kind, **stats):
+    return types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats or None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+    ],
+)
+def test_peaks(kind, teraflops):
+    assert pace.peak([device(kind)] * 4) == 4e12 * teraflops
+
+
+def test_no_peak_is_made_up():
+    assert pace.peak(jax.devices()) is None
+    assert pace.peak([device("TPU v5e"), device("TPU v9")]) is None
+    assert pace.peak([device("TPU v4 lite")]) is None
+    assert {chip.flops for chip in pod.CHIPS.values()} <= {peak for _, peak in pace.PEAKS}
+
+
+def test_what_is_computed_again_is_no_model_flop():
+    """Of y = f(x W) three products: one forward, two backward, in a loop and out of it."""
+    weights, x = jnp.ones((5, 8, 8)), jnp.ones((4, 8))
+
+    def loss(weights, x, body):
+        x, _ = jax.lax.scan(lambda x, w: (body(x, w), None), x, weights)
+        return body(x, weights[0]).sum()
+
+    def counted(body):
+        step = jax.jit(jax.grad(lambda *args: loss(*args, body), argnums=(0, 1)))
+        traced = step.trace(weights, x)
+        return pace.flops(traced), 2 * pace.cost.traced_multiply_adds(traced.jaxpr)
+
+    def body(x, w):
+        return jnp.tanh(x @ w)
+
+    wanted = 6 * 3 * 2 * 4 * 8 * 8
+    assert counted(body) == (wanted, wanted)
+    assert counted(jax.checkpoint(body)) == (wanted, wanted * 4 // 3)
+
+
+def test_memory_is_the_fullest_devices():
+    devices = [
+        device("TPU v4", bytes_in_use=3, peak_bytes_in_use=9),
+        device("TPU v4", bytes_in_use=5, peak_bytes_in_use=7),
+    ]
+    assert pace.memory(devices) == {"memory_bytes": 5, "memory_peak_bytes": 9}
+    host = pace.memory([device("cpu")])
+    assert 2**20 < host["host_memory_bytes"] <= host["host_memory_peak_bytes"] < 2**40
+
+
+def test_rates_leave_out_what_is_no_step(monkeypatch):
+    now = iter([10.0, 10.5, 30.0, 30.25])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(now))
+    clock = pace.Pace("tokens", 1000, utilised=0.1)
+    assert "tokens_per_second" not in clock.lap()  # compiled
+    lap = clock.lap()
+    assert (lap["tokens_per_second"], lap["mfu"]) == (2000, pytest.approx(0.2))
+    clock.start()  # after a validation
+    assert clock.lap()["tokens_per_second"] == 4000
+
+
+def test_a_run_writes_them_for_every_step(tmp_path, monkeypatch):
+    config = override(
+        tiny.get_config(),
+        {
+            "exits.head": "embedding",
+            "exits.points": (3,),
+            "data.sequence_length": 16,
+            "tune.steps": 3,
+            "tune.checkpoint_every": 2,
+            "tune.validation_batches": 1,
+        },
+    )
+    monkeypatch.setattr(pace, "PEAKS", (("cpu", 1e12),))
+    traces, observe = [], steps.observe
+    monkeypatch.setattr(
+        steps, "observe", lambda *args, **kwargs: traces.append(1) or observe(*args, **kwargs)
+    )
+    loop.tune(config, tmp_path)
+    assert len(traces) == 1  # counting takes no tracing of its own
+    lines = read_metrics(tmp_path, SPEED)
+    assert [line.pop("step") for line in lines] == [1, 2, 3]
+    assert all("host_memory_bytes" in line for line in lines)
+    assert "tokens_per_second" not in lines[0] and "mfu" not in lines[0]
+    ratios = [line["mfu"] / line["tokens_per_second"] for line in lines[1:]]
+    assert ratios[0] == pytest.approx(ratios[1])
+    flops = ratios[0] * 1e12  # of a token
+
+    # By hand, per token: all six blocks and the output matrix forward, for the teacher; the head's
+    # 129 rows forward, and backward to its weights and its input, or one of these.
+    width, keys, wide, length = 32, 16, 64, 16
+    block = 2 * width * width + 2 * width * keys + 3 * width * wide + 2 * length * width
+    teacher = 6 * block + 320 * width + 128 * width
+    head = 129 * width
+    assert 2 * (teacher + 2 * head) <= flops <= 2 * (teacher + 3 * head)
