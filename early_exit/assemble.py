@@ -1,7 +1,7 @@
 """From a config to the model it names, and from a run's folder back to its tuned model.
 
     workdir/config.json  checkpoints/  records.npz  policy.json  evaluation.json
-            metrics.jsonl  speed.jsonl  tensorboard/  report.html
+            metrics.jsonl  speed.jsonl  tensorboard/  report.html  bad_batch_<step>.npz
 
 The one idea: a run is its folder. Every command after `tune` needs only the folder, because the
 config and the backbone's fingerprint are in it, and refuses one that does not fit the weights.

@@ -111,9 +111,18 @@ class Saver:
         self.close()
 
 
+def steps(folder: epath.PathLike) -> list[int]:
+    """Of all whole checkpoints in `folder`, rising."""
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.isdecimal()]
+    return sorted(int(path.name) for path in found if ocp.is_orbax_checkpoint(path))
+
+
 def latest_step(folder: epath.PathLike) -> int | None:
     """Step of the newest whole checkpoint in `folder`, None without one."""
-    return max(_steps(folder), default=None)
+    return max(steps(folder), default=None)
 
 
 def restore(folder: epath.PathLike, like: Tree, step: int | None = None) -> tuple[Tree, Any]:
@@ -154,23 +163,15 @@ def _info(path: epath.Path) -> dict[str, Any]:
         return ocp.load_checkpointables(path, {"info": None})["info"]
 
 
-def _steps(folder: epath.PathLike) -> list[int]:
-    folder = epath.Path(folder)
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if path.name.isdecimal()]
-    return sorted(int(path.name) for path in found if ocp.is_orbax_checkpoint(path))
-
-
 def _path(folder: epath.PathLike, step: int | None) -> epath.Path:
-    steps = _steps(folder)
-    if not steps:
+    found = steps(folder)
+    if not found:
         raise FileNotFoundError(f"no checkpoint in {folder}")
-    if step is not None and step not in steps:
+    if step is not None and step not in found:
         raise FileNotFoundError(
-            f"no checkpoint of step {step} in {folder}; it has {', '.join(map(str, steps))}"
+            f"no checkpoint of step {step} in {folder}; it has {', '.join(map(str, found))}"
         )
-    return epath.Path(folder).absolute() / str(steps[-1] if step is None else step)
+    return epath.Path(folder).absolute() / str(found[-1] if step is None else step)
 
 
 def _check(path: epath.Path, saved: dict[str, Any], like: dict[str, Any]) -> None:

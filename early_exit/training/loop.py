@@ -21,8 +21,8 @@ from early_exit.data import transforms
 from early_exit.data.stream import TrainingBatches
 from early_exit.evaluation import exits as evaluation
 from early_exit.metrics import SPEED, MetricsWriter, progress
+from early_exit.training import bad_batch, pace, plan, preemption
 from early_exit.training import optimizer as optimizers
-from early_exit.training import pace, plan, preemption
 from early_exit.training import step as steps
 
 
@@ -35,7 +35,8 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
 
     Raises:
       ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`.
-      FloatingPointError: the loss is not finite; the last good checkpoint is kept.
+      FloatingPointError: the loss or a gradient is not finite; the last good checkpoint is kept,
+        and the batch beside it (see `replay`).
       OSError: a checkpoint cannot be written.
       preemption.Preempted: asked to leave by SIGTERM; saved after the step that was running.
     """
@@ -57,14 +58,15 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
             bar = progress(total * size, unit=run.feed.unit, done=first * size)
             stack.enter_context(bar)
 
-        def settle(step: int, metrics: dict) -> None:
+        def settle(step: int, metrics: dict, batch: dict) -> None:
             """Waits for a step's metrics and refuses what is not finite."""
             scalars = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
                 raise FloatingPointError(
                     f"step {step}: the loss is {scalars['loss']} and the gradient norm "
-                    f"{scalars['grad_norm']}. The last good checkpoint is kept; lower "
-                    "tune.learning_rate, or look for broken text"
+                    f"{scalars['grad_norm']}. The last good checkpoint is kept"
+                    f"{bad_batch.keep(workdir, step, batch)}; then lower tune.learning_rate, or "
+                    "look for broken data"
                 )
             if not first_process:
                 return
@@ -80,7 +82,7 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
             state, metrics = run.step(state, run.frozen, batch)
             if unsettled:  # read while this step runs
                 settle(*unsettled)
-            unsettled = step, metrics
+            unsettled = step, metrics, batch
             leaves = asked_to_leave(step) and step < total
             saves = leaves or step == total or step % config.tune.checkpoint_every == 0
             validates = step == total or step % config.tune.validate_every == 0
