@@ -1,11 +1,14 @@
 """Tunes the exits of a pretrained model; goes on where a killed run stopped.
 
     python -m launch.tune --config=configs/smollm2_135m.py:head=mlp --workdir=runs/smollm2
+    python -m launch.tune … --profile=10:12     # a trace of these steps, for TensorBoard
 
 Alone, or as one process of several (see `launch.processes`). Asked to leave by SIGTERM, it saves
 and leaves with status 75. At the end, prints a row per exit on held-out data; the same numbers and
 more are in the folder's metrics.
 """
+
+import re
 
 import jax
 from absl import flags
@@ -14,15 +17,34 @@ from early_exit.metrics import table
 from early_exit.training.loop import tune
 from launch import common, processes
 
+PROFILE = flags.DEFINE_string(
+    "profile", None, "START:STOP, the first and the last step to trace with jax.profiler."
+)
+
 
 def main(argv):
     common.no_arguments(argv)
+    profile = steps_of(PROFILE.value)
     processes.initialize()
-    rows = tune(common.CONFIG.value, common.workdir())
+    rows = tune(common.CONFIG.value, common.workdir(), profile)
     if jax.process_index():
         return
     print(table([row.values() for row in rows], header=list(rows[0])))
     print(f"tuned exits in {common.workdir()}")
+
+
+def steps_of(text: str | None) -> tuple[int, int] | None:
+    """`10:12` → (10, 12).
+
+    Raises:
+      ValueError: no such pair.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+:\d+", text):
+        raise ValueError(f"--profile={text} is not START:STOP, two steps such as 10:12")
+    start, stop = map(int, text.split(":"))
+    return start, stop
 
 
 if __name__ == "__main__":

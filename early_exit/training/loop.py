@@ -26,21 +26,30 @@ from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
 
 
-def tune(config: ConfigDict, workdir: Path) -> list[dict]:
+def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
     """Tunes the exits of the config's model; returns a row per exit on the validation split.
 
     In tandem with the backbone, or a backbone alone, where the config says so (`tune.train`). Goes
     on from the newest checkpoint in `workdir` if there is one. At the end, the last checkpoint
     there holds what was tuned.
 
+    Args:
+      profile: the first and the last step to trace with `jax.profiler`, into `tensorboard/`.
+
     Raises:
-      ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`.
+      ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`, or
+        steps to trace that are not run.
       FloatingPointError: the loss or a gradient is not finite; the last good checkpoint is kept,
         and the batch beside it (see `replay`).
       OSError: a checkpoint cannot be written.
       preemption.Preempted: asked to leave by SIGTERM; saved after the step that was running.
     """
     total, first = config.tune.steps, checkpoint.latest_step(workdir / CHECKPOINTS) or 0
+    if profile and not first < profile[0] <= profile[1] <= total:
+        raise ValueError(
+            f"the steps to profile, {profile[0]}:{profile[1]}, do not rise, or are not among those "
+            f"that are to be run: {f'{first + 1} to {total}' if first < total else 'none are left'}"
+        )
     run = Run(config, workdir)
     size = run.feed.per_batch
     state, batches = run.state(), run.batches()
@@ -75,20 +84,30 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
             bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
             bar.update(size)
 
+        trace = stack.enter_context(contextlib.ExitStack())
         unsettled, clock = None, None
         for step in range(first + 1, total + 1):
             batch = run.place_batch(next(batches))
             clock = clock or run.clock(state, batch)
-            state, metrics = run.step(state, run.frozen, batch)
+            if profile and step == profile[0]:
+                if unsettled:  # no step but those asked for
+                    settle(*unsettled)
+                    unsettled = None
+                trace.enter_context(jax.profiler.trace(workdir / "tensorboard"))
+            with jax.profiler.StepTraceAnnotation("tune", step_num=step):
+                state, metrics = run.step(state, run.frozen, batch)
             if unsettled:  # read while this step runs
                 settle(*unsettled)
             unsettled = step, metrics, batch
             leaves = asked_to_leave(step) and step < total
             saves = leaves or step == total or step % config.tune.checkpoint_every == 0
             validates = step == total or step % config.tune.validate_every == 0
-            if saves or validates:
+            traced = profile is not None and step == profile[1]
+            if saves or validates or traced:
                 settle(*unsettled)
                 unsettled = None
+            if traced:
+                trace.close()
             if validates:
                 rows = run.validate(state["params"])
                 for row in rows if first_process else ():
@@ -96,7 +115,7 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
                     writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
             if saves:  # last: a checkpoint stands for all that was written before it
                 saver.save(step, state, batches.get_state(), run.metadata)
-            if saves or validates:
+            if saves or validates or traced:
                 clock.start()
             if leaves:
                 batches.close()
