@@ -39,6 +39,7 @@ def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = No
     Raises:
       ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`, or
         steps to trace that are not run.
+      RuntimeError: the step was compiled more than once, which on a pod costs more than it trains.
       FloatingPointError: the loss or a gradient is not finite; the last good checkpoint is kept,
         and the batch beside it (see `replay`).
       OSError: a checkpoint cannot be written.
@@ -115,6 +116,8 @@ def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = No
                     writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
             if saves:  # last: a checkpoint stands for all that was written before it
                 saver.save(step, state, batches.get_state(), run.metadata)
+            if saves or validates:
+                run.check_compiled_once(step)
             if saves or validates or traced:
                 clock.start()
             if leaves:
@@ -190,6 +193,15 @@ class Run:
             # The step is traced in any case, and only once.
             utilised = pace.flops(self.step.trace(state, self.frozen, batch)) / peak
         return pace.Pace(self.feed.unit, self.feed.per_batch, utilised)
+
+    def check_compiled_once(self, step: int) -> None:
+        programs = self.step._cache_size()
+        if programs > 1:
+            raise RuntimeError(
+                f"by step {step} the tuning step has been compiled {programs} times: batches, or "
+                "the state, changed their shape, type or place on the way. The data source must "
+                "give batches that are alike; if it does, please report this"
+            )
 
     def validate(self, params: dict) -> list[dict]:
         """A row per exit on the first held-out batches (`evaluation.exits.summary`)."""
