@@ -26,6 +26,7 @@ setup(
     },
     install_requires=[
         "absl-py>=2.1",
+        "array_record>=0.8.1",
         "etils[epath]>=1.10",
         "flax>=0.12.8,<0.13",
         "gguf>=0.17,<1",

@@ -83,6 +83,7 @@ def settings(
                 # Half the final exit's: it is the one to keep. Heads learn as fast in any case, for
                 # AdamW takes no notice of scale.
                 "weights": (0.5,) * len(points),
+                "accumulate": 1,
                 "steps": steps,
                 "optimizer": "adamw",
                 "learning_rate": 4e-3,

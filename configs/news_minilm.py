@@ -63,6 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "train": arg.train,
                 "loss": arg.loss,
                 "weights": (),
+                "accumulate": 1,
                 "steps": steps,
                 "optimizer": "adamw",
                 "learning_rate": 1e-3,

@@ -56,6 +56,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "train": "exits",  # or "all": in tandem with the backbone
                 "loss": "kl",
                 "weights": (),  # one per exit; all 1 if empty
+                "start_weights": (),  # of the first step, one per exit, if they are to move
+                "weight_steps": 0,  # until they have become `weights`
+                "weight_path": "linear",  # or "cosine"
+                "by_confidence": False,  # each position counts by the exit's confidence in it
+                # Or "rotational", a share of the exits in turn, or "gradual", one more at a time.
+                "curriculum": "all",
+                "curriculum_period": 1,  # one exit in so many; a further one after so many steps
+                "layer_dropout": 0.0,  # how often the last block is left out, earlier ones less
+                "accumulate": 1,  # parts in which a batch goes through the network
                 "steps": steps,
                 "optimizer": "adamw",
                 "learning_rate": 1e-3,

@@ -75,6 +75,7 @@ def exit_losses(
     token_ids: jax.Array | None = None,
     chunk: int = CHUNK,
     parts: int = 1,
+    by_confidence: bool = False,
 ) -> jax.Array:
     """Loss of every exit at every position, float32 [E, N], in nats.
 
@@ -91,6 +92,8 @@ def exit_losses(
       token_ids: int32 [R], the tokens that the first R rows of `tables` stand for, if reduced.
       chunk: columns of logits that a device holds at a time, all exits together.
       parts: over how many devices the rows of the output matrices are split.
+      by_confidence: each loss is multiplied by the exit's highest probability of a token at its
+        position, through which no gradient flows.
 
     Raises:
       ValueError: not exactly one of labels and teacher.
@@ -146,7 +149,10 @@ def exit_losses(
             value = logits(feature, table[-1:])[:, 0]
             normalizer_e = jnp.logaddexp(normalizer_e, value)
             cross = cross + rest * value
-        losses.append(normalizer_e - cross + negentropy)
+        loss = normalizer_e - cross + negentropy
+        if by_confidence:
+            loss *= jax.lax.stop_gradient(jnp.exp(peak - normalizer_e))
+        losses.append(loss)
     return jnp.stack(losses)
 
 
@@ -155,6 +161,7 @@ def class_losses(
     *,
     labels: jax.Array | None = None,
     teacher: jax.Array | None = None,
+    by_confidence: bool = False,
 ) -> jax.Array:
     """Loss of every exit of a classifier on every example, float32 [E, N], in nats.
 
@@ -164,6 +171,7 @@ def class_losses(
       logits: per exit, [N, C].
       labels: int32 [N].
       teacher: logits [N, C] of the distribution to match. No gradient flows into it.
+      by_confidence: as for `exit_losses`.
 
     Raises:
       ValueError: not exactly one of labels and teacher.
@@ -172,10 +180,13 @@ def class_losses(
         raise ValueError("give class_losses either labels or a teacher")
     log_probs_ENC = jax.nn.log_softmax(jnp.stack(logits))
     if teacher is None:
-        return -jnp.take_along_axis(log_probs_ENC, labels[None, :, None], axis=-1)[..., 0]
-    target_NC = jax.nn.log_softmax(jax.lax.stop_gradient(teacher))
-    gap_ENC = target_NC[None] - log_probs_ENC
-    return (jnp.exp(target_NC)[None] * gap_ENC).sum(-1)
+        losses_EN = -jnp.take_along_axis(log_probs_ENC, labels[None, :, None], axis=-1)[..., 0]
+    else:
+        target_NC = jax.nn.log_softmax(jax.lax.stop_gradient(teacher))
+        losses_EN = (jnp.exp(target_NC)[None] * (target_NC[None] - log_probs_ENC)).sum(-1)
+    if by_confidence:
+        losses_EN *= jax.lax.stop_gradient(jnp.exp(log_probs_ENC.max(-1)))
+    return losses_EN
 
 
 def right(

@@ -48,9 +48,20 @@ class Backbone(nnx.Module):
         return *self.stem(inputs), {}
 
     def run_blocks_training(
-        self, hidden: jax.Array, start: int, stop: int, context: Any
+        self,
+        hidden: jax.Array,
+        start: int,
+        stop: int,
+        context: Any,
+        kept: jax.Array | None = None,
     ) -> tuple[jax.Array, Moments]:
-        """Like `run_blocks` where they are trained; see `stem_training`."""
+        """Like `run_blocks` where they are trained; see `stem_training`.
+
+        Args:
+          kept: bool [L, B], which blocks each row runs; None for all. Only networks that
+            `drops_blocks` take it.
+        """
+        assert kept is None
         return self.run_blocks(hidden, start, stop, context), {}
 
     @abc.abstractmethod
@@ -90,6 +101,7 @@ class BackboneConfig(abc.ABC):
       head_kinds: the exit heads that it can carry (see `exits.heads`).
       grid_cells: how many places heads of the kind `grid` tell apart.
       scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
+      drops_blocks: whether rows can leave blocks out in training.
     """
 
     depth: int
@@ -98,6 +110,7 @@ class BackboneConfig(abc.ABC):
     pools: ClassVar[bool]
     head_kinds: ClassVar[tuple[str, ...]]
     grid_cells: ClassVar[int] = 0
+    drops_blocks: ClassVar[bool] = False
     scan = False
 
     @abc.abstractmethod

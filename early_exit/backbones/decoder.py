@@ -83,6 +83,7 @@ class DecoderConfig(base.BackboneConfig):
     remat: str = "none"
 
     pools: ClassVar[bool] = False
+    drops_blocks: ClassVar[bool] = True
     head_kinds: ClassVar[tuple[str, ...]] = ("embedding", "norm", "mlp", "layer")
 
     def __post_init__(self):
@@ -344,9 +345,13 @@ class Decoder(base.Backbone):
 
         return jax.lax.scan(run, hidden, jnp.arange(start, stop))[0]
 
-    def run_blocks_training(self, hidden, start, stop, context):
-        def run(definition, hidden, params):
-            return nnx.merge(definition, params)(hidden, context)[0], None
+    def run_blocks_training(self, hidden, start, stop, context, kept=None):
+        def run(definition, hidden, xs):
+            params, kept_B = xs
+            after, _ = nnx.merge(definition, params)(hidden, context)
+            if kept_B is not None:
+                after = jnp.where(kept_B[:, None, None], after, hidden)
+            return after, None
 
         if policy := REMAT[self.config.remat]:
             loops = self.config.scan
@@ -354,11 +359,11 @@ class Decoder(base.Backbone):
         if self.config.scan:
             definition, stack = nnx.split(self.blocks)
             # A slice: the gradient of an index would be as large as the stack, block after block.
-            slices = jax.tree.map(lambda x: x[start:stop], stack)
+            slices = jax.tree.map(lambda x: x[start:stop], (stack, kept))
             return jax.lax.scan(functools.partial(run, definition), hidden, slices)[0], {}
         for i in range(start, stop):
             definition, params = nnx.split(self.blocks[str(i)])
-            hidden, _ = run(definition, hidden, params)
+            hidden, _ = run(definition, hidden, (params, None if kept is None else kept[i]))
         return hidden, {}
 
     def features(self, hidden, context=None):

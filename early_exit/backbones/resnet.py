@@ -369,11 +369,12 @@ class ResNet(base.Backbone):
             hidden, _ = self.blocks[str(i)](hidden, training=False)
         return hidden
 
-    def run_blocks_training(self, hidden, start, stop, context) -> tuple[jax.Array, base.Moments]:
+    def run_blocks_training(self, hidden, start, stop, context, kept=None):
         """Like `run_blocks`, normalising by the batch's moments and returning them.
 
         The moments of all segments, `|`-ed together, are what `update_statistics` takes.
         """
+        assert kept is None
         moments = {}
         for i in range(start, stop):
             hidden, moments[str(i)] = self.blocks[str(i)](hidden, training=True)

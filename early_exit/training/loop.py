@@ -80,7 +80,9 @@ def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = No
                 )
             if not first_process:
                 return
-            writer.write(step, scalars | {"learning_rate": float(run.schedule(step - 1))})
+            # An exit that was left out at this step has no loss.
+            known = {name: x for name, x in scalars.items() if not math.isnan(x)}
+            writer.write(step, known | {"learning_rate": float(run.schedule(step - 1))})
             writer.write(step, clock.lap(), SPEED)
             bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
             bar.update(size)
@@ -143,7 +145,7 @@ class Run:
         self.schedule = optimizers.learning_rate(config.tune)
         self.optimizer = optimizers.make_optimizer(config.tune)
         self.mesh = sharding.make_mesh(config.mesh)
-        self.recipe = plan.recipe(config, self.mesh)
+        self.recipe = plan.recipe(config, self.mesh, assemble.abstract_model(config).config)
         self._share = sharding.row_share(self.mesh, config.data.batch_size)
         assemble.save_config(config, workdir)
         self.pretrained, model = assemble.load_backbone(config)

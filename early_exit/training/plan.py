@@ -16,17 +16,49 @@ from early_exit import assemble, sharding
 from early_exit.backbones import base
 from early_exit.config import ConfigDict
 from early_exit.exits.multi_exit import MultiExit
+from early_exit.training import schedule
 from early_exit.training import step as steps
 from early_exit.training.optimizer import make_optimizer
 
 
-def recipe(config: ConfigDict, mesh: Mesh) -> steps.Recipe:
+def recipe(config: ConfigDict, mesh: Mesh, network: base.BackboneConfig) -> steps.Recipe:
+    """What the config asks for.
+
+    Raises:
+      ValueError: settings that do not fit each other, the exits, the mesh or the network.
+    """
+    tune, points = config.tune, config.exits.points
+    if tune.weights and len(tune.weights) != len(points):
+        raise ValueError(
+            f"tune.weights has {len(tune.weights)} values for {len(points)} exits; give one per "
+            "exit, or none for equal weights"
+        )
+    if tune.accumulate < 1 or config.data.batch_size % tune.accumulate:
+        raise ValueError(
+            f"tune.accumulate={tune.accumulate} parts cannot share the {config.data.batch_size} "
+            "rows of data.batch_size equally"
+        )
+    if tune.accumulate > 1:
+        sharding.row_share(mesh, config.data.batch_size // tune.accumulate)
+    if tune.get("layer_dropout") and not network.drops_blocks:
+        raise ValueError("tune.layer_dropout is for decoders; leave it at 0")
     return steps.Recipe(
-        loss=config.tune.loss,
-        weights=steps.exit_weights(config.tune.weights, config.exits.points),
-        train=config.tune.train,
+        loss=tune.loss,
+        weights=schedule.ExitWeights(
+            tuple(map(float, tune.weights)) or (1.0,) * len(points),
+            start=tuple(map(float, tune.get("start_weights", ()))),
+            steps=tune.get("weight_steps", 0),
+            path=tune.get("weight_path", "linear"),
+            curriculum=tune.get("curriculum", "all"),
+            period=tune.get("curriculum_period", 1),
+        ),
+        train=tune.train,
         dtype=config.model.dtype,
         table_parts=mesh.shape["tensor"],
+        by_confidence=tune.get("by_confidence", False),
+        layer_dropout=tune.get("layer_dropout", 0.0),
+        accumulate=tune.accumulate,
+        seed=config.seed,
     )
 
 
@@ -39,7 +71,7 @@ def step(config: ConfigDict, model: MultiExit, mesh: Mesh):
     function = functools.partial(
         steps.tune_step,
         model=model,
-        recipe=recipe(config, mesh),
+        recipe=recipe(config, mesh, model.config),
         optimizer=make_optimizer(config.tune),
     )
     where = jax.tree.map(lambda x: x.sharding, state(config, model, mesh))

@@ -28,7 +28,7 @@ class Replay:
     Attributes:
       step: of the run at which the batch came.
       checkpoint: step of the parameters it was given; 0 for those before the first step.
-      losses: `loss`, and `loss/exit_<point>` of every exit.
+      losses: `loss`, and `loss/exit_<point>` of every exit; NaN for one left out at this step.
       gradient_norms: of each part of what is trained, such as `exits/8` or `backbone/blocks`.
       inputs: names of the batch's arrays that hold a value that is not finite.
       parameter, gradient: the first path where one is not finite; None if there is none.
@@ -52,7 +52,7 @@ class Replay:
             return f"the batch itself is not finite ({', '.join(self.inputs)}): mend the data"
         if self.parameter:
             return f"{learned} are not finite: {slower}, and tune again in another folder"
-        if self.gradient or not all(map(math.isfinite, self.losses.values())):
+        if self.gradient or not math.isfinite(self.losses["loss"]):
             path, size = self.largest
             return (
                 f"{learned} and the batch are finite, and what comes of them is not: look at the "

@@ -7,7 +7,8 @@ labels and from what the exits ask of it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from early_exit import losses, sharding
 from early_exit.backbones import base
 from early_exit.data.transforms import next_token_targets
 from early_exit.exits.multi_exit import Bound, MultiExit
+from early_exit.training import schedule
 
 # What each loss compares an exit with; their mean where there are two.
 LOSSES = {"kl": ("teacher",), "cross_entropy": ("labels",), "both": ("labels", "teacher")}
@@ -34,42 +36,40 @@ class Recipe:
     Attributes:
       loss: `kl`, KL(final ‖ exit), self-distillation from the final exit; `cross_entropy` against
         the next token or the class; or `both`, their mean.
-      weights: one per exit.
+      weights: of the exits, step by step.
       train: `exits`, or `all`: the backbone as well, whose own cross-entropy then joins the sum
         with weight 1. No exit's teacher learns from its pupils.
       dtype: what the network computes in. Whatever is trained is kept in float32.
       table_parts: over how many devices the rows of the output matrices are split (`mesh.tensor`).
+      by_confidence: an exit's loss at each position counts by the highest probability that the exit
+        gives there, which learns nothing from that (token-wise dynamic weights, EE-LLM).
+      layer_dropout: how often the last block is left out (LayerSkip, see `schedule.drop_rates`),
+        in each row of a batch by itself; what is left out is computed and not used.
+      accumulate: in how many parts a batch goes through the network, one after the other.
+      seed: of what is left out.
     """
 
     loss: str
-    weights: tuple[float, ...]
+    weights: schedule.ExitWeights
     train: str = "exits"
     dtype: str = "float32"
     table_parts: int = 1
+    by_confidence: bool = False
+    layer_dropout: float = 0.0
+    accumulate: int = 1
+    seed: int = 0
 
     def __post_init__(self):
         for name, known in (("loss", LOSSES), ("train", TRAINED)):
             if getattr(self, name) not in known:
                 given = getattr(self, name)
                 raise ValueError(f"unknown {name} {given!r}; choose one of {', '.join(known)}")
+        if self.layer_dropout and self.train != "all":
+            raise ValueError("tune.layer_dropout is for a backbone that is trained: tune.train=all")
 
     @property
     def runs_all_blocks(self) -> bool:
         return self.train == "all" or "teacher" in LOSSES[self.loss]
-
-
-def exit_weights(weights: Sequence[float], points: Sequence[int]) -> tuple[float, ...]:
-    """One weight per exit; all 1 if none are given.
-
-    Raises:
-      ValueError: another number of weights than exits.
-    """
-    if weights and len(weights) != len(points):
-        raise ValueError(
-            f"tune.weights has {len(weights)} values for {len(points)} exits; give one per exit, "
-            "or none for equal weights"
-        )
-    return tuple(map(float, weights)) or (1.0,) * len(points)
 
 
 def computing(params: base.Params, recipe: Recipe) -> base.Params:
@@ -82,7 +82,14 @@ def init_state(params: base.Params, optimizer: optax.GradientTransformation) -> 
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
 
 
-def observe(params: base.Params, batch: dict, *, model: MultiExit, recipe: Recipe) -> dict:
+def observe(
+    params: base.Params,
+    batch: dict,
+    *,
+    model: MultiExit,
+    recipe: Recipe,
+    kept: jax.Array | None = None,
+) -> dict:
     """Runs the backbone and keeps what the losses are made of.
 
     It runs as far as they need it: to the last exit, or to its end where the final distribution is
@@ -92,6 +99,8 @@ def observe(params: base.Params, batch: dict, *, model: MultiExit, recipe: Recip
       params: the model's; `exits` are not used.
       batch: `tokens`, `segments`, `positions`, int32 [B, T]; for a classifier what its stem takes,
         `labels` int32 [B] and `valid` bool [B].
+      kept: bool [L, B], the blocks that each row runs; None for all. For a backbone that is
+        trained.
 
     Returns:
       `hidden`, per exit; `context`, for heads that attend; `last`, the hidden states after the
@@ -108,20 +117,24 @@ def observe(params: base.Params, batch: dict, *, model: MultiExit, recipe: Recip
         hidden, context = backbone.stem(batch)
     for stop in points:
         if trained:
-            hidden, new = backbone.run_blocks_training(hidden, start, stop, context)
+            hidden, new = backbone.run_blocks_training(hidden, start, stop, context, kept)
             moments |= new
         else:
             hidden = backbone.run_blocks(hidden, start, stop, context)
         states.append(hidden)
         start = stop
-    if model.config.pools:
-        labels, mask = batch["labels"], batch["valid"]
-    else:
-        labels, mask = next_token_targets(batch)
+    labels, mask = targets(batch, model)
     observed = {"context": context, "labels": labels, "mask": mask, "moments": moments}
     if recipe.runs_all_blocks:
         observed["last"] = states.pop()
     return observed | {"hidden": states}
+
+
+def targets(batch: dict, model: MultiExit) -> tuple[jax.Array, jax.Array]:
+    """What is to be predicted: labels int32 and whether they count, bool; [B, T], or [B]."""
+    if model.config.pools:
+        return batch["labels"], batch["valid"]
+    return next_token_targets(batch)
 
 
 def heads_loss(
@@ -131,28 +144,54 @@ def heads_loss(
     *,
     model: MultiExit,
     recipe: Recipe,
+    step: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The recipe's loss of the heads on what `observe` kept: (scalar, per exit [E]).
 
     Gates and ensembles learn beside the heads; what they learn from does not learn from them.
+    The loss of an exit that has no weight at this step is NaN: it is not computed, unless it is a
+    classifier's, whose heads cost little and may build on each other.
 
     Args:
       rest: the model's parameters but for the exits.
+      step: int32 scalar, from 0.
     """
     bound = model.bind({**rest, "exits": exits})
-    losses_of = _class_losses if model.config.pools else _token_losses
-    per_example, beside, right = losses_of(bound, observed, recipe)
-    mask = observed["mask"].reshape(-1)
-    per_exit = _mean(per_example, mask)
-    loss = jnp.dot(jnp.array(recipe.weights), per_exit)
-    if beside is not None:
-        loss += _mean(beside, mask).sum()
-    if model.exits.gate:
-        gates = [
-            head.gate_logit(hidden, observed["context"]).reshape(-1)
-            for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
-        ]
-        loss += losses.gate_losses(jnp.stack(gates), right, mask > 0).sum()
+    weights, mask = recipe.weights(step), observed["mask"].reshape(-1)
+    if model.config.pools or len(recipe.weights.groups) == 1:
+        groups = (tuple(range(len(bound.heads))),)
+    else:
+        groups = recipe.weights.groups
+
+    def computed(group):
+        losses_of = _class_losses if model.config.pools else _token_losses
+        per_example, beside, right = losses_of(bound, observed, recipe, group)
+        per_exit = _mean(per_example, mask)
+        loss = jnp.dot(weights[jnp.array(group)], per_exit)
+        if beside is not None:
+            loss += _mean(beside, mask).sum()
+        if model.exits.gate:
+            gates = [
+                bound.heads[e].gate_logit(observed["hidden"][e], observed["context"]).reshape(-1)
+                for e in group
+            ]
+            loss += losses.gate_losses(jnp.stack(gates), right, mask > 0).sum()
+        return loss, per_exit
+
+    def left_out(group):
+        return jnp.float32(0), jnp.full(len(group), jnp.nan)
+
+    if len(groups) == 1:
+        return computed(*groups)
+    loss, per_exit = jnp.float32(0), jnp.zeros(len(weights))
+    for group in groups:
+        here = jnp.array(group)
+        some, found = jax.lax.cond(
+            weights[here].any(),
+            functools.partial(computed, group),
+            functools.partial(left_out, group),
+        )
+        loss, per_exit = loss + some, per_exit.at[here].set(found)
     return loss, per_exit
 
 
@@ -160,23 +199,24 @@ def _mean(losses_EN: jax.Array, mask_N: jax.Array) -> jax.Array:
     return (losses_EN * mask_N[None]).sum(-1) / jnp.maximum(mask_N.sum(), 1)
 
 
-def _token_losses(bound: Bound, observed: dict, recipe: Recipe):
-    """(losses [E, N], None, whether the heads are right: bool [E, N]), N = B · T.
+def _token_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[int]):
+    """(losses [G, N], None, whether the heads are right: bool [G, N]), N = B · T.
 
-    The last is for gates, and None where there are none.
+    Of the exits of a group (from 0). The last is for gates, and None where there are none.
     """
     features = [
-        _flat(head.features(hidden, observed["context"])[0])
-        for head, hidden in zip(bound.heads, observed["hidden"], strict=True)
+        _flat(bound.heads[e].features(observed["hidden"][e], observed["context"])[0]) for e in group
     ]
     targets = {"labels": observed["labels"].reshape(-1)}
     if "last" in observed:
         final = _flat(bound.backbone.features(observed["last"], observed["context"]))
         targets["teacher"] = (final, bound.backbone.output_table())
     targets = [{name: targets[name]} for name in LOSSES[recipe.loss]]
-    heads = features, bound.exit_tables()
+    tables = bound.exit_tables()
+    heads = features, [tables[e] for e in group]
     how = {"token_ids": bound.token_ids, "parts": recipe.table_parts}
-    found = [losses.exit_losses(*heads, **target, **how) for target in targets]
+    by_confidence = {"by_confidence": recipe.by_confidence}
+    found = [losses.exit_losses(*heads, **target, **how, **by_confidence) for target in targets]
     right = None
     if hasattr(bound.heads[0], "gate"):
         right = losses.right(*jax.lax.stop_gradient(heads), **targets[0], **how)
@@ -187,8 +227,9 @@ def _flat(x: jax.Array) -> jax.Array:
     return sharding.by_row(x.reshape(-1, x.shape[-1]))
 
 
-def _class_losses(bound: Bound, observed: dict, recipe: Recipe):
+def _class_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[int]):
     """(losses [E, B], those of ensembles, whether the answers are right: bool [E, B])."""
+    del group  # all: heads may build on those before them
     logits, answers = [], []
     for e, hidden in enumerate(observed["hidden"]):
         logits.append(bound.exit_logits(e, hidden, observed["context"], logits))
@@ -199,7 +240,8 @@ def _class_losses(bound: Bound, observed: dict, recipe: Recipe):
     targets = {name: targets[name] for name in LOSSES[recipe.loss]}
 
     def compared(of):
-        found = [losses.class_losses(of, **{name: x}) for name, x in targets.items()]
+        how = {"by_confidence": recipe.by_confidence}
+        found = [losses.class_losses(of, **{name: x}, **how) for name, x in targets.items()]
         return sum(found) / len(found)
 
     name, target = next(iter(targets.items()))
@@ -246,28 +288,75 @@ def tune_step(
       (new state, scalars: `loss`, `loss/exit_<point>`, the backbone's own included where it is
       trained, `grad_norm`).
     """
+    step, params = state["step"], state["params"]
 
-    def objective(params):
+    def objective(params, batch, key):
         whole = {**frozen, **computing(params, recipe)}
         rest = {name: x for name, x in whole.items() if name != "exits"}
-        observed = observe(whole, batch, model=model, recipe=recipe)
+        how = {"model": model, "recipe": recipe}
+        kept = _kept_blocks(key, batch, **how) if recipe.layer_dropout else None
+        observed = observe(whole, batch, kept=kept, **how)
         loss, by_point = jnp.float32(0), {}
         if model.exits.points:
-            loss, per_exit = heads_loss(whole["exits"], rest, observed, model=model, recipe=recipe)
+            loss, per_exit = heads_loss(whole["exits"], rest, observed, step=step, **how)
             by_point = dict(zip(model.exits.points, per_exit, strict=True))
         if recipe.train == "all":
-            by_point[model.config.depth] = final = _final_loss(
-                rest, observed, model=model, recipe=recipe
-            )
+            by_point[model.config.depth] = final = _final_loss(rest, observed, **how)
             loss += final
         return loss, (by_point, observed["moments"])
 
-    params = state["params"]
-    (loss, (by_point, moments)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if recipe.accumulate > 1:
+        gradient = _accumulated(gradient, recipe.accumulate, lambda part: targets(part, model)[1])
+    key = jax.random.fold_in(jax.random.key(recipe.seed), step)
+    (loss, (by_point, moments)), gradients = gradient(params, batch, key)
     updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
     params = optax.apply_updates(params, updates)
     if moments:
         params |= {"backbone": base.update_statistics(params["backbone"], moments)}
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
     metrics |= {f"loss/exit_{point}": value for point, value in by_point.items()}
-    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+    return {"params": params, "opt_state": opt_state, "step": step + 1}, metrics
+
+
+def _kept_blocks(key: jax.Array, batch: dict, *, model: MultiExit, recipe: Recipe) -> jax.Array:
+    """Which blocks each row runs, bool [L, B]."""
+    depth, rows = model.config.depth, len(jax.tree.leaves(batch)[0])
+    rates = jnp.array(schedule.drop_rates(depth, recipe.layer_dropout))
+    return jax.random.bernoulli(key, 1 - rates[:, None], (depth, rows))
+
+
+def _accumulated(gradient: Callable, parts: int, counted: Callable) -> Callable:
+    """A gradient function that takes a batch part by part, one part's activations at a time.
+
+    What it returns is the mean over the parts, by how many positions count in each: what means over
+    the whole batch give, but for gates, which balance, and running statistics, part by part.
+
+    Args:
+      gradient: (params, batch, key) → (value with what goes beside it, gradients).
+      counted: batch → mask of what counts.
+    """
+
+    def whole(params, batch, key):
+        # Every part has rows of all devices: part i has the i-th, (i + parts)-th, … row.
+        split = jax.tree.map(
+            lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1),
+            batch,
+        )
+        counts = jax.vmap(lambda part: counted(part).sum())(split)
+        shares = counts / jnp.maximum(counts.sum(), 1)
+
+        def add(total, xs):
+            part, share, key = xs
+            part = jax.tree.map(sharding.by_row, part)
+            found = gradient(params, part, key)
+            return jax.tree.map(lambda x, y: x + share * y, total, found), None
+
+        first = jax.tree.map(lambda x: x[0], split)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(gradient, params, first, key)
+        )
+        keys = jax.random.split(key, parts)
+        return jax.lax.scan(add, zeros, (split, shares, keys))[0]
+
+    return whole

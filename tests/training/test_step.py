@@ -15,6 +15,7 @@ from early_exit.data.transforms import next_token_targets
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import step as steps
+from early_exit.training.schedule import ExitWeights
 
 # As in `training.loop`: the state is donated.
 step = jax.jit(
@@ -23,7 +24,7 @@ step = jax.jit(
 ADAM = optax.adamw(1e-2, weight_decay=0.0)
 # The parameters after a step of this are those before it less the gradient.
 PLAIN = optax.sgd(1.0)
-RECIPES = {loss: steps.Recipe(loss, (1.0, 0.25)) for loss in steps.LOSSES}
+RECIPES = {loss: steps.Recipe(loss, ExitWeights((1.0, 0.25))) for loss in steps.LOSSES}
 HEADS = {
     "embedding": {"head": "embedding"},
     "norm": {"head": "norm"},
@@ -223,7 +224,7 @@ def test_cross_entropy_stops_after_the_last_exit(tiny):
 def test_an_exit_of_weight_zero_is_left_alone(tiny):
     model, params = tiny
     state, frozen = parts(params, ADAM)
-    recipe = steps.Recipe("cross_entropy", (0.0, 1.0))
+    recipe = steps.Recipe("cross_entropy", ExitWeights((0.0, 1.0)))
     new, _ = step(state, frozen, packed(), model=model, recipe=recipe, optimizer=ADAM)
     assert tree.fingerprint(new["params"]["exits"]["2"]) == tree.fingerprint(params["exits"]["2"])
     assert tree.fingerprint(new["params"]["exits"]["4"]) != tree.fingerprint(params["exits"]["4"])
@@ -260,7 +261,9 @@ def test_gates_leave_what_the_heads_learn_alone(heads):
         @jax.jit
         def run(exits, frozen, batch):
             observed = steps.observe(frozen, batch, **given)
-            return jax.grad(steps.heads_loss, has_aux=True)(exits, frozen, observed, **given)
+            return jax.grad(functools.partial(steps.heads_loss, step=0, **given), has_aux=True)(
+                exits, frozen, observed
+            )
 
         gradients, per_exit = run(exits, frozen, packed())
         return tree.flatten(gradients), per_exit
@@ -280,7 +283,7 @@ def test_gates_learn_where_their_heads_are_right(loss):
     model, params = build(gate=True, classes=30)
     state, frozen = parts(params, ADAM)
     batch = packed(rows=8)
-    recipe = steps.Recipe(loss, (0.0, 0.0))
+    recipe = steps.Recipe(loss, ExitWeights((0.0, 0.0)))
     seen = []
     for _ in range(60):
         state, metrics = step(state, frozen, batch, model=model, recipe=recipe, optimizer=ADAM)
@@ -300,18 +303,11 @@ def test_gates_learn_where_their_heads_are_right(loss):
         assert scores[right].mean() > scores[~right].mean() + 0.5
 
 
-def test_weights():
-    assert steps.exit_weights((), (2, 4)) == (1.0, 1.0)
-    assert steps.exit_weights([0.5, 2], (2, 4)) == (0.5, 2.0)
-    with pytest.raises(ValueError, match="tune.weights has 1 values for 2 exits; give one per"):
-        steps.exit_weights((1.0,), (2, 4))
-
-
 def test_unknown_loss():
     with pytest.raises(
         ValueError, match="unknown loss 'mse'; choose one of kl, cross_entropy, both"
     ):
-        steps.Recipe("mse", (1.0,))
+        steps.Recipe("mse", ExitWeights((1.0,)))
 
 
 @functools.cache  # two tests share a compiled step
@@ -336,7 +332,7 @@ def temporary_bytes(points, vocab_size):
     frozen = {"backbone": base.abstract(config.build)[1]}
     array = jax.ShapeDtypeStruct((4, 512), jnp.int32)
     batch = dict.fromkeys(("tokens", "segments", "positions"), array)
-    recipe = steps.Recipe("kl", (1.0,) * len(points))
+    recipe = steps.Recipe("kl", ExitWeights((1.0,) * len(points)))
     lowered = step.lower(state, frozen, batch, model=model, recipe=recipe, optimizer=optimizer)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 

@@ -19,6 +19,7 @@ from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import step as steps
 from early_exit.training.optimizer import make_optimizer
+from early_exit.training.schedule import ExitWeights
 
 C = 4
 RESNET = ResNetConfig((1, 1), (4, 8), C, stem="cifar", stem_width=4, channels=1)
@@ -54,7 +55,7 @@ def classifier(config, points, **exits):
 def after(model, params, batch, *, loss="cross_entropy", weights=None, train="all"):
     """(flat parameters after a step of plain gradient descent, metrics)."""
     weights = (1.0,) * len(model.exits.points) if weights is None else weights
-    recipe = steps.Recipe(loss, weights, train)
+    recipe = steps.Recipe(loss, ExitWeights(weights), train)
     trained = {name: params[name] for name in steps.TRAINED[train]}
     frozen = {name: x for name, x in params.items() if name not in trained}
     state = steps.init_state(trained, PLAIN)
@@ -126,7 +127,7 @@ def test_tandem_language_models_learn_next_tokens_at_every_exit():
         "positions": np.tile(np.arange(12, dtype=np.int32), (4, 1)),
     }
     optimizer = optax.adam(3e-3)
-    recipe = steps.Recipe("cross_entropy", (0.5, 0.5), "all")
+    recipe = steps.Recipe("cross_entropy", ExitWeights((0.5, 0.5)), "all")
     state, seen = steps.init_state(params, optimizer), []
     for _ in range(25):
         state, metrics = step(state, {}, batch, model=model, recipe=recipe, optimizer=optimizer)
@@ -147,7 +148,7 @@ def test_statistics_follow_the_batch_in_tandem_and_stand_still_behind_frozen_exi
         path = f"backbone/{name}"
         np.testing.assert_allclose(new[path], 0.9 * old[path] + 0.1 * moment, atol=1e-5)
     frozen = {"backbone": params["backbone"]}
-    recipe = steps.Recipe("cross_entropy", (1.0,))
+    recipe = steps.Recipe("cross_entropy", ExitWeights((1.0,)))
     state = steps.init_state({"exits": params["exits"]}, PLAIN)
     state, _ = step(state, frozen, IMAGES, model=model, recipe=recipe, optimizer=PLAIN)
     assert state["params"].keys() == {"exits"}
