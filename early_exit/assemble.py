@@ -14,13 +14,14 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from early_exit import checkpoint, files, tree
+from early_exit import checkpoint, files, sharding, tree
 from early_exit import config as configs
 from early_exit import policy as policies
 from early_exit.backbones import base
@@ -95,12 +96,18 @@ def exit_config(config: ConfigDict) -> ExitConfig:
     )
 
 
-def load_backbone(config: ConfigDict) -> tuple[Pretrained, MultiExit]:
+def load_backbone(
+    config: ConfigDict, shardings: Callable[[base.Params], Any] | None = None
+) -> tuple[Pretrained, MultiExit]:
     """The network that the config's exits are attached to, and the multi-exit model of both.
 
     `model.source` names pretrained weights, or the folder of a run that trained a backbone; empty,
     the network is drawn at random, as `model.new` describes it. `model.changes` are settings that
     the source leaves open, such as `num_classes` of an encoder; what they add is drawn at random.
+
+    Args:
+      shardings: the parameters' shapes → a tree of shardings like them. Weights are read straight
+        to their devices, one after the other; what is drawn, or comes from a run, is moved there.
 
     Raises:
       ValueError: weights that do not load, settings that make no network, or exits that do not
@@ -123,13 +130,16 @@ def load_backbone(config: ConfigDict) -> tuple[Pretrained, MultiExit]:
         backbone = tuned.params["backbone"]
         pretrained = Pretrained(tuned.model.config, backbone, tuned.tokenizer, source)
     else:
-        pretrained = load(source, dtype=dtype)
+        pretrained = load(source, dtype, shardings)
     if changes := model.get("changes"):
         try:
             changed = dataclasses.replace(pretrained.config, **changes)
         except TypeError as error:
             raise ValueError(f"model.changes do not fit the network: {error}") from error
         pretrained = _drawn(changed, pretrained.params, config, pretrained.tokenizer)
+    if shardings is not None:
+        params = sharding.place(pretrained.params, shardings(pretrained.params))
+        pretrained = dataclasses.replace(pretrained, params=params)
     return pretrained, MultiExit(pretrained.config, exit_config(config))
 
 

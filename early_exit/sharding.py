@@ -2,7 +2,7 @@
 
 The one idea: the same step runs on one CPU and on a pod. Parameters are placed by the rules,
 batches are split over `data` and `fsdp`, and the compiler derives the rest. With several
-processes, each has the parameters whole before they are placed, and its share of a batch's rows.
+processes, each has its share of a batch's rows.
 """
 
 import functools
@@ -114,14 +114,19 @@ def cache_sharding(mesh: Mesh, heads: int) -> NamedSharding:
 
 
 def place(params: Any, placed: Any, donate: bool = False) -> Any:
-    """Arrays that every process has, put where `placed` (a tree like `params`) says.
+    """Arrays that every process has, or that lie on the mesh, put where `placed` says.
 
     `jax.device_put`, except that processes do not compare what they put.
+
+    Args:
+      placed: a tree like `params`.
     """
     if jax.process_count() == 1:
         return jax.device_put(params, placed, donate=donate)
 
     def put(array, sharding: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, sharding, donate=donate)
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 

@@ -6,7 +6,7 @@ weight import) sees the same slash-joined path, such as `backbone/blocks/3/mlp/u
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -57,11 +57,15 @@ def match(rules: Iterable[tuple[str, Any]], path: str) -> Any:
     raise KeyError(f"no rule matches parameter {path!r}; add one (order matters, first match wins)")
 
 
-def fingerprint(tree: Tree) -> str:
-    """SHA-256 (hex) over paths, shapes, dtypes and bytes: the identity of a set of weights."""
+def fingerprint(tree: Tree, read: Callable[[Any], np.ndarray] = np.asarray) -> str:
+    """SHA-256 (hex) over paths, shapes, dtypes and bytes: the identity of a set of weights.
+
+    Args:
+      read: leaf → the whole array; called for one after the other.
+    """
     digest = hashlib.sha256()
     for path, leaf in flatten(tree).items():
-        array = np.asarray(leaf)
+        array = read(leaf)
         digest.update(f"{path}:{array.dtype}:{array.shape};".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()

@@ -7,12 +7,11 @@ half-way, runs it in pieces or puts heads between the pieces needs nothing else.
 
 import abc
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from early_exit import tree
@@ -185,21 +184,33 @@ def update_statistics(
     return tree.unflatten(flat | moved)
 
 
-def stack_blocks(params: Params) -> Params:
+def stack_blocks(params: Params, where: Params | None = None) -> Params:
     """A backbone's parameters with those of all its blocks, which are alike, in one: [L, …] each.
 
-    The layout of a network that runs its blocks in a loop (`DecoderConfig.scan`). On the host, and
-    one parameter at a time.
+    The layout of a network that runs its blocks in a loop (`DecoderConfig.scan`), made one
+    parameter at a time.
+
+    Args:
+      where: a tree like the result, of the shardings that it gets.
     """
-    blocks = [params["blocks"][str(i)] for i in range(len(params["blocks"]))]
-    stack = jax.tree.map(lambda *leaves: np.stack(list(map(np.asarray, leaves))), *blocks)
-    return params | {"blocks": stack}
+    blocks = [tree.flatten(params["blocks"][str(i)]) for i in range(len(params["blocks"]))]
+    places = {} if where is None else tree.flatten(where["blocks"])
+    stack = {}
+    for name in blocks[0]:
+        stacked = jax.jit(_stacked, out_shardings=places.get(name))
+        stack[name] = stacked([block[name] for block in blocks])
+    return params | {"blocks": tree.unflatten(stack)}
 
 
-def unstack_blocks(params: Params) -> Params:
-    """The inverse of `stack_blocks`."""
-    depth = jax.tree.leaves(params["blocks"])[0].shape[0]
-    blocks = {str(i): jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(depth)}
+def _stacked(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack(leaves)
+
+
+def unstack_blocks(params: Params, chosen: Iterable[int] | None = None) -> Params:
+    """The inverse of `stack_blocks`; of all blocks, or of those `chosen` (from 0)."""
+    if chosen is None:
+        chosen = range(jax.tree.leaves(params["blocks"])[0].shape[0])
+    blocks = {str(i): jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in chosen}
     return params | {"blocks": blocks}
 
 

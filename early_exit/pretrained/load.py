@@ -106,7 +106,9 @@ def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arr
 
 def _check_equal(checkpoint: tensors.Checkpoint, entry: table.Entry, params, dtype) -> None:
     for path, array in _read(checkpoint, entry, dtype):
-        if not np.array_equal(array, params[path]):
+        # This process's parts of it; other processes compare theirs.
+        parts = params[path].addressable_shards
+        if not all(np.array_equal(array[part.index], part.data) for part in parts):
             raise ValueError(
                 f"{entry.name} of {checkpoint.path} is tied to {path} by the config, but differs; "
                 "the config (tie_word_embeddings) is wrong"

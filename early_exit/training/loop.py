@@ -53,10 +53,14 @@ def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = No
         )
     run = Run(config, workdir)
     size = run.feed.per_batch
-    state, batches = run.state(), run.batches()
+    batches = run.batches()
     if first:
-        state, iterator_state = checkpoint.restore(workdir / CHECKPOINTS, state, first)
+        like = plan.state(config, run.model, run.mesh)
+        state, iterator_state = checkpoint.restore(workdir / CHECKPOINTS, like, first)
         batches.set_state(iterator_state)
+    else:
+        state = run.state()
+    run.loaded = None
 
     rows, first_process = None, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -133,6 +137,8 @@ class Run:
     """Everything of a tuning run that stays the same from its first step to its last.
 
     Attributes:
+      loaded: the backbone before the first step, placed on the mesh. Drop it when the state is
+        there, or in tandem there are two.
       frozen: the model's parameters that are not trained, placed on the mesh.
       feed: what it reads.
       step: the jitted `tune_step`; donates the state.
@@ -148,29 +154,33 @@ class Run:
         self.recipe = plan.recipe(config, self.mesh, assemble.abstract_model(config).config)
         self._share = sharding.row_share(self.mesh, config.data.batch_size)
         assemble.save_config(config, workdir)
-        self.pretrained, model = assemble.load_backbone(config)
+        where = functools.partial(sharding.shardings, mesh=self.mesh)
+        pretrained, model = assemble.load_backbone(config, where)
         self.model = assemble.for_tuning(config, model)
-        self.feed = feeds.make(config, self.model.config, self.pretrained.tokenizer)
-        self.metadata = self._metadata(workdir)
-        tandem = config.tune.train == "all"
-        self.frozen = {} if tandem else self._place({"backbone": self._backbone()})
+        self.feed = feeds.make(config, self.model.config, pretrained.tokenizer)
+        self.metadata = self._metadata(workdir, pretrained.params)
+        self.loaded = self._as_run(pretrained.params)
+        self.frozen = {} if config.tune.train == "all" else {"backbone": self.loaded}
         if self.metadata["token_ids"]:
             ids = {"token_ids": jnp.array(self.metadata["token_ids"], jnp.int32)}
             self.frozen |= self._place(ids)
         self.step = plan.step(config, self.model, self.mesh)
 
     def state(self) -> steps.TuneState:
-        """The state before the first step."""
+        """The state before the first step. In tandem, what was `loaded` is in it and no copy."""
+        backbone = self.loaded
+        if self.model.config.scan:
+            read = {point - 1 for point in (*self.model.exits.points, self.model.config.depth)}
+            backbone = base.unstack_blocks(backbone, read)
         exits = self.model.init_exits(
             jax.random.key(self.config.seed),
-            self.pretrained.params,
+            backbone,
             self.config.exits.init,
             self.frozen.get("token_ids"),
         )
         params = {"exits": exits}
         if self.config.tune.train == "all":
-            # A copy: the state is donated from step to step, what was loaded is not.
-            params["backbone"] = jax.tree.map(jnp.copy, self._backbone())
+            params["backbone"] = self.loaded
         if not jax.tree.leaves(params):
             raise ValueError(
                 "there is nothing to tune: no exits, or embedding heads that share the backbone's "
@@ -221,13 +231,15 @@ class Run:
     def _place(self, params: dict) -> dict:
         return sharding.place(params, sharding.shardings(params, self.mesh))
 
-    def _backbone(self) -> dict:
-        """What was loaded, laid out as the model runs it."""
-        loaded = self.pretrained.params
-        return base.stack_blocks(loaded) if self.model.config.scan else loaded
+    def _as_run(self, loaded: base.Params) -> base.Params:
+        """Laid out as the model runs it."""
+        if not self.model.config.scan:
+            return loaded
+        _, shapes = base.abstract(self.model.config.build)
+        return base.stack_blocks(loaded, sharding.shardings(shapes, self.mesh))
 
-    def _metadata(self, workdir: Path) -> dict:
-        backbone = tree.fingerprint(self.pretrained.params)
+    def _metadata(self, workdir: Path, loaded: base.Params) -> dict:
+        backbone = tree.fingerprint(loaded, sharding.fetch)
         if checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
             saved = checkpoint.metadata(workdir / CHECKPOINTS)
             assemble.check_fingerprint(saved["backbone"], backbone, workdir)
@@ -236,6 +248,6 @@ class Run:
         if self.config.exits.classes:
             sample = self.feed.held_out("train", self.config.data.frequency_batches)
             token_ids = transforms.frequent_tokens(
-                sample, self.pretrained.config.vocab_size, self.config.exits.classes
+                sample, self.model.config.vocab_size, self.config.exits.classes
             ).tolist()
         return {"backbone": backbone, "token_ids": token_ids}
