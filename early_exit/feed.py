@@ -30,8 +30,17 @@ class Feed(Protocol):
     def training(self, seed: int, process_index: int, process_count: int) -> TrainingBatches:
         """Batches without end; see `data.pipeline` and `data.labelled`."""
 
-    def held_out(self, split: str, num_batches: int | None) -> Iterable[Batch]:
-        """The first batches of a split, always the same ones; None for all of them."""
+    def held_out(
+        self,
+        split: str,
+        num_batches: int | None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterable[Batch]:
+        """The first batches of a split, always the same ones; None for all of them.
+
+        Of each, the rows of one of so many processes, in order.
+        """
 
     def calibration(self, num_batches: int | None) -> Iterable[Batch]:
         """The first batches to calibrate on: as many texts, or examples, as go into them."""
@@ -68,9 +77,13 @@ class TextFeed:
             **self._packing(),
         )
 
-    def held_out(self, split, num_batches):
+    def held_out(self, split, num_batches, process_index=0, process_count=1):
         return pipeline.evaluation_batches(
-            sources.documents(self.data.source, split), num_batches=num_batches, **self._packing()
+            sources.documents(self.data.source, split),
+            num_batches=num_batches,
+            process_index=process_index,
+            process_count=process_count,
+            **self._packing(),
         )
 
     def calibration(self, num_batches):
@@ -116,12 +129,14 @@ class ExampleFeed:
             process_count=process_count,
         )
 
-    def held_out(self, split, num_batches):
+    def held_out(self, split, num_batches, process_index=0, process_count=1):
         return labelled.evaluation_batches(
             self.examples(split),
             self.prepare(),
             batch_size=self.data.batch_size,
             num_batches=num_batches,
+            process_index=process_index,
+            process_count=process_count,
         )
 
     def calibration(self, num_batches):

@@ -226,7 +226,8 @@ class Run:
 
     @functools.cached_property
     def _validation_batches(self) -> list[dict]:
-        return list(self.feed.held_out("validation", self.config.tune.validation_batches))
+        count = self.config.tune.validation_batches
+        return list(self.feed.held_out("validation", count, *self._share))
 
     def _place(self, params: dict) -> dict:
         return sharding.place(params, sharding.shardings(params, self.mesh))
