@@ -76,7 +76,7 @@ def settings(
                 "augment": "crop_flip",
                 "batch_size": batch_size,
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1},
             "tune": {
                 "train": train,
                 "loss": loss,

@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "init": "random",
             },
             "data": {"source": arg.data, "sequence_length": 128, "batch_size": batch_size},
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1},
             "tune": {
                 "train": arg.train,
                 "loss": arg.loss,

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,16 +35,21 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     """A mesh over all devices; one axis may be −1 and takes the devices that are left.
 
     Args:
+      axes: sizes by name, and `slices`, if the devices are several groups with a slower network in
+        between (TPU slices, GPU hosts). Only `data` goes over it: its neighbours are in one slice.
       devices: those of a topology that is not here; jax's own if not given.
 
     Raises:
-      ValueError: unknown axis, or sizes that do not multiply to the number of devices.
+      ValueError: unknown axis, sizes that do not multiply to the number of devices, or slices that
+        are not those of the devices or do not divide `data`.
     """
-    unknown = set(axes) - set(AXES)
+    unknown = set(axes) - {*AXES, "slices"}
     if unknown:
-        raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(AXES)}")
-    sizes = [axes.get(axis, 1) for axis in AXES]
-    count = jax.device_count() if devices is None else len(devices)
+        raise ValueError(
+            f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(AXES)}, and slices"
+        )
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [axes.get(axis, 1) for axis in AXES], len(devices)
     if sizes.count(-1) == 1 and 0 not in sizes:
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = count // known
@@ -52,7 +57,37 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
         given = ", ".join(f"{axis}={axes.get(axis, 1)}" for axis in AXES)
         raise ValueError(f"mesh {given} does not use exactly the {count} devices there are")
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    slices = _checked_slices(axes.get("slices", 1), sizes[0], devices)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    arranged = mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]),
+        (slices, 1, 1),
+        devices,
+        process_is_granule=not hasattr(devices[0], "slice_index"),
+        # As `jax.make_mesh` has it.
+        allow_split_physical_axes=devices[0].device_kind in ("TPU v5 lite", "TPU v5e"),
+    )
+    return Mesh(arranged, AXES, axis_types=kinds)
+
+
+def _checked_slices(asked: int, data: int, devices: Sequence[Any]) -> int:
+    """How many slices. Where devices do not know theirs, as CPUs, each process stands for one."""
+    known = hasattr(devices[0], "slice_index")
+    if asked == 1 and not known:
+        return 1
+    found = {device.slice_index if known else device.process_index for device in devices}
+    if asked != len(found):
+        raise ValueError(
+            f"mesh.slices={asked}, but the devices are of {len(found)} "
+            f"{'slices' if known else 'processes'}; set mesh.slices={len(found)}"
+        )
+    if data % asked:
+        raise ValueError(
+            f"mesh.slices={asked} does not divide mesh.data={data}: between slices, only data is "
+            "split; make it a multiple"
+        )
+    return asked
 
 
 def shardings(params: Any, mesh: Mesh) -> Any:

@@ -9,7 +9,9 @@ and compiled by the TPU's own compiler (`pip install 'early_exit[tpu-compile]'`)
 host: Llama-2 70B takes one to two minutes. Without --topology it is compiled for the devices that
 are here. Exits with status 1 if it does not fit, saying by how much and what to change.
 
-Times are estimates by the compiler, which has never seen the chip wait; they serve to compare.
+With mesh.slices, there are so many slices like the one named. Times are estimates by the compiler,
+which has never seen the chip wait; what goes between slices is timed as if it stayed inside one.
+They serve to compare.
 """
 
 import sys
@@ -36,7 +38,7 @@ SECONDS_PER_DAY = 86_400
 def main(argv):
     common.no_arguments(argv)
     config = common.CONFIG.value
-    devices, chip = ahead.topology(TOPOLOGY.value)
+    devices, chip = ahead.topology(TOPOLOGY.value, config.mesh.get("slices", 1))
     mesh = sharding.make_mesh(config.mesh, devices)
     model = ahead.model_of(config, BLOCKS.value)
     if WHAT.value == "tune":

@@ -68,7 +68,10 @@ def test_the_tree_comes_back_in_its_own_structure():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"model": 1}, r"unknown mesh axes \['model'\]; the axes are data, fsdp, tensor"),
+        (
+            {"model": 1},
+            r"mesh axes \['model'\]; the axes are data, fsdp, tensor, and slices",
+        ),
         ({"data": 999}, "mesh data=999, fsdp=1, tensor=1 does not use exactly the"),
         ({"data": -1, "fsdp": -1}, "mesh data=-1, fsdp=-1, tensor=1 does not use exactly"),
         ({"data": -1, "fsdp": 999}, "mesh data=-1, fsdp=999, tensor=1 does not use exactly"),
@@ -80,6 +83,78 @@ def test_the_tree_comes_back_in_its_own_structure():
 def test_meshes_that_do_not_fit(axes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(axes)
+
+
+class Chip:
+    """What a layout is made of."""
+
+    platform, device_kind = "cpu", "fake"
+
+    def __init__(self, id, process_index, **known):
+        self.id, self.process_index = id, process_index
+        self.__dict__ |= known
+
+    def __repr__(self):
+        return str(self.id)
+
+
+def chips(slices, each):
+    """Out of order, as they may come: even ones first."""
+    made = [Chip(i, process_index=i, slice_index=i // each) for i in range(slices * each)]
+    return made[::2] + made[1::2]
+
+
+def ids(mesh):
+    return np.vectorize(lambda chip: chip.id)(mesh.devices)
+
+
+def test_only_data_goes_from_slice_to_slice():
+    devices = chips(slices=3, each=8)
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2, "slices": 3}, devices)
+    assert dict(mesh.shape) == {"data": 6, "fsdp": 2, "tensor": 2}
+    of_slice = ids(mesh) // 8
+    # Each place along data is in one slice, and slices follow each other.
+    np.testing.assert_array_equal(of_slice[:, 0, 0], [0, 0, 1, 1, 2, 2])
+    assert (of_slice == of_slice[:, :1, :1]).all()
+    assert sorted(ids(mesh).flat) == list(range(24))
+
+
+def test_a_process_stands_for_a_slice_where_devices_do_not_know_theirs():
+    devices = [Chip(i, process_index=i // 4) for i in range(8)]
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "slices": 2}, devices)
+    np.testing.assert_array_equal(ids(mesh)[..., 0], [range(4), range(4, 8)])
+    # Nobody has to say so.
+    plain = sharding.make_mesh({"data": 2, "fsdp": 4}, devices)
+    np.testing.assert_array_equal(ids(plain), ids(mesh))
+
+
+def test_one_slice_is_laid_out_as_without_slices():
+    devices = chips(slices=1, each=8)
+    axes = {"data": 2, "fsdp": 2, "tensor": 2}
+    found, plain = (
+        sharding.make_mesh(axes | {"slices": 1}, devices),
+        sharding.make_mesh(axes, devices),
+    )
+    np.testing.assert_array_equal(ids(found), ids(plain))
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": 8}, "mesh.slices=1, but the devices are of 2 slices; set mesh.slices=2"),
+        ({"data": 8, "slices": 4}, "mesh.slices=4, but the devices are of 2 slices; set"),
+        ({"data": 8, "slices": 0}, "mesh.slices=0, but the devices are of 2 slices; set"),
+        ({"fsdp": 8, "slices": 2}, "mesh.slices=2 does not divide mesh.data=1: between slices"),
+    ],
+)
+def test_slices_that_do_not_fit(axes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(axes, chips(slices=2, each=4))
+
+
+def test_slices_where_there_is_one_process():
+    with pytest.raises(ValueError, match="slices=2, but the devices are of 1 processes; set"):
+        sharding.make_mesh({"data": -1, "slices": 2})
 
 
 def test_a_batch_must_split_evenly():

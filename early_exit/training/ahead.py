@@ -23,8 +23,8 @@ from early_exit.policy import ExitPolicy
 from early_exit.training import plan
 
 
-def topology(name: str | None):
-    """(devices, chip) of a TPU slice; of this host without a name.
+def topology(name: str | None, slices: int = 1):
+    """(devices, chip) of a TPU slice, or of several alike; of this host without a name.
 
     Raises:
       ValueError: no such chip or slice.
@@ -41,7 +41,7 @@ def topology(name: str | None):
     from jax.experimental import topologies  # libtpu reads these variables when it is loaded
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology {name!r} is no slice of chips: {error}") from error
     except (ImportError, RuntimeError, NotImplementedError) as error:

@@ -32,9 +32,9 @@ SETTINGS = {
 }
 
 
-def start(folder, processes, tensor=1):
+def start(folder, processes, tensor=1, slices=1):
     """That many processes with four devices together."""
-    mesh = {"mesh.data": 2, "mesh.fsdp": 2 // tensor, "mesh.tensor": tensor}
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2 // tensor, "mesh.tensor": tensor, "mesh.slices": slices}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,8 +77,9 @@ def logs(folder):
     return [path.read_text() for path in sorted(folder.parent.glob(f"{folder.name}.*.log"))]
 
 
-def tune(folder, processes, tensor=1):
-    assert ended(start(folder, processes, tensor), 600) == [0] * processes, logs(folder)[0]
+def tune(folder, processes, tensor=1, slices=1):
+    started = start(folder, processes, tensor, slices)
+    assert ended(started, 600) == [0] * processes, logs(folder)[0]
     return folder
 
 
@@ -107,9 +108,9 @@ def alone(tmp_path_factory):
 
 
 # Of the four, pairs have the same rows.
-@pytest.mark.parametrize(("processes", "tensor"), [(2, 1), (4, 2)])
-def test_several_processes_are_as_one(alone, processes, tensor):
-    folder = tune(alone.parent / f"{processes}_{tensor}", processes, tensor)
+@pytest.mark.parametrize(("processes", "tensor", "slices"), [(2, 1, 2), (4, 2, 1)])
+def test_several_processes_are_as_one(alone, processes, tensor, slices):
+    folder = tune(alone.parent / f"{processes}_{tensor}", processes, tensor, slices)
     assert_same_losses(folder, alone)
     first, *others = logs(folder)
     assert f"tuned exits in {folder}" in first
