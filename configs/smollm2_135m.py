@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 # Batches of training text in which the most frequent tokens are counted.
                 "frequency_batches": 64,
             },
-            # `slices` are groups of devices with a slower network in between: only `data` goes over.
+            # `slices`: groups of devices, a slower network in between that only `data` goes over.
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "slices": 1},
             "tune": {
                 "train": "exits",  # or "all": in tandem with the backbone

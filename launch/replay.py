@@ -4,7 +4,8 @@
     python -m launch.replay --workdir=runs/smollm2 --batch=runs/smollm2/bad_batch_120.npz
 
 A run that meets a loss or a gradient that is not finite leaves the batch in its folder. Prints the
-loss of every exit, the norm of each part's gradient, and what is not finite; changes nothing.
+loss of every exit, the norm of each part's gradient, and what is not finite; changes nothing. On
+other devices than the run's, name its --config, with another mesh.
 """
 
 from pathlib import Path
