@@ -126,8 +126,8 @@ def converse(
       batch: conversations at a time.
 
     Raises:
-      ValueError: neither prompts nor tokens, a model that cannot think of questions, or none in a
-        whole shard, or a folder that holds other conversations.
+      ValueError: neither prompts nor tokens, a model that cannot think of questions, a first shard
+        of which nothing can be kept, or a folder that holds other conversations.
     """
     if prompts is None:
         if tokens is None:
@@ -143,13 +143,14 @@ def converse(
         if prompts is not None and start >= len(prompts):
             return
         finished = shards.finished(folder)
-        if tokens is not None and sum(s["tokens"] for s in finished.values()) >= tokens:
+        so_far = sum(shard["tokens"] for shard in finished.values())
+        if tokens is not None and so_far >= tokens:
             return
         if number in finished:
             continue
         asked = None if prompts is None else prompts[start : start + settings.per_shard]
         kept, dropped = _shard(speaker, settings, number, asked, batch)
-        if prompts is None and not kept:  # it would go on for ever
+        if prompts is None and not kept and not so_far:  # it would go on for ever
             raise ValueError(distill.none_kept(dropped))
         counted = {"tokens": sum(c.tokens for c in kept), "dropped": dropped}
         shards.write(folder, number, [c.pack() for c in kept], counted)
