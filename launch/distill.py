@@ -31,7 +31,7 @@ RAW = flags.DEFINE_bool("raw", DEFAULT.raw, "Continue --input as it is, without 
 TOKENS = flags.DEFINE_integer(
     "tokens", None, "Tokens to keep, questions and all; with --input, at most.", lower_bound=1
 )
-BATCH = flags.DEFINE_integer("batch", 16, "Conversations at a time.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 32, "Conversations at a time.", lower_bound=1)
 PER_SHARD = flags.DEFINE_integer(
     "per_shard", DEFAULT.per_shard, "Questions in a shard; what an interruption may lose."
 )
@@ -87,7 +87,10 @@ def main(argv):
     with metrics.progress(TOKENS.value) as bar:
         for shard in made:
             bar.update(shard["tokens"])
-    if jax.process_index():
+    first = not jax.process_index()
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others
+    if not first:
         return
     rows, tokens = distill.summary(folder)
     print(metrics.table(rows, header=("conversations", "count", "share")))

@@ -112,7 +112,7 @@ def converse(
     *,
     prompts: Sequence[str] | None = None,
     tokens: int | None = None,
-    batch: int = 16,
+    batch: int = 32,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, Any]]:

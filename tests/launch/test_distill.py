@@ -1,9 +1,13 @@
 """`launch.distill` on the tiny model, made to speak in a few letters so that its turns end."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +17,8 @@ from early_exit.data import distill, shards, sources
 from early_exit.metrics import read_metrics
 from early_exit.pretrained.tokenizer import load_tokenizer
 
-TINY_CHAT = pathlib.Path(__file__).parents[1] / "fixtures/tiny_chat"
+ROOT = pathlib.Path(__file__).parents[2]
+TINY_CHAT = ROOT / "tests/fixtures/tiny_chat"
 # Whose pairs are no tokens: what is drawn is what its text encodes to.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -105,6 +110,32 @@ def test_questions_of_a_file(launch, flags, tmp_path):
     kept = [c.prompt for _, c in distill.conversations(shards.Store(folder))]
     assert kept and set(kept) <= {"Why?", "How?", "Who?", "What?", "Where?"}
     assert sources.MADE in done.stdout
+
+
+@pytest.mark.processes
+def test_two_processes_share_the_shards(flags, tmp_path):
+    """Neither waits for the other but at the end, and the first tells what both have made."""
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "made"
+    prompts.write_text("".join(f"Why {number}?\n" for number in range(27)))  # three shards
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    command = [sys.executable, "-m", "launch.distill", *flags, "--repeated=1"]
+    command += [f"--made={folder}", f"--input={prompts}", *together]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    first, second = (
+        subprocess.Popen(
+            [*command, f"--process_id={i}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+        )
+        for i in range(2)
+    )
+    told, silence = (process.communicate(timeout=240)[0].decode() for process in (first, second))
+    assert (first.returncode, second.returncode, silence) == (0, 0, "")
+    finished = shards.finished(folder)
+    assert finished.keys() == {0, 1, 2}
+    kept = sum(shard["records"] for shard in finished.values())
+    assert re.search(rf"^kept +{kept} ", told, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
