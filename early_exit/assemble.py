@@ -33,6 +33,7 @@ from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
+from early_exit.pretrained import chat
 from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.load import Pretrained, load
@@ -67,9 +68,8 @@ class Tuned:
 
     @functools.cached_property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the end of a turn, and the end of a text."""
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get("<|endoftext|>")}
-        return sorted(ends - {None})
+        """Tokens that end an answer."""
+        return chat.stop_ids(self.tokenizer)
 
     def chat(self, question: str) -> list[int]:
         """Token ids of a user's turn in the model's chat template.
@@ -77,11 +77,7 @@ class Tuned:
         Raises:
           ValueError: the tokenizer has no chat template.
         """
-        if not self.tokenizer.chat_template:
-            raise ValueError("this model has no chat template; give the prompt as plain text")
-        turn = [{"role": "user", "content": question}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return chat.prompt(self.tokenizer, question)
 
 
 def exit_config(config: ConfigDict) -> ExitConfig:

@@ -72,9 +72,11 @@ def run(main, *, on_run: bool = True, configured: bool = False) -> None:
 
     Args:
       on_run: the command works on a run's folder; else it has no --workdir, and --config only
-        where it is `configured`.
+        where it is `configured`. With both, either of the two says what it works on.
     """
-    if on_run:
+    if on_run and configured:
+        flags.mark_flags_as_mutual_exclusive(["config", "workdir"], required=True)
+    elif on_run:
         flags.mark_flag_as_required("workdir")
     else:
         del flags.FLAGS.workdir

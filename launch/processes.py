@@ -26,6 +26,8 @@ MULTIHOST = flags.DEFINE_bool(
 
 # A process that has not been heard of for so long is taken for dead, and all end.
 HEARTBEAT_SECONDS = 60
+# One that is done waits for the others as long as they live.
+SHUTDOWN_SECONDS = 7 * 24 * 3600
 
 
 def initialize() -> None:
@@ -38,10 +40,14 @@ def initialize() -> None:
     by_hand = [flag.value for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
     if by_hand.count(None) not in (0, len(by_hand)):
         raise ValueError("--coordinator, --num_processes and --process_id go together")
+    timeouts = {
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
     if None not in by_hand:
-        jax.distributed.initialize(*by_hand, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(*by_hand, **timeouts)
     elif MULTIHOST.value or has_fellows(os.environ):
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**timeouts)
     elif jax.process_count() > 1:
         raise ValueError("this is one of several hosts of a TPU slice; add --multihost")
 

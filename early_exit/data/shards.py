@@ -52,6 +52,11 @@ def is_finished(folder: Path, number: int) -> bool:
     return (folder / f"{number:05}.json").exists()
 
 
+def finished(folder: Path) -> dict[int, dict[str, Any]]:
+    """The description of each finished shard, by its number."""
+    return {int(path.stem): files.read_json(path) for path in sorted(folder.glob("[0-9]*.json"))}
+
+
 def write(folder: Path, number: int, records: Iterable[bytes], counted: dict[str, Any]) -> None:
     """Writes a shard; it counts as finished when all of it is on the disk.
 
@@ -95,9 +100,7 @@ class Store(Sequence[bytes]):
             raise FileNotFoundError(f"no records in {folder} ({ABOUT} is missing)")
         self._folder = folder
         self.about = files.read_json(folder / ABOUT)
-        self.shards = {
-            int(path.stem): files.read_json(path) for path in sorted(folder.glob("[0-9]*.json"))
-        }
+        self.shards = finished(folder)
         filled = [number for number, shard in self.shards.items() if shard["records"]]
         if not filled:
             raise FileNotFoundError(f"{folder} has no finished shard yet; let the command finish")

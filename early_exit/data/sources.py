@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library, a folder, or one file; always in four splits.
+"""Where text comes from: the standard library, files, conversations; always in four splits.
 
 The one idea: a document's split follows from a hash of what names it, so that tuning,
 validation, calibration and test texts are disjoint on every machine and stay so when documents
@@ -13,11 +13,15 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 
+from early_exit.data import distill, shards
+
 # Upper edges of each split's share of the hash range.
 SPLITS = {"train": 0.85, "validation": 0.90, "calibration": 0.95, "test": 1.0}
 SUFFIXES = (".txt", ".py", ".md", ".rst", ".jsonl")
 # A single text file has to fill four splits: it is cut at line ends into pieces of this size.
 PIECE_BYTES = 4096
+# Before the folder of conversations that `launch.distill` has made.
+MADE = "made:"
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -44,10 +48,22 @@ class _Span:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Made:
+    """One document: a conversation in shards."""
+
+    name: str
+    store: shards.Store
+    index: int
+
+    def read(self) -> str:
+        return distill.Conversation.unpack(self.store[self.index]).text
+
+
+@dataclasses.dataclass(frozen=True)
 class Documents(Sequence):
     """Random access to (name, text); reads from disk at each access, safe to share by threads."""
 
-    spans: tuple[_Span, ...]
+    spans: tuple[_Span | _Made, ...]
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -61,14 +77,16 @@ def documents(source: str, split: str) -> Documents:
 
     Args:
       source: `stdlib` (the running interpreter's standard library, tests left out), a folder with
-        .txt, .py, .md, .rst or .jsonl files, or one such file. JSONL rows hold a `text`.
+        .txt, .py, .md, .rst or .jsonl files, or one such file; JSONL rows hold a `text`. Or
+        `made:FOLDER`, conversations of a model (`data.distill`), each question once.
       split: `train`, `validation`, `calibration` or `test`, with 85, 5, 5 and 5 % of the documents.
-        A file of a folder is one document, and a hash of its relative path decides; rows of JSONL
-        and pieces of a single text file go by a hash of their text, so that equal ones stay
-        together.
+        A file of a folder is one document, and a hash of its relative path decides; conversations,
+        rows of JSONL and pieces of a single text file go by a hash of their text, so that equal
+        ones stay together.
 
     Raises:
-      ValueError: unknown split, nothing to read, no documents in the split, or a bad JSONL row.
+      ValueError: unknown split, nothing to read, no documents in the split, a bad JSONL row, or
+        damaged conversations.
       FileNotFoundError: no such file or folder.
     """
     if split not in SPLITS:
@@ -110,8 +128,14 @@ def hash_position(identity: bytes) -> float:
     return (int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") >> 11) / 2**53
 
 
-def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:
+def _spans(source: str) -> Iterator[tuple[_Span | _Made, bytes]]:
     """Every document with the bytes whose hash decides its split."""
+    if source.startswith(MADE):
+        folder = pathlib.Path(source.removeprefix(MADE)).expanduser()
+        store = shards.Store(folder)
+        for index, conversation in distill.conversations(store):
+            yield _Made(f"{folder.name}:{index}", store, index), conversation.text.encode()
+        return
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_path("stdlib"))
         for span, identity in _folder(root, suffixes=(".py",), skip=_NOT_LIBRARY):
@@ -122,7 +146,9 @@ def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:
     if path.is_dir():
         yield from _folder(path, suffixes=SUFFIXES)
     elif not path.exists():
-        raise FileNotFoundError(f"no text at {source!r}; give `stdlib`, a folder or a file")
+        raise FileNotFoundError(
+            f"no text at {source!r}; give `stdlib`, a folder, a file or made:FOLDER"
+        )
     elif path.suffix not in SUFFIXES:
         raise ValueError(f"{source} is not one of {', '.join(SUFFIXES)}")
     elif path.suffix == ".jsonl":

@@ -4,7 +4,7 @@ import sysconfig
 
 import pytest
 
-from early_exit.data import sources
+from early_exit.data import distill, shards, sources
 
 
 def every_split(source):
@@ -74,6 +74,36 @@ def test_equal_rows_never_fall_into_two_splits(tmp_path):
     splits = [[text for _, text in docs] for docs in every_split(str(file)).values()]
     assert sorted(sum(splits, [])) == sorted(texts)
     assert sum(len(set(split)) for split in splits) == 40
+
+
+def conversations(folder, texts):
+    shards.begin(folder, {"kind": distill.KIND})
+    for number, start in enumerate(range(0, len(texts), 30)):
+        kept = [distill.Conversation(text, text, "", 1) for text in texts[start : start + 30]]
+        shards.write(folder, number, [c.pack() for c in kept], {"tokens": 30, "dropped": {}})
+    return f"made:{folder}"
+
+
+def test_conversations_are_split_like_rows_of_their_text(tmp_path):
+    texts = [f"Why {i}?\nSo." for i in range(200)]
+    source = conversations(tmp_path / "made", texts)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for split, found in every_split(source).items():
+        assert [text for _, text in found] == [t for _, t in sources.documents(str(file), split)]
+        names = [name for name, _ in found]
+        assert names == [f"made:{texts.index(text)}" for _, text in found]
+        assert sources.data_hash(found) == sources.data_hash(sources.documents(source, split))
+
+
+def test_damaged_or_missing_conversations_are_an_error(tmp_path):
+    source = conversations(tmp_path, ["a question"] * 40)
+    path = tmp_path / "00000.array_record"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="is damaged.*; remove its .json"):
+        sources.documents(source, "train")
+    with pytest.raises(FileNotFoundError, match="no records in .*none"):
+        sources.documents(f"{source}/none", "train")
 
 
 def test_a_single_text_file_is_cut_at_line_ends_without_loss(tmp_path):

@@ -1,0 +1,113 @@
+"""Lets a model make the text that its exits are tuned on: its own answers, to its own questions.
+
+    python -m launch.distill --config=configs/smollm2_135m.py --made=data/smollm2 --tokens=200_000
+    python -m launch.distill --workdir=runs/smollm2 --made=data/asked --input=prompts.txt
+    python -m launch.tune --config=… --config.data.source=made:data/smollm2 --workdir=…
+
+Questions are the model's, from the user's turn of its chat template, or those of a file (a prompt
+on each line, as text, or in `.jsonl` as an object with a "prompt"). The full model answers; what is
+kept of it, see `data.distill`. Killed, it goes on after the last finished shard; several processes
+share the work (see `launch.processes`). At the end, prints what became of all questions.
+"""
+
+import signal
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from early_exit import assemble, metrics
+from early_exit.data import distill
+from early_exit.inference.converse import Settings, Speaker, converse
+from early_exit.inference.sampling import Sampling
+from early_exit.training.preemption import Preempted
+from launch import common, processes
+
+DEFAULT = Settings()
+
+MADE = flags.DEFINE_string("made", None, "Folder for the conversations.", required=True)
+INPUT = flags.DEFINE_string("input", None, "File of prompts, instead of questions of its own.")
+RAW = flags.DEFINE_bool("raw", DEFAULT.raw, "Continue --input as it is, without a chat template.")
+TOKENS = flags.DEFINE_integer(
+    "tokens", None, "Tokens to keep, questions and all; with --input, at most.", lower_bound=1
+)
+BATCH = flags.DEFINE_integer("batch", 32, "Conversations at a time.", lower_bound=1)
+PER_SHARD = flags.DEFINE_integer(
+    "per_shard", DEFAULT.per_shard, "Questions in a shard; what an interruption may lose."
+)
+QUESTION_TOKENS = flags.DEFINE_integer(
+    "max_question_tokens", DEFAULT.max_question_tokens, "Most tokens of a question of its own."
+)
+NEW = flags.DEFINE_integer("max_new_tokens", DEFAULT.max_new_tokens, "Most tokens of an answer.")
+QUESTION_TEMPERATURE = flags.DEFINE_float(
+    "question_temperature", DEFAULT.question.temperature, "Of questions of its own."
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", DEFAULT.answer.temperature, "Of answers; 0 is greedy."
+)
+TOP_P = flags.DEFINE_float(
+    "top_p", DEFAULT.answer.top_p, "Sample answers among tokens of this total probability."
+)
+SHORTEST = flags.DEFINE_integer("shortest", DEFAULT.rules.shortest, "Least tokens of an answer.")
+REPEATED = flags.DEFINE_float(
+    "repeated", DEFAULT.rules.repeated, "Most 4-grams that stood there before, as a share."
+)
+UNFINISHED = flags.DEFINE_bool(
+    "unfinished", DEFAULT.rules.unfinished, "Keep answers that were cut off."
+)
+SEED = flags.DEFINE_integer("seed", DEFAULT.seed, "Of everything that is drawn.")
+
+
+def main(argv):
+    common.no_arguments(argv)
+    processes.initialize()
+    signal.signal(signal.SIGTERM, _leave)
+    settings = Settings(
+        question=Sampling(QUESTION_TEMPERATURE.value),
+        answer=Sampling(TEMPERATURE.value, top_p=TOP_P.value),
+        max_question_tokens=QUESTION_TOKENS.value,
+        max_new_tokens=NEW.value,
+        rules=distill.Rules(SHORTEST.value, REPEATED.value, UNFINISHED.value),
+        raw=RAW.value,
+        seed=SEED.value,
+        per_shard=PER_SHARD.value,
+    )
+    folder = Path(MADE.value)
+    prompts = common.read_lines(Path(INPUT.value), "prompt") if INPUT.value else None
+    made = converse(
+        _speaker(),
+        folder,
+        settings,
+        prompts=prompts,
+        tokens=TOKENS.value,
+        batch=BATCH.value,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with metrics.progress(TOKENS.value) as bar:
+        for shard in made:
+            bar.update(shard["tokens"])
+    first = not jax.process_index()
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others
+    if not first:
+        return
+    rows, tokens = distill.summary(folder)
+    print(metrics.table(rows, header=("conversations", "count", "share")))
+    print(f"{tokens} tokens in {folder}; to use them, --config.data.source=made:{folder}")
+
+
+def _speaker() -> Speaker:
+    if common.WORKDIR.value is None:
+        pretrained, _ = assemble.load_backbone(common.CONFIG.value)
+        return Speaker(pretrained.config, pretrained.params, pretrained.tokenizer)
+    tuned = assemble.load_tuned(common.workdir())
+    return Speaker(tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
+
+
+def _leave(*_):
+    raise Preempted("asked to leave; every finished shard is saved")
+
+
+if __name__ == "__main__":
+    common.run(main, configured=True)
