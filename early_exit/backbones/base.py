@@ -88,7 +88,7 @@ class BackboneConfig(abc.ABC):
       pools: whether it tells classes apart, one prediction for a whole input; a language model
         predicts at every position.
       head_kinds: the exit heads that it can carry (see `exits.heads`).
-      grid_cells: how many places heads of the kind `grid` tell apart.
+      grid_width: of the features of heads of the kind `grid`.
       scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
     """
 
@@ -97,7 +97,7 @@ class BackboneConfig(abc.ABC):
     num_classes: int
     pools: ClassVar[bool]
     head_kinds: ClassVar[tuple[str, ...]]
-    grid_cells: ClassVar[int] = 0
+    grid_width = 0
     scan = False
 
     @abc.abstractmethod
@@ -111,10 +111,6 @@ class BackboneConfig(abc.ABC):
         """Hidden states → what one prediction is made from; where `pools`, a row per input."""
         return hidden
 
-    def pool_grid(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states → [B, `grid_cells`, D], for heads of the kind `grid`."""
-        raise NotImplementedError
-
     @abc.abstractmethod
     def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
         """The normalisation in front of the readout."""
@@ -127,8 +123,8 @@ class BackboneConfig(abc.ABC):
         """One whole block, for heads of the kind `layer`."""
         raise NotImplementedError
 
-    def build_conv(self, outputs: int, rngs: nnx.Rngs) -> nnx.Module:
-        """A convolution to so many channels, for heads of the kind `conv`."""
+    def build_grid(self, point: int, rngs: nnx.Rngs) -> nnx.Module:
+        """Hidden states after block `point` → [B, `grid_width`], for heads of the kind `grid`."""
         raise NotImplementedError
 
 
