@@ -7,12 +7,13 @@
 Images are the PNG and JPEG files of a folder, or one file. Texts are the lines of a file, or of a
 `.jsonl` file objects with a "text". The last command takes a split of the run's own data, whose
 labels are known. Prints, or writes as JSONL, the answer to each and the blocks that it took; then
-how many left where, and how fast that was.
+how many left where, and how fast that was; and a warning if they leave unlike calibration's data.
 """
 
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from absl import flags
 
 from early_exit import assemble
 from early_exit import feed as feeds
+from early_exit.calibration import drift
 from early_exit.data.image_sets import SUFFIXES, read_image
 from early_exit.data.inputs import Prepare
 from early_exit.data.parts import Example
@@ -67,7 +69,8 @@ def main(argv):
         (names, examples), classes = _given(Path(INPUT.value)), _class_names(feed)
     # No larger than needed: fewer programs have to be compiled.
     rows = min(BATCH.value, len(names))
-    classify = Classifier(model, tuned.params, _policy(tuned), largest=1 << (rows - 1).bit_length())
+    policy = _policy(tuned)
+    classify = Classifier(model, tuned.params, policy, largest=1 << (rows - 1).bit_length())
     answers, labels, speed = _classify(classify, feed.prepare(), examples)
     if OUTPUT.value:
         _write(Path(OUTPUT.value), names, answers, labels, classes)
@@ -78,12 +81,23 @@ def main(argv):
     print(_summary(model.exit_depths, answers, labels, speed))
     if OUTPUT.value:
         print(OUTPUT.value)
+    as_calibrated = policy is not None and BUDGET.value is None  # with a budget, others leave
+    if as_calibrated and (warning := _drift(policy, answers)):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _policy(tuned: assemble.Tuned) -> ExitPolicy | None:
     if FULL.value or not tuned.model.exits.points:
         return None
     return assemble.load_policy(tuned, Path(POLICY.value) if POLICY.value else None)
+
+
+def _drift(policy: ExitPolicy, answers: Classified) -> str | None:
+    """`drift.warning`, of probabilities as they are without temperatures."""
+    powers = answers.probabilities
+    if policy.temperatures is not None:
+        powers = powers ** np.asarray(policy.temperatures)[answers.exits, None]
+    return drift.warning(policy, answers.exits, powers.max(-1) / powers.sum(-1))
 
 
 def _given(path: Path) -> Work:

@@ -98,7 +98,7 @@ class BackboneConfig(abc.ABC):
       pools: whether it tells classes apart, one prediction for a whole input; a language model
         predicts at every position.
       head_kinds: the exit heads that it can carry (see `exits.heads`).
-      grid_cells: how many places heads of the kind `grid` tell apart.
+      grid_width: of the features of heads of the kind `grid`.
       scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
       drops_blocks: whether rows can leave blocks out in training.
     """
@@ -108,8 +108,8 @@ class BackboneConfig(abc.ABC):
     num_classes: int
     pools: ClassVar[bool]
     head_kinds: ClassVar[tuple[str, ...]]
-    grid_cells: ClassVar[int] = 0
     drops_blocks: ClassVar[bool] = False
+    grid_width = 0
     scan = False
 
     @abc.abstractmethod
@@ -123,10 +123,6 @@ class BackboneConfig(abc.ABC):
         """Hidden states → what one prediction is made from; where `pools`, a row per input."""
         return hidden
 
-    def pool_grid(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states → [B, `grid_cells`, D], for heads of the kind `grid`."""
-        raise NotImplementedError
-
     @abc.abstractmethod
     def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
         """The normalisation in front of the readout."""
@@ -139,8 +135,8 @@ class BackboneConfig(abc.ABC):
         """One whole block, for heads of the kind `layer`."""
         raise NotImplementedError
 
-    def build_conv(self, outputs: int, rngs: nnx.Rngs) -> nnx.Module:
-        """A convolution to so many channels, for heads of the kind `conv`."""
+    def build_grid(self, point: int, rngs: nnx.Rngs) -> nnx.Module:
+        """Hidden states after block `point` → [B, `grid_width`], for heads of the kind `grid`."""
         raise NotImplementedError
 
 

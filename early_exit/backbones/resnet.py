@@ -80,8 +80,7 @@ class ResNetConfig(base.BackboneConfig):
     early_stride: bool = False
 
     pools: ClassVar[bool] = True
-    head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "conv", "grid")
-    grid_cells: ClassVar[int] = _GRID**2
+    head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "grid")
 
     def __post_init__(self):
         if self.block not in BLOCKS:
@@ -132,6 +131,10 @@ class ResNetConfig(base.BackboneConfig):
         return self.widths[-1]
 
     @property
+    def grid_width(self) -> int:
+        return _GRID**2 * 2 * self.width
+
+    @property
     def blocks(self) -> tuple[BlockShape, ...]:
         """Every block, first to last."""
         shapes, inputs = [], self.stem_width
@@ -171,24 +174,22 @@ class ResNetConfig(base.BackboneConfig):
 
         A LayerNorm: it needs no statistics, and is the same for one image as for a batch.
         """
-        # The fast variance, E[x²] − E[x]², cancels where the mean is far from 0.
-        return nnx.LayerNorm(self.width, epsilon=_EPSILON, use_fast_variance=False, rngs=rngs)
+        return _layer_norm(self.width, rngs)
 
     def pool(self, hidden, context):
         return hidden.mean((1, 2), dtype=jnp.float32).astype(hidden.dtype)
-
-    def pool_grid(self, hidden):
-        down, right = (jnp.asarray(_cells(size), jnp.float32) for size in hidden.shape[1:3])
-        means = jnp.einsum("ih,bhwc,jw->bijc", down, hidden.astype(jnp.float32), right)
-        return means.reshape(len(hidden), self.grid_cells, -1).astype(hidden.dtype)
 
     def build_mlp(self, rngs: nnx.Rngs) -> "MLP":
         """For heads, over pooled features. The network itself has none."""
         return MLP(self.width, rngs=rngs)
 
-    def build_conv(self, outputs: int, rngs: nnx.Rngs) -> "Narrowing":
-        """For heads, before pooling: to so many channels, in convolutions of stride 2."""
-        return Narrowing(self.width, outputs, rngs=rngs)
+    def build_grid(self, point: int, rngs: nnx.Rngs) -> "Grid":
+        return Grid(self.at(point).width, 2 * self.width, rngs=rngs)
+
+
+def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E[x²] − E[x]², cancels where the mean is far from 0.
+    return nnx.LayerNorm(width, epsilon=_EPSILON, use_fast_variance=False, rngs=rngs)
 
 
 def _cells(size: int) -> np.ndarray:
@@ -298,11 +299,14 @@ class MLP(nnx.Module):
         return self.down(jax.nn.relu(self.up(x)))
 
 
-class Narrowing(nnx.Module):
-    """3×3 convolutions of stride 2, as the classifiers of MSDNet have; ReLU after each.
+class Grid(nnx.Module):
+    """For heads: what is in an image, and where: features of 4×4 places, each normalised.
 
-    Each doubles the channels until there are enough: in place of the stages that an early exit
-    leaves out, at a small part of their cost.
+    3×3 convolutions of stride 2, with a ReLU after each, stand in for the stages that an early exit
+    leaves out, at a small part of their cost. Each halves the image and doubles the channels, as
+    those do, once more than the network does: images of usual sizes then are 4×4. Convolutions in
+    front of a head are as in MSDNet (Huang et al. 2018); it averages over the image, and early
+    blocks see too little of it for that.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
@@ -316,11 +320,15 @@ class Narrowing(nnx.Module):
                 for i, pair in enumerate(itertools.pairwise(widths))
             }
         )
+        self.norm = _layer_norm(outputs, rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        """Hidden states → features [B, 16 · outputs]."""
         for i in range(len(self.convs)):
             x_BHWC = jax.nn.relu(self.convs[str(i)](x_BHWC))
-        return x_BHWC
+        down, right = (jnp.asarray(_cells(size), jnp.float32) for size in x_BHWC.shape[1:3])
+        means = jnp.einsum("ih,bhwc,jw->bijc", down, x_BHWC.astype(jnp.float32), right)
+        return self.norm(means.astype(x_BHWC.dtype)).reshape(len(x_BHWC), -1)
 
 
 class ResNet(base.Backbone):

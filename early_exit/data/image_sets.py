@@ -22,20 +22,33 @@ _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "Y
 def idx_files(path: str) -> Found:
     """A folder with `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and `t10k-` for test.
 
-    Each may be gzipped and then ends in `.gz`. Classes are named by their numbers. The test set
-    may be absent. Format: http://yann.lecun.com/exdb/mnist.
+    Each may be gzipped and then ends in `.gz`. Classes are named by the lines of `labels.txt`, if
+    the folder holds that, else by their numbers: the format has no names. The test set may be
+    absent. Format: http://yann.lecun.com/exdb/mnist.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a damaged file, or images and labels that do not belong together.
+      ValueError: a damaged file, images and labels that do not belong together, or names for fewer
+        classes than there are.
     """
     root = locate(path)
     train = _idx_set(root, "train")
     test = _idx_set(root, "t10k") if list(root.glob("t10k-*")) else None
     classes = 1 + max(labels.max() for _, labels in filter(None, (train, test)))
-    return Found(
-        tuple(map(str, range(classes))), _of_arrays(*train), _of_arrays(*test) if test else None
-    )
+    names = _idx_names(root / "labels.txt", classes)
+    return Found(names, _of_arrays(*train), _of_arrays(*test) if test else None)
+
+
+def _idx_names(path: pathlib.Path, classes: int) -> tuple[str, ...]:
+    if not path.exists():
+        return tuple(map(str, range(classes)))
+    names = tuple(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+    if len(names) < classes or len(set(names)) != len(names):
+        raise ValueError(
+            f"{path} must name {classes} classes, each on a line and by its own name; it has "
+            f"{len(names)} lines with {len(set(names))} names"
+        )
+    return names
 
 
 def image_folder(path: str) -> Found:

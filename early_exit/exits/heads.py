@@ -31,9 +31,9 @@ class ExitConfig:
       points: blocks (1-based) after which there is an exit, each in 1 … depth − 1.
       head: what stands before the output matrix: `embedding`, nothing, which classifiers call
         `linear`; `norm`; `mlp`, a residual feed-forward part, then norm; `layer`, one whole block,
-        then norm; `conv`, a strided convolution to the network's last width, then norm; `grid`,
-        the same, pooled not as one but in a coarse grid of places: early blocks see little of an
-        image, so what is where in it says much of what it is.
+        then norm; `grid`, strided convolutions, pooled not as one but in a coarse grid of places,
+        then norm: early blocks see little of an image, so what is where in it says much of what
+        it is.
       output: `own`, an output matrix of each head, or `shared`, the backbone's.
       classes: how many tokens a head can predict, the most frequent ones; 0 for all.
       gate: whether each head has a gate, which tells from the hidden state alone whether the head
@@ -96,9 +96,7 @@ class ExitConfig:
 
     def width(self, backbone: BackboneConfig, point: int) -> int:
         """Of the features of the head after block `point`."""
-        if self.head == "grid":
-            return backbone.grid_cells * backbone.width
-        return (backbone if self.head == "conv" else backbone.at(point)).width
+        return backbone.grid_width if self.head == "grid" else backbone.at(point).width
 
 
 class Head(nnx.Module):
@@ -107,18 +105,15 @@ class Head(nnx.Module):
     def __init__(self, network: BackboneConfig, exits: ExitConfig, point: int, *, rngs: nnx.Rngs):
         here = self.network = network.at(point)
         earlier, classes = exits.points.index(point), network.num_classes
-        self.keeps_layout = exits.head == "grid"
-        convolves = exits.head == "conv" or self.keeps_layout
-        wide = network if convolves else here
-        if convolves:
-            self.conv = here.build_conv(network.width, rngs)
+        if exits.head == "grid":
+            self.grid = network.build_grid(point, rngs)
         if exits.head == "mlp":
             self.mlp_norm = here.build_norm(rngs)
             self.mlp = here.build_mlp(rngs)
         if exits.head == "layer":
             self.block = here.build_block(rngs)
-        if exits.head not in ("embedding", "linear"):
-            self.norm = wide.build_norm(rngs)
+        if exits.head not in ("embedding", "linear", "grid"):
+            self.norm = here.build_norm(rngs)
         rows = exits.classes + 1 if exits.classes else classes
         if exits.output == "shared":
             rows = 1 if exits.classes else 0  # only "none of these" is not in the backbone's
@@ -126,7 +121,7 @@ class Head(nnx.Module):
             self.output = Classifier(rows, exits.width(network, point), rngs=rngs)
         elif rows:
             init = nnx.initializers.normal(0.02)
-            self.output = nnx.Embed(rows, wide.width, embedding_init=init, rngs=rngs)
+            self.output = nnx.Embed(rows, here.width, embedding_init=init, rngs=rngs)
         if exits.gate:
             self.gate = Gate(here, rngs=rngs)
         if exits.cascade and earlier:
@@ -147,15 +142,13 @@ class Head(nnx.Module):
 
         The second is None but for a language model's heads with a block.
         """
+        if hasattr(self, "grid"):
+            return self.grid(hidden), None
         rows = None
-        if hasattr(self, "conv"):
-            hidden = self.conv(hidden)
         if self.has_block and self.network.pools:
             hidden = self.block(hidden, context)
         elif self.has_block:
             hidden, rows = self.block(hidden, context, past, past_length_B)
-        if self.keeps_layout:
-            return self.norm(self.network.pool_grid(hidden)).reshape(len(hidden), -1), rows
         hidden = self.network.pool(hidden, context)
         if hasattr(self, "mlp"):
             hidden = hidden + self.mlp(self.mlp_norm(hidden))

@@ -36,7 +36,7 @@ def copied(head: dict, backbone: dict, point: int, depth: int, token_ids: jax.Ar
         "norm": backbone.get("final_norm", last.get("mlp_norm")),
         "output": backbone.get("output", backbone.get("embedding")),
     }
-    found = {name: sources[name] for name in head}
+    found = {name: sources.get(name) for name in head}
     if "output" in head:
         rows = _rows(found["output"]["embedding"], token_ids, head["output"]["embedding"])
         found["output"] = found["output"] | {"embedding": rows}

@@ -97,7 +97,7 @@ class Classifier:
         inputs, count, kind = read(inputs)
         if count == 1 and budget is None:  # nothing to keep book of
             program = run_alone if self._early else run_whole
-            exits, answers = self._programs.call(program, kind, 1, inputs)
+            exits, answers = self._programs.call_alone(program, kind, inputs)
             return self._classified(fetched(answers), np.asarray(exits)[None], 0)
         batch = Batch(self._programs, inputs, count, kind, everyone=budget is not None)
         if budget is not None:

@@ -39,6 +39,17 @@ def test_idx_files_plain_and_gzipped(tmp_path):
     assert (len(list(train.identities)), len(list(test.identities))) == (5, 2)
 
 
+def test_idx_files_whose_classes_have_names(tmp_path):
+    write_idx(tmp_path)
+    names = tmp_path / "labels.txt"
+    names.write_text("T-shirt/top\n Trouser\nPullover\n\n")
+    assert image_sets.idx_files(str(tmp_path)).classes == ("T-shirt/top", "Trouser", "Pullover")
+    for text, found in (("one\ntwo\n", "2 lines with 2"), ("one\ntwo\none\n", "3 lines with 2")):
+        names.write_text(text)
+        with pytest.raises(ValueError, match=f"labels.txt must name 3 classes, .* has {found}"):
+            image_sets.idx_files(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

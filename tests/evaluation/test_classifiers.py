@@ -24,7 +24,7 @@ NEVER = policies.NEVER
 
 
 def network(**exits):
-    return MultiExit(NETWORK, ExitConfig(POINTS, **{"head": "conv"} | exits))
+    return MultiExit(NETWORK, ExitConfig(POINTS, **{"head": "grid"} | exits))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -89,24 +90,40 @@ def test_every_kind_treats_rows_apart(config, inputs, kind):
         _, _, _, alone = run(model, params, {k: v[row : row + 1] for k, v in inputs.items()})
         for together, single in zip(whole, alone, strict=True):
             assert together.shape == (3, C) and together.dtype == jnp.float32
-            np.testing.assert_allclose(together[row], single[0], atol=2e-5)
+            np.testing.assert_allclose(together[row], single[0], rtol=2e-6, atol=2e-5)
 
 
-def test_a_conv_head_brings_early_blocks_to_the_width_of_the_last():
-    deep = dataclasses.replace(RESNET, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32))
-    model, params = build(deep, points=(1, 2, 3), head="conv")
-    for point, widths in (("1", (4, 8, 16, 32)), ("2", (8, 16, 32)), ("3", (16, 32))):
-        shapes = {
-            i: conv["kernel"].shape for i, conv in params["exits"][point]["conv"]["convs"].items()
-        }
+def test_a_grid_head_doubles_channels_once_more_than_the_network():
+    deep = dataclasses.replace(RESNET, depths=(1, 1, 1), widths=(4, 8, 16))
+    _, params = build(deep, points=(1, 2), head="grid")
+    for point, widths in (("1", (4, 8, 16, 32)), ("2", (8, 16, 32))):
+        grid = params["exits"][point]["grid"]
+        shapes = {i: conv["kernel"].shape for i, conv in grid["convs"].items()}
         assert shapes == {
             str(i): (3, 3, *pair) for i, pair in enumerate(itertools.pairwise(widths))
         }
-    features, _ = model.bind(params).heads[0].features(jnp.ones((2, 8, 8, 4)), None)
-    assert features.shape == (2, 32)
-    # Even where nothing is left to widen, a head looks at the whole once more.
-    _, params = build(RESNET, head="conv")
-    assert params["exits"]["3"]["conv"]["convs"]["0"]["kernel"].shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("side", [28, 17, 5])
+def test_a_grid_head_reads_each_place_by_itself(side):
+    """Against a loop over the places, which averages and normalises one after the other."""
+    network = ResNetConfig((1, 1), (4, 8), C, stem="cifar", stem_width=4, channels=1)
+    head = network.build_grid(1, nnx.Rngs(3))
+    hidden = jax.random.normal(jax.random.key(0), (2, side, side, 4))
+    seen = hidden
+    for i in range(2):
+        seen = np.maximum(head.convs[str(i)](seen), 0)
+    size = seen.shape[1]
+    assert size == -(-side // 4)
+    found = np.asarray(head(hidden)).reshape(2, 4, 4, 16)
+    assert head(hidden).shape == (2, network.grid_width)
+    for row, down, right in itertools.product(range(2), range(4), range(4)):
+        rows, columns = (
+            slice(math.floor(i * size / 4), math.ceil((i + 1) * size / 4)) for i in (down, right)
+        )
+        mean = np.float64(seen[row, rows, columns]).mean((0, 1))
+        want = (mean - mean.mean()) / np.sqrt(mean.var() + 1e-5)
+        np.testing.assert_allclose(found[row, down, right], want, atol=1e-3)
 
 
 def test_padding_says_nothing_to_pooled_means():
@@ -184,8 +201,8 @@ def test_an_encoder_copies_what_it_has():
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (RESNET, {"head": "layer"}, "no head 'layer'; choose one of linear, norm, mlp, conv"),
-        (ENCODER, {"head": "conv"}, "no head 'conv'; choose one of linear, norm, mlp, layer"),
+        (RESNET, {"head": "layer"}, "no head 'layer'; choose one of linear, norm, mlp, grid"),
+        (ENCODER, {"head": "grid"}, "no head 'grid'; choose one of linear, norm, mlp, layer"),
         (RESNET, {"output": "shared"}, r"heads after blocks \[1\] are not as wide"),
         (ENCODER, {"classes": 3}, "exits.classes reduces a vocabulary"),
     ],
@@ -195,9 +212,11 @@ def test_exits_that_do_not_fit_a_classifier(config, options, message):
         build(config, **options)
 
 
-def test_a_resnet_has_nothing_that_a_head_could_copy():
-    model, params = build(RESNET, head="mlp")
-    with pytest.raises(ValueError, match="after block 1 cannot copy its .*mlp.*exits.init=random"):
+@pytest.mark.parametrize("kind", ["mlp", "grid"])
+def test_a_resnet_has_nothing_that_a_head_could_copy(kind):
+    model, params = build(RESNET, head=kind)
+    message = f"after block 1 cannot copy its .*{kind}.*exits.init=random"
+    with pytest.raises(ValueError, match=message):
         model.init_exits(jax.random.key(0), params["backbone"], "copy", None)
 
 

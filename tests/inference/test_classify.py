@@ -178,8 +178,10 @@ def test_all_at_one_exit_or_none_early(plain, size):
     check(full(first(plain.inputs, size)), found.exits, found.labels, found.scores)
 
 
-def test_another_policy_compiles_nothing(plain):
-    plain.classify(first(plain.inputs, 7)), plain.classify(first(plain.inputs, 1))
+def test_another_policy_compiles_nothing(plain, monkeypatch):
+    monkeypatch.setattr(batch, "CONSTANTS", 0)  # nor for one row, where weights are no constants
+    kept = Classifier(plain.model, plain.params, policies.make(plain.limits), largest=LARGEST)
+    kept(first(plain.inputs, 7)), kept(first(plain.inputs, 1))
     before = programs.run_segment._cache_size(), programs.run_alone._cache_size()
     for policy in (
         policies.make(plain.limits[::-1], decay=2.0),
@@ -188,6 +190,28 @@ def test_another_policy_compiles_nothing(plain):
         other = Classifier(plain.model, plain.params, policy, largest=LARGEST)
         other(first(plain.inputs, 7)), other(first(plain.inputs, 1))
     assert (programs.run_segment._cache_size(), programs.run_alone._cache_size()) == before
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_one_row_is_answered_alike_by_weights_that_are_constants_and_that_are_not(
+    plain, monkeypatch, early
+):
+    policy = policies.make(plain.limits, reject=0.5) if early else None
+    size, program = tree.size_in_bytes(plain.params), "run_alone" if early else "run_whole"
+    taken, answers = [], []
+    for limit in (size, size - 1):
+        monkeypatch.setattr(batch, "CONSTANTS", limit)
+        classify = Classifier(plain.model, plain.params, policy)
+        before = getattr(programs, program)._cache_size()
+        answers.append([classify({name: x[i : i + 1] for name, x in plain.inputs.items()})
+                        for i in range(N)])  # fmt: skip
+        taken.append(getattr(programs, program)._cache_size() - before)
+        assert classify.programs == 1
+    for one, other in zip(*answers, strict=True):
+        for field in dataclasses.fields(one):
+            pair = (getattr(found, field.name) for found in (one, other))
+            np.testing.assert_allclose(*pair, atol=1e-5)
+    assert taken[0] == 0
 
 
 @pytest.mark.parametrize(("confidence", "largest"), [("max_prob", 1), ("patience", 1), ("gate", 2)])

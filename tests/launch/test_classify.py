@@ -18,6 +18,7 @@ from configs import digits_resnet, news_minilm
 from early_exit import assemble, checkpoint, tree
 from early_exit import feed as feeds
 from early_exit import policy as policies
+from early_exit.calibration import drift
 from early_exit.evaluation.classes import score_batch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -163,6 +164,29 @@ def test_texts_are_answered_by_the_names_of_their_classes(classify, texts, tmp_p
     names = texts.examples.classes
     for (label, depth, _), want, deepest in zip(found, texts.answers, texts.depths, strict=True):
         assert int(depth) < deepest or label == names[want]
+
+
+def test_answers_unlike_calibration_s_are_told(classify, images, tmp_path):
+    """What a temperature does to probabilities is no drift; other probabilities are."""
+    everyone, path = [policies.ALWAYS, policies.NEVER], tmp_path / "policy.json"
+
+    def answered(**kept):
+        policies.save(policies.make(everyone, **kept), path)
+        output = tmp_path / "answers.jsonl"
+        flags = f"--workdir={images.folder}", f"--policy={path}", f"--output={output}"
+        done = classify(*flags, "--split=train", "--batch=256")
+        assert done.returncode == 0, done.stderr
+        return done, [json.loads(line) for line in output.read_text().splitlines()]
+
+    done, rows = answered()
+    assert "warning" not in done.stderr and {row["depth"] for row in rows} == {1}
+    top = np.array([row["score"] for row in rows])
+    exits = np.zeros(len(rows), int)
+    kept = {"temperatures": [3.0, 1.0, 1.0], "drift": drift.histogram(exits, top, 3)}
+    done, rows = answered(**kept)
+    assert "warning" not in done.stderr and rows[0]["score"] < top[0]
+    done, _ = answered(drift=drift.histogram(exits, top**3, 3))
+    assert "warning: these answers are unlike what the policy was calibrated on" in done.stderr
 
 
 @pytest.mark.parametrize(

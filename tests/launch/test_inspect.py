@@ -110,7 +110,7 @@ def test_a_classifier(inspected, name, classes):
     assert facts["family"] == "resnet" and facts["classes"].startswith(classes)
     assert rows["stem"][0] > 0 and ("readout" in rows) == (classes != "none")
     assert ("no output matrix yet" in text) == (classes == "none")
-    assert ("conv" in text) == (classes != "none")
+    assert ("grid" in text) == (classes != "none")
 
 
 def test_every_family_is_inspected(inspected):

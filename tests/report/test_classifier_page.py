@@ -42,7 +42,7 @@ def evaluation():
             "depth": 6,
             "num_classes": 10,
             "exit_points": [2, 4],
-            "head": "conv",
+            "head": "grid",
             "output": "own",
             "init": "random",
             "train": "all",
