@@ -22,7 +22,7 @@ from early_exit.data.stream import TrainingBatches
 from early_exit.evaluation import exits as evaluation
 from early_exit.metrics import MetricsWriter, progress
 from early_exit.training import optimizer as optimizers
-from early_exit.training import plan, preemption
+from early_exit.training import plan, preemption, states
 from early_exit.training import step as steps
 
 
@@ -74,7 +74,7 @@ def tune(config: ConfigDict, workdir: Path) -> list[dict]:
 
         unsettled = None
         for step in range(first + 1, total + 1):
-            state, metrics = run.step(state, run.frozen, run.place_batch(next(batches)))
+            state, metrics = run.step(state, run.given, run.place_batch(next(batches)))
             if unsettled:  # read while this step runs
                 settle(*unsettled)
             unsettled = step, metrics
@@ -103,6 +103,7 @@ class Run:
 
     Attributes:
       frozen: the model's parameters that are not trained, placed on the mesh.
+      given: those of them that a step gets: all, or, from cached states, no blocks.
       feed: what it reads.
       step: the jitted `tune_step`; donates the state.
       metadata: what the heads belong to, saved with them: the backbone's fingerprint and, for
@@ -116,16 +117,21 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.recipe = plan.recipe(config, self.mesh)
         self._share = sharding.row_share(self.mesh, config.data.batch_size)
+        self._states = states.opened(config)
         assemble.save_config(config, workdir)
         self.pretrained, model = assemble.load_backbone(config)
         self.model = assemble.for_tuning(config, model)
         self.feed = feeds.make(config, self.model.config, self.pretrained.tokenizer)
         self.metadata = self._metadata(workdir)
+        if self._states:
+            text = self.feed.data_hash("train")
+            states.check(config, self._states, self.metadata["backbone"], text)
         tandem = config.tune.train == "all"
         self.frozen = {} if tandem else self._place({"backbone": self._backbone()})
         if self.metadata["token_ids"]:
             ids = {"token_ids": jnp.array(self.metadata["token_ids"], jnp.int32)}
             self.frozen |= self._place(ids)
+        self.given = states.without_blocks(self.frozen) if self._states else self.frozen
         self.step = plan.step(config, self.model, self.mesh)
 
     def state(self) -> steps.TuneState:
@@ -152,6 +158,8 @@ class Run:
 
     def batches(self) -> TrainingBatches:
         """The endless training data of this process."""
+        if self._states:
+            return states.batches(self.config, self._states, self._share)
         return self.feed.training(self.config.seed, *self._share)
 
     def place_batch(self, batch: dict) -> dict:
