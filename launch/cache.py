@@ -53,22 +53,16 @@ def main(argv):
         return
     store = shards.Store(folder)
     store.verify()
-    tokens, size = (
-        sum(shard[name] for shard in store.shards.values()) for name in ("tokens", "bytes")
-    )
-    print(
-        table(
-            [
-                ("hidden states after", ", ".join(map(str, store.about["points"]))),
-                ("rows", len(store)),
-                ("tokens", tokens),
-                ("bytes per token", size / tokens),
-                ("MiB", size / 2**20),
-                ("tokens/s", made * share["process_count"] / seconds),
-            ],
-            header=("cache", ""),
-        )
-    )
+    size = states.size(folder)
+    rows = [
+        ("hidden states after", ", ".join(map(str, store.about["points"]))),
+        ("rows", size["rows"]),
+        ("tokens", size["tokens"]),
+        ("bytes per token", size["bytes_per_token"]),
+        ("MiB", size["bytes"] / 2**20),
+        ("tokens/s", made * share["process_count"] / seconds if made else None),
+    ]
+    print(table(rows, header=("cache", "")))
     print(f"states in {folder}")
 
 

@@ -104,9 +104,8 @@ def fill(
             if number % process_count != process_index or shards.is_finished(folder, number):
                 continue
             made = _ahead(lambda batch: batch | run(params, place(batch)), given)
-            counted = {"tokens": tokens * len(given), "bytes": 0}
-            records = _records(made, counted, lambda: done(tokens))
-            shards.write(folder, number, records, counted)
+            records = _records(made, lambda: done(tokens))
+            shards.write(folder, number, records, {"tokens": tokens * len(given)})
     finally:
         stream.close()
 
@@ -144,14 +143,29 @@ def _ahead(function: Callable, items: Sequence) -> Iterator[Any]:
     yield waiting
 
 
-def _records(made: Iterator[dict], counted: dict, done: Callable[[], None]) -> Iterator[bytes]:
+def _records(made: Iterator[dict], done: Callable[[], None]) -> Iterator[bytes]:
     for batch in made:
         batch = {name: np.asarray(array) for name, array in batch.items()}
         for row in range(len(batch["tokens"])):
-            record = states.pack({name: array[row] for name, array in batch.items()})
-            counted["bytes"] += len(record)
-            yield record
+            yield states.pack({name: array[row] for name, array in batch.items()})
         done()
+
+
+def size(folder: Path) -> dict[str, float]:
+    """How much a cache holds: `rows`, `tokens`, `bytes` on the disk, `bytes_per_token`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `shards.Store`.
+    """
+    store = shards.Store(folder)
+    tokens = sum(shard["tokens"] for shard in store.shards.values())
+    on_disk = sum(path.stat().st_size for path in folder.glob("*.array_record"))
+    return {
+        "rows": len(store),
+        "tokens": tokens,
+        "bytes": on_disk,
+        "bytes_per_token": on_disk / tokens,
+    }
 
 
 def _vocabulary(tokenizer: Any) -> str:
