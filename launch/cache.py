@@ -9,6 +9,7 @@ Interrupted, the same command goes on where it was; on a finished cache it check
 Alone, or as one process of several (see `launch.processes`), each with shards of its own.
 """
 
+import math
 import signal
 import sys
 import time
@@ -37,8 +38,11 @@ def main(argv):
     config, folder = common.CONFIG.value, Path(STATES.value)
     batches = config.tune.steps if BATCHES.value is None else BATCHES.value
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    shard = states.BATCHES_IN_SHARD * config.data.batch_size * config.data.sequence_length
+    numbers = range(math.ceil(batches / states.BATCHES_IN_SHARD))
+    finished = sum(shards.is_finished(folder, number) for number in numbers)
     began, made = time.perf_counter(), 0
-    with progress(batches * config.data.batch_size * config.data.sequence_length) as bar:
+    with progress(len(numbers) * shard, done=finished * shard) as bar:
 
         def done(tokens: int) -> None:
             nonlocal made

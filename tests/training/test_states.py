@@ -78,30 +78,25 @@ def test_rows_are_the_training_stream_and_what_the_backbone_makes_of_it(config, 
     stream.close()
 
 
-def test_filling_goes_on_where_it_was_interrupted(config, cache, tmp_path, monkeypatch):
+def test_what_others_made_or_an_interruption_left_is_not_made_again(
+    config, cache, tmp_path, monkeypatch
+):
+    fill = functools.partial(states.fill, config, tmp_path / "states", batches=8, top_k=TOP_K)
+    made = []
+    fill(process_index=1, process_count=2, done=made.append)
+    assert list(shards.Store(tmp_path / "states").shards) == [1] and made == [4 * 32] * 4
+
     def interrupted(row, pack=rows_of.pack, seen=[]):  # noqa: B006
         seen.append(row)
-        if len(seen) == 22:
+        if len(seen) == 6:
             raise KeyboardInterrupt
         return pack(row)
 
-    fill = functools.partial(states.fill, config, tmp_path / "states", top_k=TOP_K)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(rows_of, "pack", interrupted)
-        fill(batches=8)
-    assert list(shards.Store(tmp_path / "states").shards) == [0]
-    made = []
-    fill(batches=8, done=made.append)
-    assert made == [4 * 32] * 4
-    assert digests(tmp_path / "states") == digests(cache)
-    fill(batches=8, done=made.append)
-    assert len(made) == 4
-
-
-def test_processes_share_the_shards(config, cache, tmp_path):
-    for index in (1, 0):
-        share = {"process_index": index, "process_count": 2}
-        states.fill(config, tmp_path / "states", batches=8, top_k=TOP_K, **share)
+        fill()
+    fill(done=made.append)
+    assert made == [4 * 32] * 8
     assert digests(tmp_path / "states") == digests(cache)
 
 
@@ -118,7 +113,7 @@ def whole(config, tmp_path_factory):
     "heads",
     [
         {"exits.head": "layer", "exits.gate": True},
-        {"exits.output": "shared", "exits.points": (4,), "tune.loss": "both"},
+        {"exits.output": "shared", "exits.points": (4,), "tune.loss": "both", "model.scan": True},
         {"exits.head": "norm", "exits.classes": 0, "exits.init": "random"},
     ],
 )
