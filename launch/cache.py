@@ -38,16 +38,16 @@ def main(argv):
     config, folder = common.CONFIG.value, Path(STATES.value)
     batches = config.tune.steps if BATCHES.value is None else BATCHES.value
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    shard = states.BATCHES_IN_SHARD * config.data.batch_size * config.data.sequence_length
     numbers = range(math.ceil(batches / states.BATCHES_IN_SHARD))
     finished = sum(shards.is_finished(folder, number) for number in numbers)
     began, made = time.perf_counter(), 0
-    with progress(len(numbers) * shard, done=finished * shard) as bar:
+    total, before = (states.BATCHES_IN_SHARD * count for count in (len(numbers), finished))
+    with progress(total, unit="batches", done=before) as bar:
 
         def done(tokens: int) -> None:
             nonlocal made
             made += tokens
-            bar.update(tokens * share["process_count"])
+            bar.update(share["process_count"])
 
         states.fill(config, folder, batches=batches, top_k=TOP_K.value, done=done, **share)
     seconds = time.perf_counter() - began

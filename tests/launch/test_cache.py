@@ -56,3 +56,9 @@ def test_tune_from_a_cache(cache, launch, tmp_path):
     tuned = launch("tune", *flags, f"--workdir={tmp_path}")
     assert tuned.returncode == 0, tuned.stderr
     assert [row.split()[0] for row in tuned.stdout.splitlines()[2:5]] == ["2", "4", "6"]
+
+
+def test_classifiers_have_no_cache(launch, tmp_path):
+    refused = launch("cache", "--config=configs/digits_resnet.py", f"--states={tmp_path}")
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "cached for language models; this is a classifier" in refused.stderr

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from configs import digits_resnet, tiny
+from configs import tiny
 from early_exit import assemble, checkpoint, tree
 from early_exit.config import override
 from early_exit.data import shards
@@ -222,9 +222,3 @@ def test_what_makes_no_states(config, cache, tmp_path, changes, given, message):
     given = {"batches": 4, "top_k": TOP_K} | given
     with pytest.raises(ValueError, match=message):
         states.fill(override(config, changes), folder, **given)
-
-
-def test_classifiers_have_no_states(tmp_path):
-    config = digits_resnet.get_config()
-    with pytest.raises(ValueError, match="for language models; this is a classifier"):
-        states.fill(config, tmp_path, batches=1, top_k=1)
