@@ -55,6 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "slices": 1},
             "tune": {
                 "train": "exits",  # or "all": in tandem with the backbone
+                "states": "",  # a folder that launch.cache filled: no block of the backbone is run
                 "loss": "kl",
                 "weights": (),  # one per exit; all 1 if empty
                 "start_weights": (),  # of the first step, one per exit, if they are to move

@@ -11,6 +11,7 @@ these" last), E exits.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,20 @@ from early_exit.backbones.base import logits
 
 # Columns of logits that a device holds at a time, all exits together: with 2048 positions, 32 MiB.
 CHUNK = 4096
+# Instead of 0, where a logarithm is taken.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+class TopK(NamedTuple):
+    """What was kept of a teacher: its most probable tokens, the first first.
+
+    Attributes:
+      ids: int32 [N, K], all different at each position.
+      log_probs: float32 [N, K], in nats; together their probabilities are 1 at most.
+    """
+
+    ids: jax.Array
+    log_probs: jax.Array
 
 
 def _chunk_size(rows: int, most: int) -> int:
@@ -42,11 +57,17 @@ def _chunked(rows: jax.Array, most: int, parts: int = 1) -> jax.Array:
     return rows.swapaxes(0, 1).reshape(-1, parts * size, *rows.shape[3:])
 
 
-def _fold(peak_N, total_N, values_NC):
-    """Adds a chunk of logits to a running log-sum-exp."""
+def _fold(peak_N, totals, values_NC, *among):
+    """Adds a chunk of logits to running log-sum-exps with one peak.
+
+    Args:
+      totals: of all classes, then of each of `among`, bool [N, C].
+    """
     new_peak = jnp.maximum(peak_N, values_NC.max(-1))
-    total_N = total_N * jnp.exp(peak_N - new_peak)
-    return new_peak, total_N + jnp.exp(values_NC - new_peak[:, None]).sum(-1)
+    scale, exponentials = jnp.exp(peak_N - new_peak), jnp.exp(values_NC - new_peak[:, None])
+    shares = [exponentials, *(jnp.where(some, exponentials, 0.0) for some in among)]
+    sums = [t * scale + x.sum(-1) for t, x in zip(totals, shares, strict=True)]
+    return new_peak, sums
 
 
 def log_normalizer(
@@ -60,9 +81,9 @@ def log_normalizer(
         values = jnp.where(valid[None], logits(features_ND, rows), -jnp.inf)
         return _fold(*carry, values), None
 
-    start = jnp.full(features_ND.shape[0], -jnp.inf), jnp.zeros(features_ND.shape[0])
+    start = jnp.full(features_ND.shape[0], -jnp.inf), [jnp.zeros(features_ND.shape[0])]
     slices = _chunked(table_VD, chunk, parts), valid
-    (peak, total), _ = jax.lax.scan(jax.checkpoint(body), start, slices)
+    (peak, (total,)), _ = jax.lax.scan(jax.checkpoint(body), start, slices)
     return peak + jnp.log(total)
 
 
@@ -71,7 +92,7 @@ def exit_losses(
     tables: Sequence[jax.Array],
     *,
     labels: jax.Array | None = None,
-    teacher: tuple[jax.Array, jax.Array] | None = None,
+    teacher: tuple[jax.Array, jax.Array] | TopK | None = None,
     token_ids: jax.Array | None = None,
     chunk: int = CHUNK,
     parts: int = 1,
@@ -82,13 +103,15 @@ def exit_losses(
     Against `labels` it is the cross-entropy; against a `teacher` KL(teacher ‖ exit), self-
     distillation from the final exit (Valade 2024; Jamialahmadi et al. 2025, Balcony). A reduced
     head is compared with the target's probability on its own tokens and on all others together.
+    Against a teacher's top-K it is the least KL that a teacher with this top-K can have: of a head
+    that predicts all tokens, KL over the K tokens and all others together.
 
     Args:
       features: per exit, [N, D].
       tables: per exit, its output matrix [C, D]; all exits have the same classes.
       labels: int32 [N], token ids.
-      teacher: (features [N, D], output matrix [V, D]) of the distribution to match. No gradient
-        flows into it.
+      teacher: (features [N, D], output matrix [V, D]) of the distribution to match, or its top-K.
+        No gradient flows into it.
       token_ids: int32 [R], the tokens that the first R rows of `tables` stand for, if reduced.
       chunk: columns of logits that a device holds at a time, all exits together.
       parts: over how many devices the rows of the output matrices are split.
@@ -100,7 +123,7 @@ def exit_losses(
     """
     if (labels is None) == (teacher is None):
         raise ValueError("give exit_losses either labels or a teacher")
-    reduced = token_ids is not None
+    reduced, sparse = token_ids is not None, isinstance(teacher, TopK)
     classes = tables[0].shape[0] - reduced
     own = 1 if reduced else parts  # with a row for the rest, no head's matrix is split
     most, count = chunk // len(features), features[0].shape[0]
@@ -110,7 +133,11 @@ def exit_losses(
         "ids": _chunked(ids + 1, most, own) - 1,
         "tables": [_chunked(table[:classes], most, own) for table in tables],
     }
-    if teacher is not None:
+    if sparse:
+        teacher = _proper(jax.lax.stop_gradient(teacher), classes if not reduced else None)
+        places_NK = _places(teacher.ids, slices["ids"])
+        slices["first"] = jnp.arange(slices["ids"].size, step=slices["ids"].shape[1])
+    elif teacher is not None:
         teacher_features, teacher_table = jax.lax.stop_gradient(teacher)
         normalizer = log_normalizer(teacher_features, teacher_table, parts=parts)
         rows = teacher_table[token_ids] if reduced else teacher_table
@@ -120,6 +147,10 @@ def exit_losses(
         """The target's (probability, log-probability) on this chunk's tokens, [N, chunk]."""
         if labels is not None:
             return (labels[:, None] == xs["ids"][None]).astype(jnp.float32), 0.0
+        if sparse:
+            log_probs = _spread(teacher.log_probs, places_NK - xs["first"], len(xs["ids"]))
+            probs = jnp.exp(log_probs)
+            return probs, jnp.where(probs > 0, log_probs, 0.0)
         log_probs = logits(teacher_features, xs["teacher"]) - normalizer[:, None]
         return jnp.exp(log_probs), log_probs
 
@@ -128,32 +159,85 @@ def exit_losses(
         valid = (xs["ids"] >= 0)[None]
         probs, log_probs = target(xs)
         probs = jnp.where(valid, probs, 0.0)
+        unknown = [probs == 0] if sparse else []
         folded = []
-        for (peak, total, cross), feature, table in zip(exits, features, xs["tables"], strict=True):
+        for (peak, totals, cross), feature, table in zip(
+            exits, features, xs["tables"], strict=True
+        ):
             values = logits(feature, table)
             cross = cross + (probs * values).sum(-1)
-            folded.append((*_fold(peak, total, jnp.where(valid, values, -jnp.inf)), cross))
+            values = jnp.where(valid, values, -jnp.inf)
+            folded.append((*_fold(peak, totals, values, *unknown), cross))
         return (mass + probs.sum(-1), negentropy + (probs * log_probs).sum(-1), folded), None
 
     zeros = jnp.zeros(count)
-    start = zeros, zeros, [(jnp.full(count, -jnp.inf), zeros, zeros) for _ in features]
+    start = zeros, zeros, [(jnp.full(count, -jnp.inf), [zeros] * (1 + sparse), zeros)] * len(tables)
     (mass, negentropy, exits), _ = jax.lax.scan(jax.checkpoint(body), start, slices)
 
-    rest = jnp.clip(1 - mass, 0.0)  # what the target leaves to "none of these"
-    if reduced:
-        negentropy = negentropy + jax.scipy.special.xlogy(rest, rest)
-    losses = []
-    for (peak, total, cross), feature, table in zip(exits, features, tables, strict=True):
-        normalizer_e = peak + jnp.log(total)
+    found = []
+    for (peak, totals, cross), feature, table in zip(exits, features, tables, strict=True):
+        normalizer_e, none = peak + jnp.log(totals[0]), None
         if reduced:
-            value = logits(feature, table[-1:])[:, 0]
-            normalizer_e = jnp.logaddexp(normalizer_e, value)
-            cross = cross + rest * value
-        loss = normalizer_e - cross + negentropy
+            none = logits(feature, table[-1:])[:, 0]
+            normalizer_e = jnp.logaddexp(normalizer_e, none)
+            none = none - normalizer_e
+        loss = mass * normalizer_e - cross + negentropy
+        if sparse:
+            others = peak + jnp.log(jnp.maximum(totals[1], _TINY)) - normalizer_e
+            loss += _least_left(teacher, mass, none, others)
+        elif reduced:  # what the target leaves to "none of these"
+            rest = jnp.clip(1 - mass, 0.0)
+            loss += jax.scipy.special.xlogy(rest, rest) - rest * none
         if by_confidence:
             loss *= jax.lax.stop_gradient(jnp.exp(peak - normalizer_e))
-        losses.append(loss)
-    return jnp.stack(losses)
+        found.append(loss)
+    return jnp.stack(found)
+
+
+def _proper(teacher: TopK, vocabulary: int | None) -> TopK:
+    """Without what rounding has done: probabilities of 1 together, or less if some are left out."""
+    together = jax.nn.logsumexp(teacher.log_probs, axis=-1, keepdims=True)
+    if teacher.ids.shape[1] != vocabulary:
+        together = jnp.maximum(together, 0.0)
+    return teacher._replace(log_probs=teacher.log_probs - together)
+
+
+def _places(tokens_NK: jax.Array, ids: jax.Array) -> jax.Array:
+    """Where each token stands in `ids`, all chunks in a row: int32 [N, K], past the end if not."""
+    ids = ids.reshape(-1)
+    order = jnp.argsort(ids)
+    at = jnp.searchsorted(ids[order], tokens_NK)
+    at = order[jnp.minimum(at, ids.size - 1)]
+    return jnp.where(ids[at] == tokens_NK, at, ids.size)
+
+
+def _spread(values_NK: jax.Array, columns_NK: jax.Array, width: int) -> jax.Array:
+    """[N, width] with each value in its column, if it has one there, and −∞ elsewhere."""
+    columns_NK = jnp.where(columns_NK < 0, width, columns_NK)  # from the end, otherwise
+
+    def one(values, columns):
+        return jnp.full(width, -jnp.inf).at[columns].set(values, mode="drop")
+
+    return jax.vmap(one)(values_NK, columns_NK)
+
+
+def _least_left(teacher: TopK, mass_N, log_none_N, log_others_N) -> jax.Array:
+    """The part of KL beyond the tokens that teacher and head both name: the least it can be, [N].
+
+    The head gives to "none of these" (None if it has no such class) and to its tokens outside the
+    top-K. The teacher gives `known` to other tokens of the top-K, hence to none of these, and its
+    tail to either, no one knows in what shares: those that suit the head best, if it gives to none
+    of these at least what is known.
+    """
+    kept = jnp.exp(teacher.log_probs).sum(-1)
+    tail, known = jnp.clip(1 - kept, 0.0), jnp.clip(kept - mass_N, 0.0)
+    xlogy = jax.scipy.special.xlogy
+    if log_none_N is None:
+        return xlogy(tail, tail) - tail * log_others_N
+    both, log_both = known + tail, jnp.logaddexp(log_none_N, log_others_N)
+    suits = known <= both * jnp.exp(log_none_N - log_both)
+    apart = xlogy(known, known) - known * log_none_N + xlogy(tail, tail) - tail * log_others_N
+    return jnp.where(suits, xlogy(both, both) - both * log_both, apart)
 
 
 def class_losses(
@@ -194,7 +278,7 @@ def right(
     tables: Sequence[jax.Array],
     *,
     labels: jax.Array | None = None,
-    teacher: tuple[jax.Array, jax.Array] | None = None,
+    teacher: tuple[jax.Array, jax.Array] | TopK | None = None,
     token_ids: jax.Array | None = None,
     chunk: int = CHUNK,
     parts: int = 1,
@@ -204,7 +288,10 @@ def right(
     Against `labels` that is accuracy, against a `teacher` agreement. A reduced head whose most
     probable class is "none of these" is right nowhere.
     """
-    target = labels if teacher is None else _best(*teacher, chunk, parts)[1]
+    if isinstance(teacher, TopK):
+        target = teacher.ids[:, 0]
+    else:
+        target = labels if teacher is None else _best(*teacher, chunk, parts)[1]
     found = []
     for feature, table in zip(features, tables, strict=True):
         peak, best = _best(feature, table if token_ids is None else table[:-1], chunk, parts)

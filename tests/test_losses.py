@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from early_exit import losses
@@ -216,6 +217,139 @@ def test_a_teacher_that_leaves_nothing_to_the_rest():
     got, gradients = jax.jit(jax.value_and_grad(loss))(inputs["features"])
     np.testing.assert_allclose(got, dense(**inputs).sum(), rtol=1e-5)
     assert np.isfinite(gradients[0]).all()
+
+
+def top_k(teacher, count):
+    """The most probable tokens of a teacher, as `losses.TopK`, from float64 logits."""
+    features, table = (np.asarray(x, np.float64) for x in teacher)
+    log_probs = log_softmax(features @ table.T)
+    ids = np.argsort(-log_probs, axis=-1)[:, :count]
+    return losses.TopK(
+        jnp.asarray(ids, jnp.int32),
+        jnp.asarray(np.take_along_axis(log_probs, ids, axis=-1), jnp.float32),
+    )
+
+
+def least(features, tables, *, teacher, token_ids=None, splits=20_001):
+    """KL in float64, position by position; the teacher's tail goes where it costs least.
+
+    Of a reduced head's answers, "none of these" may be meant, or a token outside the top-K: all
+    shares of the tail are tried.
+    """
+    ids, kept = np.asarray(teacher.ids), np.exp(np.asarray(teacher.log_probs, np.float64))
+    said = np.arange(MOST) if token_ids is None else np.asarray(token_ids)
+    found = np.zeros((len(features), len(ids)))
+    for e, (feature, table) in enumerate(zip(features, tables, strict=True)):
+        log_probs = log_softmax(np.asarray(feature, np.float64) @ np.asarray(table, np.float64).T)
+        for n, values in enumerate(np.exp(log_probs)):
+            none = values[-1] if token_ids is not None else 0
+            mine = dict(zip(said.tolist(), values, strict=False))
+            both = [(p, mine.pop(i)) for i, p in zip(ids[n], kept[n], strict=True) if i in mine]
+            found[e, n] = sum(p * np.log(p / q) for p, q in both)
+            known = kept[n].sum() - sum(p for p, _ in both)
+            tail, others = max(1 - kept[n].sum(), 0), sum(mine.values())
+            shares = np.linspace(0, tail, splits) if token_ids is not None else np.zeros(1)
+            to_none, to_others = known + shares, tail - shares
+            with np.errstate(divide="ignore", invalid="ignore"):
+                costs = [
+                    np.where(p > 1e-9, p * np.log(p / q), 0)
+                    for p, q in [(to_none, none), (to_others, others)]
+                ]
+            found[e, n] += min(sum(costs))
+    return found
+
+
+TOP_K_CASES = [
+    (12, 1, 0, 100, 3),
+    (23, 2, 0, 16, 1),
+    (23, 3, 0, 4, 22),
+    (30, 2, 11, 8, 6),
+    (30, 1, 12, 5, 1),
+    (30, 2, 1, 7, 20),
+    (30, 1, 29, 8, 29),
+]
+
+
+@pytest.mark.parametrize(("vocab", "exits", "reduced", "chunk", "count"), TOP_K_CASES)
+def test_a_teacher_known_in_part(vocab, exits, reduced, chunk, count):
+    """It is the least KL that a teacher with this top-K can have; never more than the dense one."""
+    inputs = pick(case(vocab, exits, reduced), "teacher")
+    kept = inputs | {"teacher": top_k(inputs["teacher"], count)}
+    got = exit_losses(**kept, chunk=chunk)
+    assert got.shape == (exits, N) and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, least(**kept), atol=2e-5, rtol=1e-5)
+    assert (got <= dense(**inputs) + 1e-5).all() and (got >= -1e-6).all()
+    more = exit_losses(**inputs | {"teacher": top_k(inputs["teacher"], count + 1)}, chunk=chunk)
+    assert (got <= more + 1e-5).all()
+
+
+@pytest.mark.parametrize(("vocab", "reduced", "parts"), [(23, 0, 1), (24, 0, 4), (30, 11, 1)])
+def test_a_teacher_known_whole_is_a_teacher(vocab, reduced, parts):
+    inputs = pick(case(vocab, 2, reduced), "teacher")
+    kept = inputs | {"teacher": top_k(inputs["teacher"], vocab)}
+    got = losses.exit_losses(**kept, chunk=8, parts=parts)
+    np.testing.assert_allclose(got, dense(**inputs), atol=2e-5, rtol=1e-5)
+    right = losses.right(**inputs, chunk=8)
+    np.testing.assert_array_equal(losses.right(**kept, chunk=8), right)
+
+
+def test_top_k_in_half_precision_is_still_a_teacher():
+    """Log-probabilities so rounded give up to a thousandth more than 1 together."""
+    for reduced in (0, 11):
+        inputs = pick(case(23, 2, reduced), "teacher")
+        kept = top_k(inputs["teacher"], 23)
+        kept = kept._replace(log_probs=kept.log_probs.astype(jnp.float16).astype(jnp.float32))
+        got = exit_losses(**inputs | {"teacher": kept}, chunk=8)
+        np.testing.assert_allclose(got, dense(**inputs), atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1, 60])
+@pytest.mark.parametrize("reduced", [0, 11])
+@pytest.mark.parametrize("count", [1, 5, 23])
+def test_gradients_against_a_teacher_known_in_part(count, reduced, scale):
+    """Slopes along the gradient, and with logits of ±1e4 at least numbers."""
+    inputs = pick(case(23, 2, reduced, scale), "teacher")
+    inputs["teacher"] = top_k(inputs["teacher"], count)
+    weights = jax.random.normal(jax.random.key(0), (2, N))  # another for every loss
+
+    @jax.jit
+    def loss(features, tables):
+        changed = inputs | {"features": features, "tables": tables}
+        return jnp.vdot(weights, losses.exit_losses(**changed, chunk=8))
+
+    where = inputs["features"], inputs["tables"]
+    slopes = jax.grad(loss, argnums=(0, 1))(*where)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes))
+    if scale == 1:
+        size = optax.tree.norm(slopes)
+        ahead, behind = (
+            loss(*jax.tree.map(lambda x, s, d=d: x + d * s / size, where, slopes))
+            for d in (1e-2, -1e-2)
+        )
+        np.testing.assert_allclose((ahead - behind) / 2e-2, size, rtol=5e-3)
+
+
+@pytest.mark.parametrize("reduced", [0, 11])
+def test_a_teacher_known_in_part_is_met_by_itself(reduced):
+    """The loss and its gradient are zero where the head says what the teacher says."""
+    probs = np.random.default_rng(1).dirichlet(np.full(12, 0.3))
+    table, features = jnp.eye(12), jnp.log(jnp.asarray(probs, jnp.float32))[None]
+    ids = np.argsort(-probs)[:5]
+    teacher = losses.TopK(jnp.asarray(ids[None]), features[:, ids])
+    token_ids = None
+    if reduced:
+        token_ids = jnp.asarray(np.argsort(-probs)[[0, 2, 3, 5, 7, 8, 9, 10, 11, 6]])
+        rest = 1 - probs[token_ids].sum()
+        kept = [*probs[token_ids], rest]
+        table, features = jnp.eye(11), jnp.log(jnp.asarray(kept, jnp.float32))[None]
+
+    def loss(features):
+        how = {"teacher": teacher, "token_ids": token_ids, "chunk": 4}
+        return losses.exit_losses([features], [table], **how).sum()
+
+    value, slopes = jax.value_and_grad(loss)(features)
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+    np.testing.assert_allclose(slopes, 0, atol=1e-6)
 
 
 def who_is_right(features, tables, *, labels=None, teacher=None, token_ids=None):

@@ -53,9 +53,13 @@ class MultiExit:
     def bind(self, params: Params) -> "Bound":
         """The modules, holding `params`; no heads if `exits` is not among them.
 
-        Call it inside the jitted function.
+        A decoder without `blocks` among its parameters has its stem and readout alone. Call it
+        inside the jitted function.
         """
-        backbone_definition, _ = base.abstract(self.config.build)
+        network = self.config
+        if not network.pools and "blocks" not in params["backbone"]:
+            network = dataclasses.replace(network, depth=0, full_blocks=(), scan=False)
+        backbone_definition, _ = base.abstract(network.build)
         return Bound(
             backbone=base.merge(backbone_definition, params["backbone"]),
             heads=tuple(

@@ -21,7 +21,7 @@ from early_exit.data import transforms
 from early_exit.data.stream import TrainingBatches
 from early_exit.evaluation import exits as evaluation
 from early_exit.metrics import SPEED, MetricsWriter, progress
-from early_exit.training import bad_batch, pace, plan, preemption
+from early_exit.training import bad_batch, pace, plan, preemption, states
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
 
@@ -102,7 +102,7 @@ def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = No
                     unsettled = None
                 trace.enter_context(jax.profiler.trace(workdir / "tensorboard"))
             with jax.profiler.StepTraceAnnotation("tune", step_num=step):
-                state, metrics = run.step(state, run.frozen, batch)
+                state, metrics = run.step(state, run.given, batch)
             if unsettled:  # read while this step runs
                 settle(*unsettled)
             unsettled = step, metrics, batch
@@ -140,6 +140,7 @@ class Run:
       loaded: the backbone before the first step, placed on the mesh. Drop it when the state is
         there, or in tandem there are two.
       frozen: the model's parameters that are not trained, placed on the mesh.
+      given: those of them that a step gets: all, or, from cached states, no blocks.
       feed: what it reads.
       step: the jitted `tune_step`; donates the state.
       metadata: what the heads belong to, saved with them: the backbone's fingerprint and, for
@@ -153,17 +154,22 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.recipe = plan.recipe(config, self.mesh, assemble.abstract_model(config).config)
         self._share = sharding.row_share(self.mesh, config.data.batch_size)
+        self._states = states.opened(config)
         assemble.save_config(config, workdir)
         where = functools.partial(sharding.shardings, mesh=self.mesh)
         pretrained, model = assemble.load_backbone(config, where)
         self.model = assemble.for_tuning(config, model)
         self.feed = feeds.make(config, self.model.config, pretrained.tokenizer)
         self.metadata = self._metadata(workdir, pretrained.params)
+        if self._states:
+            text = self.feed.data_hash("train")
+            states.check(config, self._states, self.metadata["backbone"], text)
         self.loaded = self._as_run(pretrained.params)
         self.frozen = {} if config.tune.train == "all" else {"backbone": self.loaded}
         if self.metadata["token_ids"]:
             ids = {"token_ids": jnp.array(self.metadata["token_ids"], jnp.int32)}
             self.frozen |= self._place(ids)
+        self.given = states.without_blocks(self.frozen) if self._states else self.frozen
         self.step = plan.step(config, self.model, self.mesh)
 
     def state(self) -> steps.TuneState:
@@ -193,6 +199,8 @@ class Run:
 
     def batches(self) -> TrainingBatches:
         """The endless training data of this process."""
+        if self._states:
+            return states.batches(self.config, self._states, self._share)
         return self.feed.training(self.config.seed, *self._share)
 
     def place_batch(self, batch: dict) -> dict:
@@ -203,7 +211,7 @@ class Run:
         utilised = None
         if peak := pace.peak(self.mesh.devices.flat):
             # The step is traced in any case, and only once.
-            utilised = pace.flops(self.step.trace(state, self.frozen, batch)) / peak
+            utilised = pace.flops(self.step.trace(state, self.given, batch)) / peak
         return pace.Pace(self.feed.unit, self.feed.per_batch, utilised)
 
     def check_compiled_once(self, step: int) -> None:

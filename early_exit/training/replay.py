@@ -114,7 +114,7 @@ def _step(run: loop.Run, params: base.Params, step: int, batch: dict) -> tuple[d
         return steps.tune_step(state, frozen, batch, **how)
 
     state = steps.init_state(params, taker) | {"step": jnp.int32(step - 1)}
-    new, metrics = jax.jit(sharding.under(run.mesh, function))(state, run.frozen, batch)
+    new, metrics = jax.jit(sharding.under(run.mesh, function))(state, run.given, batch)
     return metrics, new["opt_state"]
 
 

@@ -17,6 +17,7 @@ import optax
 
 from early_exit import losses, sharding
 from early_exit.backbones import base
+from early_exit.data.states import hidden_name
 from early_exit.data.transforms import next_token_targets
 from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.training import schedule
@@ -98,15 +99,19 @@ def observe(
     Args:
       params: the model's; `exits` are not used.
       batch: `tokens`, `segments`, `positions`, int32 [B, T]; for a classifier what its stem takes,
-        `labels` int32 [B] and `valid` bool [B].
+        `labels` int32 [B] and `valid` bool [B]. From cached states (`data.states`) it brings what
+        the backbone made of it; no block is run then, and none is needed among `params`.
       kept: bool [L, B], the blocks that each row runs; None for all. For a backbone that is
         trained.
 
     Returns:
       `hidden`, per exit; `context`, for heads that attend; `last`, the hidden states after the
-      last block, if it was run; `labels` int32 and `mask` bool, [B, T] or [B]; `moments`, of the
-      batch, for running statistics that are trained.
+      last block, if it was run, or `teacher`, the final distribution's top-K [B, T, K] from cached
+      states; `labels` int32 and `mask` bool, [B, T] or [B]; `moments`, of the batch, for running
+      statistics that are trained.
     """
+    if "teacher_ids" in batch:
+        return _recall(params, batch, model=model, recipe=recipe)
     backbone = model.bind({name: x for name, x in params.items() if name != "exits"}).backbone
     points = model.exits.points + ((model.config.depth,) if recipe.runs_all_blocks else ())
     trained = recipe.train == "all"
@@ -128,6 +133,20 @@ def observe(
     if recipe.runs_all_blocks:
         observed["last"] = states.pop()
     return observed | {"hidden": states}
+
+
+def _recall(params: base.Params, batch: dict, *, model: MultiExit, recipe: Recipe) -> dict:
+    backbone = model.bind({name: x for name, x in params.items() if name != "exits"}).backbone
+    labels, mask = next_token_targets(batch)
+    ids, log_probs = batch["teacher_ids"], batch["teacher_log_probs"]
+    return {
+        "hidden": [batch[hidden_name(p)].astype(recipe.dtype) for p in model.exits.points],
+        "context": backbone.stem(batch)[1],
+        "teacher": losses.TopK(ids.astype(jnp.int32), log_probs.astype(jnp.float32)),
+        "labels": labels,
+        "mask": mask,
+        "moments": {},
+    }
 
 
 def targets(batch: dict, model: MultiExit) -> tuple[jax.Array, jax.Array]:
@@ -211,6 +230,8 @@ def _token_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[
     if "last" in observed:
         final = _flat(bound.backbone.features(observed["last"], observed["context"]))
         targets["teacher"] = (final, bound.backbone.output_table())
+    elif "teacher" in observed:
+        targets["teacher"] = losses.TopK(*map(_flat, observed["teacher"]))
     targets = [{name: targets[name]} for name in LOSSES[recipe.loss]]
     tables = bound.exit_tables()
     heads = features, [tables[e] for e in group]

@@ -1,0 +1,75 @@
+"""Runs a config's backbone over its training text once, so that any number of heads tune without.
+
+    python -m launch.cache --config=configs/smollm2_135m.py --states=states/smollm2
+    python -m launch.tune --config=configs/smollm2_135m.py --config.tune.states=states/smollm2 \\
+        --workdir=runs/a
+
+Stores the hidden states at the config's exit points and the full model's most probable tokens.
+Interrupted, the same command goes on where it was; on a finished cache it checks every shard.
+Alone, or as one process of several (see `launch.processes`), each with shards of its own.
+"""
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from jax.experimental import multihost_utils
+
+from early_exit.data import shards
+from early_exit.metrics import progress, table
+from early_exit.training import preemption, states
+from launch import common, processes
+
+STATES = flags.DEFINE_string("states", None, "Folder of the cache.")
+BATCHES = flags.DEFINE_integer(
+    "batches", None, "At least so many batches; if absent, as many as the config tunes for."
+)
+TOP_K = flags.DEFINE_integer("top_k", 64, "Tokens of the full model's kept at each position.")
+
+
+def main(argv):
+    common.no_arguments(argv)
+    processes.initialize()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
+    config, folder = common.CONFIG.value, Path(STATES.value)
+    batches = config.tune.steps if BATCHES.value is None else BATCHES.value
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    numbers = range(math.ceil(batches / states.BATCHES_IN_SHARD))
+    finished = sum(shards.is_finished(folder, number) for number in numbers)
+    began, made = time.perf_counter(), 0
+    total, before = (states.BATCHES_IN_SHARD * count for count in (len(numbers), finished))
+    with progress(total, unit="batches", done=before) as bar:
+
+        def done(tokens: int) -> None:
+            nonlocal made
+            made += tokens
+            bar.update(share["process_count"])
+
+        states.fill(config, folder, batches=batches, top_k=TOP_K.value, done=done, **share)
+    seconds = time.perf_counter() - began
+    if share["process_count"] > 1:
+        multihost_utils.sync_global_devices("filled")
+    if share["process_index"]:
+        return
+    store = shards.Store(folder)
+    store.verify()
+    size = states.size(folder)
+    rows = [
+        ("hidden states after", ", ".join(map(str, store.about["points"]))),
+        ("rows", size["rows"]),
+        ("tokens", size["tokens"]),
+        ("bytes per token", size["bytes_per_token"]),
+        ("MiB", size["bytes"] / 2**20),
+        ("tokens/s", made * share["process_count"] / seconds if made else None),
+    ]
+    print(table(rows, header=("cache", "")))
+    print(f"states in {folder}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "states"])
+    common.run(main, on_run=False, configured=True)
