@@ -156,7 +156,7 @@ def test_no_block_is_run(config, cache, tmp_path):
         lowered = run.step.lower(run.state(), run.given, run.place_batch(next(stream)))
         stream.close()
         flops.append(lowered.cost_analysis()["flops"])
-    block = tree.count(run.pretrained.params["blocks"]["0"])
+    block = tree.count(run.frozen["backbone"]["blocks"]["0"])
     tokens, depth = run.feed.per_batch, run.model.config.depth
     # The blocks, and the teacher's output matrix.
     assert flops[0] - flops[1] > 2 * block * depth * tokens
