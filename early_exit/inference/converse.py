@@ -65,10 +65,12 @@ class Speaker:
     def __init__(self, config: base.BackboneConfig, backbone: base.Params, tokenizer: Any):
         """
         Raises:
-          ValueError: a model that writes no text.
+          ValueError: a model that writes no text, or has no tokenizer.
         """
         if config.pools:
             raise ValueError("this model reads text or images but writes no text")
+        if tokenizer is None:
+            raise ValueError("this model has no tokenizer; put its tokenizer.json beside it")
         self.model = MultiExit(config, ExitConfig(points=()))
         # Committed to the device: a mixture would compile every program twice.
         self.params = jax.device_put({"backbone": backbone}, jax.local_devices()[0])

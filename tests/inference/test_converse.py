@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from early_exit.backbones.resnet import ResNetConfig
 from early_exit.data import distill, shards, sources
 from early_exit.data.distill import Conversation, Fault, Rules, Words
 from early_exit.inference.converse import Settings, Speaker, converse
@@ -198,6 +199,14 @@ def test_what_cannot_be_made_is_refused_at_once(speaker, tmp_path, settings, giv
     with pytest.raises(ValueError, match=message):
         list(converse(speaker, tmp_path, settings, **given))
     assert not list(tmp_path.iterdir()) and not speaker.calls
+
+
+def test_a_speaker_needs_words(tiny):
+    model, params = tiny
+    with pytest.raises(ValueError, match="has no tokenizer; put its tokenizer.json beside it"):
+        Speaker(model.config, params["backbone"], None)
+    with pytest.raises(ValueError, match="writes no text"):
+        Speaker(ResNetConfig.cifar(8, num_classes=2), {}, None)
 
 
 @pytest.mark.parametrize("name", ["max_question_tokens", "max_new_tokens", "per_shard"])
