@@ -46,8 +46,15 @@ class MetricsWriter:
             str(folder / "tensorboard"), purge_step=0 if resumed_step is None else resumed_step + 1
         )
 
-    def write(self, step: int, scalars: Mapping[str, Any], file: str = FILE) -> None:
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes one line, `{"step": …, name: number, …}`; null stands for NaN and infinities."""
+        self._write(FILE, step, scalars)
+
+    def write_speed(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """The same, of what depends on the machine."""
+        self._write(SPEED, step, scalars)
+
+    def _write(self, file: str, step: int, scalars: Mapping[str, Any]) -> None:
         numbers = {name: _number(value) for name, value in scalars.items()}
         self._files[file].write(json.dumps({"step": int(step), **numbers}) + "\n")
         self._files[file].flush()

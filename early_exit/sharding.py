@@ -57,37 +57,37 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
         given = ", ".join(f"{axis}={axes.get(axis, 1)}" for axis in AXES)
         raise ValueError(f"mesh {given} does not use exactly the {count} devices there are")
     kinds = (AxisType.Auto,) * len(AXES)
-    slices = _checked_slices(axes.get("slices", 1), sizes[0], devices)
+    slices, by_process = _checked_slices(axes.get("slices", 1), sizes[0], devices)
     if slices == 1:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
     arranged = mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // slices, *sizes[1:]),
         (slices, 1, 1),
         devices,
-        process_is_granule=not hasattr(devices[0], "slice_index"),
+        process_is_granule=by_process,
         # As `jax.make_mesh` has it.
         allow_split_physical_axes=devices[0].device_kind in ("TPU v5 lite", "TPU v5e"),
     )
     return Mesh(arranged, AXES, axis_types=kinds)
 
 
-def _checked_slices(asked: int, data: int, devices: Sequence[Any]) -> int:
-    """How many slices. Where devices do not know theirs, as CPUs, each process stands for one."""
-    known = hasattr(devices[0], "slice_index")
-    if asked == 1 and not known:
-        return 1
-    found = {device.slice_index if known else device.process_index for device in devices}
+def _checked_slices(asked: int, data: int, devices: Sequence[Any]) -> tuple[int, bool]:
+    """(how many slices, whether each process stands for one, as on CPUs that are in no slices)."""
+    found = {getattr(device, "slice_index", 0) for device in devices}
+    by_process = asked > 1 and len(found) == 1 and devices[0].platform == "cpu"
+    if by_process:
+        found = {device.process_index for device in devices}
     if asked != len(found):
         raise ValueError(
             f"mesh.slices={asked}, but the devices are of {len(found)} "
-            f"{'slices' if known else 'processes'}; set mesh.slices={len(found)}"
+            f"{'processes' if by_process else 'slices'}; set mesh.slices={len(found)}"
         )
     if data % asked:
         raise ValueError(
             f"mesh.slices={asked} does not divide mesh.data={data}: between slices, only data is "
             "split; make it a multiple"
         )
-    return asked
+    return asked, by_process
 
 
 def shardings(params: Any, mesh: Mesh) -> Any:

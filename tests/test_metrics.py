@@ -64,7 +64,7 @@ def test_what_depends_on_the_machine_has_a_file_of_its_own(tmp_path):
             for step in (1, 2):
                 if step > (resumed or 0):
                     writer.write(step, {"loss": 0.5})
-                    writer.write(step, {"tokens_per_second": speed}, metrics.SPEED)
+                    writer.write_speed(step, {"tokens_per_second": speed})
     assert metrics.read_metrics(tmp_path) == [{"step": step, "loss": 0.5} for step in (1, 2)]
     assert metrics.read_metrics(tmp_path, metrics.SPEED) == [
         {"step": 1, "tokens_per_second": 5.0},

@@ -88,11 +88,11 @@ def test_meshes_that_do_not_fit(axes, message):
 class Chip:
     """What a layout is made of."""
 
-    platform, device_kind = "cpu", "fake"
+    device_kind = "fake"
 
-    def __init__(self, id, process_index, **known):
+    def __init__(self, id, process_index, slice_index=0, platform="gpu"):
         self.id, self.process_index = id, process_index
-        self.__dict__ |= known
+        self.slice_index, self.platform = slice_index, platform
 
     def __repr__(self):
         return str(self.id)
@@ -119,8 +119,8 @@ def test_only_data_goes_from_slice_to_slice():
     assert sorted(ids(mesh).flat) == list(range(24))
 
 
-def test_a_process_stands_for_a_slice_where_devices_do_not_know_theirs():
-    devices = [Chip(i, process_index=i // 4) for i in range(8)]
+def test_a_process_stands_for_a_slice_where_there_are_only_cpus():
+    devices = [Chip(i, process_index=i // 4, platform="cpu") for i in range(8)]
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "slices": 2}, devices)
     np.testing.assert_array_equal(ids(mesh)[..., 0], [range(4), range(4, 8)])
     # Nobody has to say so.

@@ -20,7 +20,7 @@ from early_exit.config import ConfigDict
 from early_exit.data import transforms
 from early_exit.data.stream import TrainingBatches
 from early_exit.evaluation import exits as evaluation
-from early_exit.metrics import SPEED, MetricsWriter, progress
+from early_exit.metrics import MetricsWriter, progress
 from early_exit.training import bad_batch, pace, plan, preemption, states
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
@@ -87,7 +87,7 @@ def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = No
             # An exit that was left out at this step has no loss.
             known = {name: x for name, x in scalars.items() if not math.isnan(x)}
             writer.write(step, known | {"learning_rate": float(run.schedule(step - 1))})
-            writer.write(step, clock.lap(), SPEED)
+            writer.write_speed(step, clock.lap())
             bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
             bar.update(size)
 
