@@ -4,7 +4,7 @@ The one idea: training takes long and is done only where it is missing; what is 
 anew, in minutes, as often as wanted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ from absl import flags
 
 from early_exit import assemble, checkpoint
 from early_exit.assemble import Tuned
-from early_exit.calibration import thresholds
+from early_exit.calibration import budget, thresholds
+from early_exit.calibration.records import Records
 from early_exit.config import ConfigDict
 from early_exit.evaluation import run, run_classifier
 from early_exit.policy import ExitPolicy
@@ -26,6 +27,9 @@ PLOT = flags.DEFINE_string("plot", None, "File for the plot of accuracy against 
 CHOSEN = "chosen"
 # Agreement of those who leave, from the most daring up; at the last, all agree.
 LEVELS = tuple(np.linspace(0.9, 1, 21).tolist())
+STEP = 0.25  # blocks, from budget to budget
+
+Policies = Callable[[Records, str], Iterator[tuple[str, ExitPolicy]]]
 
 
 def trained(config: ConfigDict, folder: Path) -> Tuned:
@@ -36,20 +40,35 @@ def trained(config: ConfigDict, folder: Path) -> Tuned:
     return assemble.load_tuned(folder, config)
 
 
-def chosen(tuned: Tuned, points: float) -> ExitPolicy:
-    """The most daring ε-accuracy policy at most so many points less accurate than the full model.
+def by_epsilon(records: Records, confidence: str) -> Iterator[tuple[str, ExitPolicy]]:
+    """ε-accuracy policies, the most daring first, each by its name."""
+    for epsilon in LEVELS:
+        yield f"ε = {epsilon:.3f}", thresholds.fit(records, confidence, epsilon)
 
-    Both on the calibration split: what is measured afterwards has not been looked at.
+
+def by_budget(records: Records, confidence: str) -> Iterator[tuple[str, ExitPolicy]]:
+    """The most accurate policies for a mean number of blocks, the cheapest first, each named."""
+    first, *_, last = records.exit_depths
+    for blocks in np.arange(first, last + STEP, STEP):
+        policy = budget.fit(records, confidence, blocks, costs="blocks", against="label")
+        yield f"{blocks:.2f} blocks", policy
+
+
+def chosen(tuned: Tuned, points: float, policies: Policies = by_epsilon) -> ExitPolicy:
+    """The first of the policies that is at most so many points less accurate than the full model.
+
+    They are fitted and chosen on the calibration split: what is measured afterwards has not been
+    looked at.
     """
     records, confidence = run.records_of(tuned), tuned.config.calibrate.confidence
-    for epsilon in LEVELS:
-        policy = thresholds.fit(records, confidence, epsilon)
+    for name, policy in policies(records, confidence):
         exits = policy.exit_index(records.score(confidence), records.exit_depths)
         right = records.correct[exits, np.arange(len(exits))]
         lost = 100 * (records.correct[-1].mean() - right.mean())
+        found = f"{name}, {lost:.2f} points lost on the calibration split"
         if lost <= points:
             break
-    print(f"chosen: ε = {epsilon:.3f}, {lost:.2f} points lost on the calibration split\n")
+    print(f"chosen: {found}\n")
     return policy
 
 

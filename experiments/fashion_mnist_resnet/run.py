@@ -44,7 +44,8 @@ def main(argv):
 
     static = [without_exits(layers) for layers in (*SMALLER, LAYERS)]
     tandem = trained("tandem", f"source={folder}/plain{LAYERS},epochs={more}")
-    results = classifiers.measured(tandem, classifiers.chosen(tandem, CHOSEN_POINTS), static)
+    policy = classifiers.chosen(tandem, CHOSEN_POINTS, classifiers.by_budget)
+    results = classifiers.measured(tandem, policy, static)
 
     of = results["classification"]
     (full, _), (*smaller, same) = of["rows"], of["static"]
