@@ -178,6 +178,7 @@ from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import step as steps
+from early_exit.training.recipe import Recipe
 from early_exit.training.schedule import ExitWeights
 
 path, meshes, losses = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -202,7 +203,7 @@ for loss, options in losses.items():
     stacked = params | {"backbone": base.stack_blocks(params["backbone"])}
     for name, axes in [("one", None), *meshes.items()]:
         state, frozen, rows = steps.init_state({"exits": exits}, optimizer), params, batch
-        recipe = steps.Recipe(loss, ExitWeights((1.0,)))
+        recipe = Recipe(loss, ExitWeights((1.0,)))
         step = functools.partial(
             steps.tune_step, model=model, recipe=recipe, optimizer=optimizer
         )

@@ -19,9 +19,10 @@ from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import schedule
 from early_exit.training import step as steps
 from early_exit.training.optimizer import make_optimizer
+from early_exit.training.recipe import Recipe
 
 
-def recipe(config: ConfigDict, mesh: Mesh, network: base.BackboneConfig) -> steps.Recipe:
+def recipe(config: ConfigDict, mesh: Mesh, network: base.BackboneConfig) -> Recipe:
     """What the config asks for.
 
     Raises:
@@ -42,7 +43,7 @@ def recipe(config: ConfigDict, mesh: Mesh, network: base.BackboneConfig) -> step
         sharding.row_share(mesh, config.data.batch_size // tune.accumulate)
     if tune.get("layer_dropout") and not network.drops_blocks:
         raise ValueError("tune.layer_dropout is for decoders; leave it at 0")
-    return steps.Recipe(
+    return Recipe(
         loss=tune.loss,
         weights=schedule.ExitWeights(
             tuple(map(float, tune.weights)) or (1.0,) * len(points),

@@ -29,7 +29,8 @@ from early_exit.data import shards, states
 from early_exit.data.stream import TrainingBatches
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import schedule
-from early_exit.training import step as steps
+from early_exit.training.observe import observe
+from early_exit.training.recipe import Recipe
 
 # A shard is what is lost at most when filling is interrupted.
 BATCHES_IN_SHARD = 4
@@ -93,7 +94,7 @@ def fill(
     params = {"backbone": params}
     params = sharding.place(params, sharding.shardings(params, mesh))
     weights = schedule.ExitWeights((1.0,) * len(model.exits.points))
-    recipe = steps.Recipe("kl", weights, dtype=config.model.dtype)
+    recipe = Recipe("kl", weights, dtype=config.model.dtype)
     kept = functools.partial(_kept, model=model, recipe=recipe, top_k=top_k)
     run = jax.jit(sharding.under(mesh, kept))
 
@@ -114,7 +115,7 @@ def fill(
 
 def _kept(params: base.Params, batch: dict, *, model: MultiExit, recipe, top_k: int) -> dict:
     """What a row holds beside the batch's own, for each row of a batch."""
-    observed = steps.observe(params, batch, model=model, recipe=recipe)
+    observed = observe(params, batch, model=model, recipe=recipe)
     backbone = model.bind(params).backbone
     final = backbone.features(observed["last"], observed["context"])
     table = backbone.output_table()

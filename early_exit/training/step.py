@@ -6,7 +6,6 @@ activation, and is never donated or returned. In tandem (`train="all"`) it learn
 labels and from what the exits ask of it.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,60 +16,12 @@ import optax
 
 from early_exit import losses, sharding
 from early_exit.backbones import base
-from early_exit.data.states import hidden_name
-from early_exit.data.transforms import next_token_targets
 from early_exit.exits.multi_exit import Bound, MultiExit
-from early_exit.training import schedule
-
-# What each loss compares an exit with; their mean where there are two.
-LOSSES = {"kl": ("teacher",), "cross_entropy": ("labels",), "both": ("labels", "teacher")}
-TRAINED = {"exits": ("exits",), "all": ("backbone", "exits")}
+from early_exit.training.observe import kept_blocks, observe, targets
+from early_exit.training.recipe import LOSSES, Recipe
 
 # {"params": those that are trained, "opt_state": the optimizer's over them, "step": int32 scalar}
 TuneState = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The loss: Σ_e weight_e · mean over positions of L_e, and what learns from it.
-
-    Attributes:
-      loss: `kl`, KL(final ‖ exit), self-distillation from the final exit; `cross_entropy` against
-        the next token or the class; or `both`, their mean.
-      weights: of the exits, step by step.
-      train: `exits`, or `all`: the backbone as well, whose own cross-entropy then joins the sum
-        with weight 1. No exit's teacher learns from its pupils.
-      dtype: what the network computes in. Whatever is trained is kept in float32.
-      table_parts: over how many devices the rows of the output matrices are split (`mesh.tensor`).
-      by_confidence: an exit's loss at each position counts by the highest probability that the exit
-        gives there, which learns nothing from that (token-wise dynamic weights, EE-LLM).
-      layer_dropout: how often the last block is left out (LayerSkip, see `schedule.drop_rates`),
-        in each row of a batch by itself; what is left out is computed and not used.
-      accumulate: in how many parts a batch goes through the network, one after the other.
-      seed: of what is left out.
-    """
-
-    loss: str
-    weights: schedule.ExitWeights
-    train: str = "exits"
-    dtype: str = "float32"
-    table_parts: int = 1
-    by_confidence: bool = False
-    layer_dropout: float = 0.0
-    accumulate: int = 1
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, known in (("loss", LOSSES), ("train", TRAINED)):
-            if getattr(self, name) not in known:
-                given = getattr(self, name)
-                raise ValueError(f"unknown {name} {given!r}; choose one of {', '.join(known)}")
-        if self.layer_dropout and self.train != "all":
-            raise ValueError("tune.layer_dropout is for a backbone that is trained: tune.train=all")
-
-    @property
-    def runs_all_blocks(self) -> bool:
-        return self.train == "all" or "teacher" in LOSSES[self.loss]
 
 
 def computing(params: base.Params, recipe: Recipe) -> base.Params:
@@ -81,79 +32,6 @@ def computing(params: base.Params, recipe: Recipe) -> base.Params:
 def init_state(params: base.Params, optimizer: optax.GradientTransformation) -> TuneState:
     """The state before the first step; `params` are those that are trained."""
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
-
-
-def observe(
-    params: base.Params,
-    batch: dict,
-    *,
-    model: MultiExit,
-    recipe: Recipe,
-    kept: jax.Array | None = None,
-) -> dict:
-    """Runs the backbone and keeps what the losses are made of.
-
-    It runs as far as they need it: to the last exit, or to its end where the final distribution is
-    the teacher or is trained.
-
-    Args:
-      params: the model's; `exits` are not used.
-      batch: `tokens`, `segments`, `positions`, int32 [B, T]; for a classifier what its stem takes,
-        `labels` int32 [B] and `valid` bool [B]. From cached states (`data.states`) it brings what
-        the backbone made of it; no block is run then, and none is needed among `params`.
-      kept: bool [L, B], the blocks that each row runs; None for all. For a backbone that is
-        trained.
-
-    Returns:
-      `hidden`, per exit; `context`, for heads that attend; `last`, the hidden states after the
-      last block, if it was run, or `teacher`, the final distribution's top-K [B, T, K] from cached
-      states; `labels` int32 and `mask` bool, [B, T] or [B]; `moments`, of the batch, for running
-      statistics that are trained.
-    """
-    if "teacher_ids" in batch:
-        return _recall(params, batch, model=model, recipe=recipe)
-    backbone = model.bind({name: x for name, x in params.items() if name != "exits"}).backbone
-    points = model.exits.points + ((model.config.depth,) if recipe.runs_all_blocks else ())
-    trained = recipe.train == "all"
-    moments, states, start = {}, [], 0
-    if trained:
-        hidden, context, moments = backbone.stem_training(batch)
-    else:
-        hidden, context = backbone.stem(batch)
-    for stop in points:
-        if trained:
-            hidden, new = backbone.run_blocks_training(hidden, start, stop, context, kept)
-            moments |= new
-        else:
-            hidden = backbone.run_blocks(hidden, start, stop, context)
-        states.append(hidden)
-        start = stop
-    labels, mask = targets(batch, model)
-    observed = {"context": context, "labels": labels, "mask": mask, "moments": moments}
-    if recipe.runs_all_blocks:
-        observed["last"] = states.pop()
-    return observed | {"hidden": states}
-
-
-def _recall(params: base.Params, batch: dict, *, model: MultiExit, recipe: Recipe) -> dict:
-    backbone = model.bind({name: x for name, x in params.items() if name != "exits"}).backbone
-    labels, mask = next_token_targets(batch)
-    ids, log_probs = batch["teacher_ids"], batch["teacher_log_probs"]
-    return {
-        "hidden": [batch[hidden_name(p)].astype(recipe.dtype) for p in model.exits.points],
-        "context": backbone.stem(batch)[1],
-        "teacher": losses.TopK(ids.astype(jnp.int32), log_probs.astype(jnp.float32)),
-        "labels": labels,
-        "mask": mask,
-        "moments": {},
-    }
-
-
-def targets(batch: dict, model: MultiExit) -> tuple[jax.Array, jax.Array]:
-    """What is to be predicted: labels int32 and whether they count, bool; [B, T], or [B]."""
-    if model.config.pools:
-        return batch["labels"], batch["valid"]
-    return next_token_targets(batch)
 
 
 def heads_loss(
@@ -315,7 +193,7 @@ def tune_step(
         whole = {**frozen, **computing(params, recipe)}
         rest = {name: x for name, x in whole.items() if name != "exits"}
         how = {"model": model, "recipe": recipe}
-        kept = _kept_blocks(key, batch, **how) if recipe.layer_dropout else None
+        kept = kept_blocks(key, batch, **how) if recipe.layer_dropout else None
         observed = observe(whole, batch, kept=kept, **how)
         loss, by_point = jnp.float32(0), {}
         if model.exits.points:
@@ -338,13 +216,6 @@ def tune_step(
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
     metrics |= {f"loss/exit_{point}": value for point, value in by_point.items()}
     return {"params": params, "opt_state": opt_state, "step": step + 1}, metrics
-
-
-def _kept_blocks(key: jax.Array, batch: dict, *, model: MultiExit, recipe: Recipe) -> jax.Array:
-    """Which blocks each row runs, bool [L, B]."""
-    depth, rows = model.config.depth, len(jax.tree.leaves(batch)[0])
-    rates = jnp.array(schedule.drop_rates(depth, recipe.layer_dropout))
-    return jax.random.bernoulli(key, 1 - rates[:, None], (depth, rows))
 
 
 def _accumulated(gradient: Callable, parts: int, counted: Callable) -> Callable:

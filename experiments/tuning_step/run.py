@@ -29,7 +29,9 @@ from early_exit.metrics import table
 from early_exit.pretrained.load import load
 from early_exit.training import loop, states
 from early_exit.training import step as steps
+from early_exit.training.observe import observe
 from early_exit.training.optimizer import make_optimizer
+from early_exit.training.recipe import Recipe
 from early_exit.training.schedule import ExitWeights
 from experiments import bars
 
@@ -84,21 +86,21 @@ def _times(pretrained, rounds: int) -> dict[str, list[float]]:
     """Seconds of the step of the default config and of its parts."""
     config = get_config()
     model = MultiExit(pretrained.config, assemble.exit_config(config))
-    recipe = steps.Recipe("kl", ExitWeights((1.0,) * len(model.exits.points)))
+    recipe = Recipe("kl", ExitWeights((1.0,) * len(model.exits.points)))
     optimizer = make_optimizer(config.tune)
     frozen = {"backbone": pretrained.params, "token_ids": jnp.arange(model.exits.classes)}
     exits = model.init_exits(jax.random.key(0), pretrained.params, "copy", frozen["token_ids"])
     batch = _batch(pretrained.config.vocab_size)
     settings = {"model": model, "recipe": recipe}
-    observe = jax.jit(functools.partial(steps.observe, **settings))
+    run_backbone = jax.jit(functools.partial(observe, **settings))
     heads = jax.jit(
         jax.value_and_grad(functools.partial(steps.heads_loss, step=0, **settings), has_aux=True)
     )
     step = jax.jit(functools.partial(steps.tune_step, optimizer=optimizer, **settings))
-    state, observed = steps.init_state({"exits": exits}, optimizer), observe(frozen, batch)
+    state, observed = steps.init_state({"exits": exits}, optimizer), run_backbone(frozen, batch)
     cases = {
         "step": lambda: step(state, frozen, batch),
-        "backbone": lambda: observe(frozen, batch),
+        "backbone": lambda: run_backbone(frozen, batch),
         "heads": lambda: heads(exits, frozen, observed),
     }
     times = {name: [] for name in cases}
@@ -154,7 +156,7 @@ def _temporary_bytes(config: DecoderConfig, exits: int, vocab_size: int) -> int:
     step = functools.partial(
         steps.tune_step,
         model=model,
-        recipe=steps.Recipe("kl", ExitWeights((1.0,) * exits)),
+        recipe=Recipe("kl", ExitWeights((1.0,) * exits)),
         optimizer=optimizer,
     )
     batch = jax.eval_shape(lambda: _batch(vocab_size))

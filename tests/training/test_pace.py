@@ -12,6 +12,7 @@ from early_exit.evaluation import pod
 from early_exit.metrics import SPEED, read_metrics
 from early_exit.training import loop, pace
 from early_exit.training import step as steps
+from early_exit.training.observe import observe
 
 
 def device(kind, **stats):
@@ -100,7 +101,7 @@ def test_a_run_writes_them_for_every_step(tmp_path, monkeypatch):
         },
     )
     monkeypatch.setattr(pace, "PEAKS", (("cpu", 1e12),))
-    traces, observe = [], steps.observe
+    traces = []
     monkeypatch.setattr(
         steps, "observe", lambda *args, **kwargs: traces.append(1) or observe(*args, **kwargs)
     )

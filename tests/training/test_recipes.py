@@ -14,11 +14,13 @@ from early_exit import sharding, tree
 from early_exit.config import override
 from early_exit.training import loop, plan
 from early_exit.training import step as steps
+from early_exit.training.observe import observe
+from early_exit.training.recipe import Recipe
 from early_exit.training.schedule import ExitWeights
 
 PLAIN = optax.sgd(1.0)  # the parameters after a step are those before it less the gradient
 step = jax.jit(steps.tune_step, static_argnames=("model", "recipe", "optimizer"))
-EVEN = steps.Recipe("cross_entropy", ExitWeights((1.0, 0.5)), "all")
+EVEN = Recipe("cross_entropy", ExitWeights((1.0, 0.5)), "all")
 
 
 def batch(rows=4, length=8):
@@ -81,11 +83,11 @@ def test_an_exit_out_of_turn_is_not_computed():
 
 def test_confidence_weighs_positions_and_learns_nothing_from_it():
     """The gradient is that of weights fixed beforehand: confidences of the heads as they are."""
-    recipe = steps.Recipe("cross_entropy", ExitWeights((1.0, 1.0)))
+    recipe = Recipe("cross_entropy", ExitWeights((1.0, 1.0)))
     model, params = build(head="norm")
     exits = params.pop("exits")
     data = batch()
-    seen = steps.observe(params, data, model=model, recipe=recipe)
+    seen = observe(params, data, model=model, recipe=recipe)
     mask = seen["mask"] > 0
 
     def weighed(exits, confidences):

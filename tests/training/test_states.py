@@ -17,7 +17,7 @@ from early_exit.config import override
 from early_exit.data import shards
 from early_exit.data import states as rows_of
 from early_exit.training import loop, states
-from early_exit.training import step as steps
+from early_exit.training.observe import observe
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = str(ROOT / "tests/fixtures/tiny_chat")
@@ -64,7 +64,7 @@ def test_rows_are_the_training_stream_and_what_the_backbone_makes_of_it(config, 
         found = batch_of(store, range(4 * number, 4 * number + 4), run.model.exits.points)
         for name in batch:
             np.testing.assert_array_equal(found[name], batch[name])
-        observed = steps.observe(run.frozen, batch, model=run.model, recipe=run.recipe)
+        observed = observe(run.frozen, batch, model=run.model, recipe=run.recipe)
         for point, hidden in zip(run.model.exits.points, observed["hidden"], strict=True):
             got = found[f"hidden_{point}"]
             assert got.dtype == ml_dtypes.bfloat16

@@ -15,6 +15,8 @@ from early_exit.data.transforms import next_token_targets
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import step as steps
+from early_exit.training.observe import observe
+from early_exit.training.recipe import LOSSES, Recipe
 from early_exit.training.schedule import ExitWeights
 
 # As in `training.loop`: the state is donated.
@@ -24,7 +26,7 @@ step = jax.jit(
 ADAM = optax.adamw(1e-2, weight_decay=0.0)
 # The parameters after a step of this are those before it less the gradient.
 PLAIN = optax.sgd(1.0)
-RECIPES = {loss: steps.Recipe(loss, ExitWeights((1.0, 0.25))) for loss in steps.LOSSES}
+RECIPES = {loss: Recipe(loss, ExitWeights((1.0, 0.25))) for loss in LOSSES}
 HEADS = {
     "embedding": {"head": "embedding"},
     "norm": {"head": "norm"},
@@ -100,7 +102,7 @@ def reference_losses(model, params, batch, loss):
     return totals / count
 
 
-@pytest.mark.parametrize("loss", steps.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("heads", ["mlp", "layer"])
 def test_the_loss_is_the_weighted_sum_of_masked_means(heads, loss):
     model, params = build(**HEADS[heads])
@@ -114,7 +116,7 @@ def test_the_loss_is_the_weighted_sum_of_masked_means(heads, loss):
     assert new["step"] == 1
 
 
-@pytest.mark.parametrize("loss", steps.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_halves_of_a_batch_accumulate_to_the_whole(tiny, loss):
     model, params = tiny
 
@@ -153,7 +155,7 @@ def test_padding_and_the_order_of_rows_change_nothing(tiny):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", steps.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_frozen_means_frozen(loss):
     model, params = build(**HEADS["layer"])
     state, frozen = parts(params, ADAM)
@@ -176,7 +178,7 @@ def test_frozen_means_frozen(loss):
         assert (a != b).any()
 
 
-@pytest.mark.parametrize("loss", steps.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_the_backbone_is_not_differentiated(tiny, monkeypatch, loss):
     """Its blocks are replaced by ones that refuse to be."""
     model, params = tiny
@@ -224,7 +226,7 @@ def test_cross_entropy_stops_after_the_last_exit(tiny):
 def test_an_exit_of_weight_zero_is_left_alone(tiny):
     model, params = tiny
     state, frozen = parts(params, ADAM)
-    recipe = steps.Recipe("cross_entropy", ExitWeights((0.0, 1.0)))
+    recipe = Recipe("cross_entropy", ExitWeights((0.0, 1.0)))
     new, _ = step(state, frozen, packed(), model=model, recipe=recipe, optimizer=ADAM)
     assert tree.fingerprint(new["params"]["exits"]["2"]) == tree.fingerprint(params["exits"]["2"])
     assert tree.fingerprint(new["params"]["exits"]["4"]) != tree.fingerprint(params["exits"]["4"])
@@ -260,7 +262,7 @@ def test_gates_leave_what_the_heads_learn_alone(heads):
 
         @jax.jit
         def run(exits, frozen, batch):
-            observed = steps.observe(frozen, batch, **given)
+            observed = observe(frozen, batch, **given)
             return jax.grad(functools.partial(steps.heads_loss, step=0, **given), has_aux=True)(
                 exits, frozen, observed
             )
@@ -277,13 +279,13 @@ def test_gates_leave_what_the_heads_learn_alone(heads):
     assert of_gates and all("/gate/" in path and g.any() for path, g in of_gates.items())
 
 
-@pytest.mark.parametrize("loss", steps.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gates_learn_where_their_heads_are_right(loss):
     """Judged as they are used: gates alone are tuned, and their scores tell right from wrong."""
     model, params = build(gate=True, classes=30)
     state, frozen = parts(params, ADAM)
     batch = packed(rows=8)
-    recipe = steps.Recipe(loss, ExitWeights((0.0, 0.0)))
+    recipe = Recipe(loss, ExitWeights((0.0, 0.0)))
     seen = []
     for _ in range(60):
         state, metrics = step(state, frozen, batch, model=model, recipe=recipe, optimizer=ADAM)
@@ -307,7 +309,7 @@ def test_unknown_loss():
     with pytest.raises(
         ValueError, match="unknown loss 'mse'; choose one of kl, cross_entropy, both"
     ):
-        steps.Recipe("mse", ExitWeights((1.0,)))
+        Recipe("mse", ExitWeights((1.0,)))
 
 
 @functools.cache  # two tests share a compiled step
@@ -332,7 +334,7 @@ def temporary_bytes(points, vocab_size):
     frozen = {"backbone": base.abstract(config.build)[1]}
     array = jax.ShapeDtypeStruct((4, 512), jnp.int32)
     batch = dict.fromkeys(("tokens", "segments", "positions"), array)
-    recipe = steps.Recipe("kl", ExitWeights((1.0,) * len(points)))
+    recipe = Recipe("kl", ExitWeights((1.0,) * len(points)))
     lowered = step.lower(state, frozen, batch, model=model, recipe=recipe, optimizer=optimizer)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 

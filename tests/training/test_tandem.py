@@ -18,7 +18,9 @@ from early_exit.backbones.resnet import STATISTICS, ResNetConfig
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import step as steps
+from early_exit.training.observe import observe
 from early_exit.training.optimizer import make_optimizer
+from early_exit.training.recipe import TRAINED, Recipe
 from early_exit.training.schedule import ExitWeights
 
 C = 4
@@ -55,8 +57,8 @@ def classifier(config, points, **exits):
 def after(model, params, batch, *, loss="cross_entropy", weights=None, train="all"):
     """(flat parameters after a step of plain gradient descent, metrics)."""
     weights = (1.0,) * len(model.exits.points) if weights is None else weights
-    recipe = steps.Recipe(loss, ExitWeights(weights), train)
-    trained = {name: params[name] for name in steps.TRAINED[train]}
+    recipe = Recipe(loss, ExitWeights(weights), train)
+    trained = {name: params[name] for name in TRAINED[train]}
     frozen = {name: x for name, x in params.items() if name not in trained}
     state = steps.init_state(trained, PLAIN)
     new, metrics = step(state, frozen, batch, model=model, recipe=recipe, optimizer=PLAIN)
@@ -127,7 +129,7 @@ def test_tandem_language_models_learn_next_tokens_at_every_exit():
         "positions": np.tile(np.arange(12, dtype=np.int32), (4, 1)),
     }
     optimizer = optax.adam(3e-3)
-    recipe = steps.Recipe("cross_entropy", ExitWeights((0.5, 0.5)), "all")
+    recipe = Recipe("cross_entropy", ExitWeights((0.5, 0.5)), "all")
     state, seen = steps.init_state(params, optimizer), []
     for _ in range(25):
         state, metrics = step(state, {}, batch, model=model, recipe=recipe, optimizer=optimizer)
@@ -148,14 +150,14 @@ def test_statistics_follow_the_batch_in_tandem_and_stand_still_behind_frozen_exi
         path = f"backbone/{name}"
         np.testing.assert_allclose(new[path], 0.9 * old[path] + 0.1 * moment, atol=1e-5)
     frozen = {"backbone": params["backbone"]}
-    recipe = steps.Recipe("cross_entropy", ExitWeights((1.0,)))
+    recipe = Recipe("cross_entropy", ExitWeights((1.0,)))
     state = steps.init_state({"exits": params["exits"]}, PLAIN)
     state, _ = step(state, frozen, IMAGES, model=model, recipe=recipe, optimizer=PLAIN)
     assert state["params"].keys() == {"exits"}
     # Behind `stop_gradient` a row is read as in use: alone as in a batch.
     one = {name: x[:1] for name, x in IMAGES.items()}
-    observe = functools.partial(steps.observe, model=model, recipe=recipe)
-    whole, single = observe(params, IMAGES)["hidden"][0], observe(params, one)["hidden"][0]
+    seen = functools.partial(observe, model=model, recipe=recipe)
+    whole, single = seen(params, IMAGES)["hidden"][0], seen(params, one)["hidden"][0]
     np.testing.assert_allclose(whole[:1], single, atol=1e-5)
 
 
