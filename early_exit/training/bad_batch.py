@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from early_exit import sharding
@@ -19,6 +20,10 @@ def save(workdir: Path, step: int, batch: dict) -> Path:
       OSError: it cannot be written.
     """
     whole, path = sharding.fetch(batch), workdir / _NAME.format(step)
+    # The format does not know bfloat16, as cached hidden states have it; float32 holds the same.
+    whole = {
+        name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in whole.items()
+    }
     if jax.process_index() == 0:
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:  # a name would get `.npz` appended

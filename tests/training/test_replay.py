@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -127,6 +128,14 @@ def test_verdicts_name_what_to_look_at():
     assert gone.verdict().startswith("the parameters of step 4 are not finite: lower tune.learn")
     steep = dataclasses.replace(fine, gradient="exits/3/a")
     assert "look at the batch, or, if exits/3/a with a value of 2 has grown" in steep.verdict()
+
+
+def test_hidden_states_of_a_cache_are_kept_as_they_are(tmp_path):
+    hidden = jnp.array([[1.0, -3.1416], [jnp.inf, 1e-20]], jnp.bfloat16)
+    path = bad_batch.save(tmp_path, 7, {"hidden_8": hidden, "tokens": np.zeros((2, 3), np.int32)})
+    step, saved = bad_batch.read(path)
+    assert step == 7 and saved.keys() == {"hidden_8", "tokens"}
+    np.testing.assert_array_equal(saved["hidden_8"], hidden.astype(jnp.float32))
 
 
 def test_what_is_no_batch(tmp_path):
