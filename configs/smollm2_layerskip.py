@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "tune.curriculum_period": gradual if arg.curriculum == "gradual" else 8,
             "tune.layer_dropout": arg.layer_dropout,
             "tune.learning_rate": 3e-4,
+            "tune.backbone_rate": 0.1,
             "model.scan": True,
             "model.remat": "block",
         },

@@ -61,7 +61,8 @@ CASES = [
 
 
 def settings(case: Case) -> ConfigDict:
-    config, steps = smollm2_135m.get_config(), 3 if bars.QUICK.value else STEPS
+    config = smollm2_135m.get_config("train=all" if case.train == "tandem" else None)
+    steps = 3 if bars.QUICK.value else STEPS
     changes = {
         "data.source": "stdlib" if case.text == "python" else f"made:{MADE.value}",
         "tune.steps": steps,
@@ -74,9 +75,7 @@ def settings(case: Case) -> ConfigDict:
         changes |= {"exits.head": case.head, "exits.init": case.init}
     else:
         changes |= {"exits.points": (), "exits.classes": 0}
-    if case.train == "tandem":
-        changes |= {"tune.train": "all", "tune.loss": "cross_entropy", "tune.backbone_rate": 0.03}
-    else:
+    if case.train == "frozen":
         changes |= {"tune.states": str(Path(RUNS.value) / f"states_{case.text}")}
     return override(config, changes)
 
