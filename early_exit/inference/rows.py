@@ -175,7 +175,9 @@ def run_alone(params, policy, inputs, *, model: MultiExit) -> tuple[jax.Array, A
     """One row to its exit without asking the host: (which one, its answer)."""
     network = _Network.of(model, params, policy)
 
-    def onwards(segment: int, rows: Rows):
+    # A function of its own keeps the weights that are constants; else branch hands them to branch.
+    @functools.partial(jax.jit, static_argnames="segment")
+    def onwards(rows: Rows, segment: int):
         rows = network.advance(rows, segment)
         if segment == network.final:
             return jnp.int32(segment), network.conclude(rows)
@@ -183,10 +185,10 @@ def run_alone(params, policy, inputs, *, model: MultiExit) -> tuple[jax.Array, A
         return jax.lax.cond(
             answers.leaves[0],
             lambda: (jnp.int32(segment), answers),
-            lambda: onwards(segment + 1, rows),
+            lambda: onwards(rows, segment + 1),
         )
 
-    return onwards(0, network.start(inputs))
+    return onwards(network.start(inputs), 0)
 
 
 @functools.partial(jax.jit, static_argnames="model")
