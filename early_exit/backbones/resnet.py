@@ -326,9 +326,11 @@ class Grid(nnx.Module):
         """Hidden states → features [B, 16 · outputs]."""
         for i in range(len(self.convs)):
             x_BHWC = jax.nn.relu(self.convs[str(i)](x_BHWC))
-        down, right = (jnp.asarray(_cells(size), jnp.float32) for size in x_BHWC.shape[1:3])
-        means = jnp.einsum("ih,bhwc,jw->bijc", down, x_BHWC.astype(jnp.float32), right)
-        return self.norm(means.astype(x_BHWC.dtype)).reshape(len(x_BHWC), -1)
+        if x_BHWC.shape[1:3] != (_GRID, _GRID):
+            down, right = (jnp.asarray(_cells(size), jnp.float32) for size in x_BHWC.shape[1:3])
+            means = jnp.einsum("ih,bhwc,jw->bijc", down, x_BHWC.astype(jnp.float32), right)
+            x_BHWC = means.astype(x_BHWC.dtype)
+        return self.norm(x_BHWC).reshape(len(x_BHWC), -1)
 
 
 class ResNet(base.Backbone):

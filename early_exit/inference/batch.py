@@ -15,7 +15,14 @@ import numpy as np
 from early_exit import tree
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.rows import Answers, Rows, empty_pools, run_segment, run_whole
+from early_exit.inference.rows import (
+    Answers,
+    Rows,
+    empty_pools,
+    run_alone,
+    run_segment,
+    run_whole,
+)
 from early_exit.policy import ExitPolicy
 
 Inputs = Mapping[str, np.ndarray]
@@ -25,10 +32,9 @@ Inputs = Mapping[str, np.ndarray]
 # the wider a network, the smaller it should be.
 CALL = 2
 
-# Of at most so many bytes, parameters are constants of the programs for one row. These then take
-# one array instead of some hundred, which is 0.1 ms for 200, and what follows from weights alone
-# is computed once. Where weights are more, reading them takes longer than that, and a copy of them
-# in a program is more than it saves.
+# Of at most so many bytes, parameters are constants of the programs for one row: handing them over
+# takes 0.1 ms for 200 arrays, and far more blocks than these bytes make take no longer. Of 30 MB it
+# saves less than a tenth of the time, and programs compile for twice as long.
 CONSTANTS = 8 << 20
 
 
@@ -48,23 +54,23 @@ class Programs:
         self.used: set[tuple] = set()
         self._pools: dict[tuple, list[list[Rows | None]]] = {}
         self._constant = tree.size_in_bytes(params) <= CONSTANTS
-        self._closed: dict[str, Callable] = {}
+        self._alone: Callable | None = None
 
     def call(self, program, kind: tuple, bucket: int, *args, **static) -> Any:
         """What a program of `inference.rows` returns."""
         self.used.add((program.__name__, kind, bucket, *static.values()))
         return program(self.params, self.policy, *args, model=self.model, **static)
 
-    def call_alone(self, program, kind: tuple, inputs: Inputs) -> Any:
-        """`call` for one row."""
+    def call_alone(self, kind: tuple, inputs: Inputs, *, early: bool) -> jax.Array:
+        """What `run_alone` returns."""
         if not self._constant:
-            return self.call(program, kind, 1, inputs)
-        name = program.__name__
-        self.used.add((name, kind, 1))
-        if name not in self._closed:
-            whole = functools.partial(program, self.params, self.policy, model=self.model)
-            self._closed[name] = jax.jit(whole)
-        return self._closed[name](inputs)
+            return self.call(run_alone, kind, 1, inputs, early=early)
+        self.used.add((run_alone.__name__, kind, 1, early))
+        if self._alone is None:
+            # Not of `run_alone` itself: there, constants would be arguments again.
+            given = functools.partial(run_alone.__wrapped__, self.params, self.policy)
+            self._alone = jax.jit(functools.partial(given, model=self.model, early=early))
+        return self._alone(inputs)
 
     def borrow(self, kind: tuple, inputs: Inputs) -> list[Rows | None]:
         """Pools for one batch; another that is under way meanwhile has its own."""
@@ -196,7 +202,7 @@ class Batch:
             rows, _, bucket = self._take(0)
             self.padding += (bucket - len(rows)) * int(self.blocks.sum())
             inputs = self._inputs_of(rows, bucket)
-            _, answers = self.programs.call(run_whole, self.kind, bucket, inputs)
+            answers = self.programs.call(run_whole, self.kind, bucket, inputs)
             self._ending.append((rows, answers))
 
     def run_level(self, segment: int) -> tuple[np.ndarray, np.ndarray, Answers]:

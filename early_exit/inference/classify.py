@@ -17,8 +17,8 @@ import numpy as np
 from early_exit import policy as policies
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.batch import Batch, Inputs, Programs, fetched, read
-from early_exit.inference.rows import Answers, run_alone, run_whole
+from early_exit.inference.batch import Batch, Inputs, Programs, read
+from early_exit.inference.rows import Answers, unpacked
 from early_exit.policy import ExitPolicy
 
 
@@ -100,9 +100,9 @@ class Classifier:
         """
         inputs, count, kind = read(inputs)
         if count == 1 and budget is None:  # nothing to keep book of
-            program = run_alone if self._early else run_whole
-            exits, answers = self._programs.call_alone(program, kind, inputs)
-            return self._classified(fetched(answers), np.asarray(exits)[None], 0)
+            packed = self._programs.call_alone(kind, inputs, early=self._early)
+            exits, answers = unpacked(packed)
+            return self._classified(answers, exits, 0)
         batch = Batch(self._programs, inputs, count, kind, everyone=budget is not None)
         if budget is not None:
             batch.run_within(budget)

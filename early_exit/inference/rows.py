@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from early_exit import confidence as confidences
 from early_exit.backbones import base
@@ -170,33 +171,60 @@ def run_segment(
     return jax.tree.map(lambda x, new: x.at[places].set(new, mode="drop"), beyond, rows), answers
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def run_alone(params, policy, inputs, *, model: MultiExit) -> tuple[jax.Array, Answers]:
-    """One row to its exit without asking the host: (which one, its answer)."""
+@functools.partial(jax.jit, static_argnames=("model", "early"))
+def run_alone(params, policy, inputs, *, model: MultiExit, early: bool) -> jax.Array:
+    """One row to its exit without asking the host: float32 [C + 4], for `unpacked`.
+
+    Args:
+      early: whether it may leave before the end; if not, no other exit is consulted.
+    """
     network = _Network.of(model, params, policy)
 
-    def onwards(segment: int, rows: Rows):
+    def packed(segment: int, answers: Answers) -> jax.Array:
+        # Each branch hands on what it returns, array by array, for some microseconds each.
+        label, score, withheld = answers.labels, answers.scores, answers.abstained
+        numbers = [x.astype(jnp.float32) for x in (label, score, withheld)]
+        return jnp.concatenate([answers.probabilities[0], *numbers, jnp.float32([segment])])
+
+    # A function of its own keeps the weights that are constants; else branch hands them to branch.
+    @functools.partial(jax.jit, static_argnames="segment")
+    def onwards(rows: Rows, segment: int):
         rows = network.advance(rows, segment)
         if segment == network.final:
-            return jnp.int32(segment), network.conclude(rows)
+            return packed(segment, network.conclude(rows))
+        if not early:
+            return onwards(rows, segment + 1)
         rows, answers = network.consult(rows, segment, jnp.bool_(False))
         return jax.lax.cond(
             answers.leaves[0],
-            lambda: (jnp.int32(segment), answers),
-            lambda: onwards(segment + 1, rows),
+            lambda: packed(segment, answers),
+            lambda: onwards(rows, segment + 1),
         )
 
-    return onwards(0, network.start(inputs))
+    return onwards(network.start(inputs), 0)
+
+
+def unpacked(packed: jax.Array) -> tuple[np.ndarray, Answers]:
+    """(int32 [1], the exit that answered; its answer, in numpy) from what `run_alone` returns."""
+    probabilities, (label, score, withheld, segment) = np.split(np.asarray(packed), [-4])
+    answers = Answers(
+        labels=np.array([label], np.int32),
+        scores=np.array([score]),
+        probabilities=probabilities[None],
+        abstained=np.array([withheld > 0]),
+        leaves=np.ones(1, bool),
+    )
+    return np.array([segment], np.int32), answers
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def run_whole(params, policy, inputs, *, model: MultiExit) -> tuple[jax.Array, Answers]:
-    """All rows to the final exit, no other being consulted: (which one it is, its answers)."""
+def run_whole(params, policy, inputs, *, model: MultiExit) -> Answers:
+    """All rows to the final exit, no other being consulted."""
     network = _Network.of(model, params, policy)
     rows = network.start(inputs)
     for segment in range(network.final + 1):
         rows = network.advance(rows, segment)
-    return jnp.int32(network.final), network.conclude(rows)
+    return network.conclude(rows)
 
 
 def empty_pools(params, policy, inputs, *, model: MultiExit, size: int) -> list[Rows | None]:

@@ -45,14 +45,14 @@ def save_run(config, folder):
     batch = inputs | {"labels": labels, "valid": labels >= 0}
     scored = jax.device_get(score_batch(params, batch, model=model))
     scores = scored["scores"]["max_prob"]
-    policy = policies.make(
-        [float(np.median(scores[0])), policies.NEVER], heads=tree.fingerprint(params["exits"])
-    )
+    heads = tree.fingerprint(params["exits"])
+    policy = policies.make([float(np.median(scores[0])), policies.NEVER], heads=heads)
     policies.save(policy, folder / assemble.POLICY)
     exits = policy.exit_index(scores, model.exit_depths)
     rows = np.arange(len(labels))
     return types.SimpleNamespace(
         folder=folder,
+        heads=heads,
         examples=examples,
         labels=labels,
         answers=scored["predictions"][exits, rows],
@@ -171,7 +171,7 @@ def test_answers_unlike_calibration_s_are_told(classify, images, tmp_path):
     everyone, path = [policies.ALWAYS, policies.NEVER], tmp_path / "policy.json"
 
     def answered(**kept):
-        policies.save(policies.make(everyone, **kept), path)
+        policies.save(policies.make(everyone, heads=images.heads, **kept), path)
         output = tmp_path / "answers.jsonl"
         flags = f"--workdir={images.folder}", f"--policy={path}", f"--output={output}"
         done = classify(*flags, "--split=train", "--batch=256")
