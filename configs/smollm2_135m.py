@@ -30,6 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     steps = 3 if arg.runlocal else 112
     held_out_batches = 1 if arg.runlocal else 8
+    tandem = arg.train == "all"
     return ConfigDict(
         {
             "seed": 0,
@@ -57,12 +58,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
             # `slices`: groups of devices, a slower network in between that only `data` goes over.
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "slices": 1},
             "tune": {
-                "train": "exits",  # or "all": in tandem with the backbone
+                "train": arg.train,  # or "all": in tandem with the backbone
                 "states": "",  # a folder that launch.cache filled: no block of the backbone is run
-                "loss": "kl",
-                "weights": (),  # one per exit; all 1 if empty
-                "start_weights": (),  # of the first step, one per exit, if they are to move
-                "weight_steps": 0,  # until they have become `weights`
+                "loss": "cross_entropy" if tandem else "kl",
+                # One per exit; all 1 if empty. In tandem small, and from 0: heads learn as fast,
+                # for AdamW takes no notice of scale, and their first gradients do no harm.
+                "weights": (0.1,) * len(arg.points) if tandem else (),
+                "start_weights": (0.0,) * len(arg.points) if tandem else (),
+                "weight_steps": steps // 2 if tandem else 0,  # from the first to the others
                 "weight_path": "linear",  # or "cosine"
                 "by_confidence": False,  # each position counts by the exit's confidence in it
                 # Or "rotational", a share of the exits in turn, or "gradual", one more at a time.

@@ -28,7 +28,7 @@ class Bar:
     @property
     def kept(self) -> bool:
         """NaN keeps no bar."""
-        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+        return bool(self.figure >= self.limit if self.at_least else self.figure <= self.limit)
 
 
 def run(main) -> None:

@@ -75,8 +75,11 @@ def settings(case: Case) -> ConfigDict:
         changes |= {"exits.head": case.head, "exits.init": case.init}
     else:
         changes |= {"exits.points": (), "exits.classes": 0}
+        changes |= {"tune.weights": (), "tune.start_weights": (), "tune.weight_steps": 0}
     if case.train == "frozen":
         changes |= {"tune.states": str(Path(RUNS.value) / f"states_{case.text}")}
+    elif case.head != "none":
+        changes |= {"tune.weight_steps": steps // 2}
     return override(config, changes)
 
 
@@ -132,10 +135,11 @@ def main(argv):
         name = " ".join(dataclasses.astuple(case))
         figures[name] = {"minutes": took} | found
         finals[case] = {text: of[-1]["loss"] for text, of in found.items()}
-        columns = [
-            (row["agreement"], row["coverage"]) for text in TEXTS for row in found[text][:-1]
-        ] or [(np.nan, np.nan)] * 6
-        cells = [f"{100 * agreed:.1f} / {100 * covered:.1f}" for agreed, covered in columns]
+        cells = [
+            f"{100 * row['agreement']:.1f} / {100 * row['coverage']:.1f}"
+            for text in TEXTS
+            for row in found[text][:-1]
+        ] or ["–"] * 6
         rows.append((*dataclasses.astuple(case), *cells, took))
         print(*rows[-1], flush=True)
     header = ("head", "init", "text", "backbone")
