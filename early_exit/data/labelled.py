@@ -17,7 +17,7 @@ import numpy as np
 
 from early_exit.data.inputs import CHANCES, Prepare
 from early_exit.data.parts import Example
-from early_exit.data.stream import BATCHES_AHEAD, TrainingBatches, check_batch_size, share
+from early_exit.data.stream import TrainingBatches, check_batch_size, read_ahead, share
 from early_exit.data.transforms import Batch
 
 
@@ -67,7 +67,7 @@ def training_batches(
     dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
     dataset = dataset.random_map(chosen).map(share(batch_size, process_index, process_count))
     dataset = dataset.map(_reader(examples, prepare))
-    return TrainingBatches(dataset.to_iter_dataset(_ahead(num_threads)))
+    return TrainingBatches(dataset.to_iter_dataset(read_ahead(num_threads)))
 
 
 def evaluation_batches(
@@ -100,7 +100,7 @@ def evaluation_batches(
     batches = -(-len(examples) // batch_size)
     dataset = grain.MapDataset.range(min(batches, num_batches or batches)).map(chosen)
     dataset = dataset.map(share(batch_size, process_index, process_count))
-    return EvaluationBatches(dataset.map(_reader(examples, prepare)), _ahead(num_threads))
+    return EvaluationBatches(dataset.map(_reader(examples, prepare)), read_ahead(num_threads))
 
 
 def _check(examples: Sequence[Example], batch_size: int, process_count: int) -> None:
@@ -117,8 +117,3 @@ def _reader(examples: Sequence[Example], prepare: Prepare) -> Callable[[Batch], 
         return batch | {"labels": labels, "valid": chosen["valid"]}
 
     return read
-
-
-def _ahead(num_threads: int) -> grain.ReadOptions:
-    # The threads hand over in order, so their number changes nothing but time.
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=BATCHES_AHEAD)

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from early_exit.data.shards import Store
-from early_exit.data.stream import BATCHES_AHEAD, TrainingBatches, check_batch_size, share
+from early_exit.data.stream import TrainingBatches, check_batch_size, read_ahead, share
 from early_exit.data.transforms import Batch
 
 # Beside the hidden states.
@@ -75,6 +75,4 @@ def training_batches(
     dataset = grain.MapDataset.range(len(store)).seed(seed).shuffle().repeat().batch(batch_size)
     dataset = dataset.map(lambda indices: {"rows": indices})
     dataset = dataset.map(share(batch_size, process_index, process_count)).map(read)
-    # The threads hand over in order, so their number changes nothing but time.
-    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=BATCHES_AHEAD)
-    return TrainingBatches(dataset.to_iter_dataset(ahead))
+    return TrainingBatches(dataset.to_iter_dataset(read_ahead(num_threads)))

@@ -51,6 +51,11 @@ def share(batch_size: int, process_index: int, process_count: int) -> Callable[[
     return lambda batch: {name: array[own] for name, array in batch.items()}
 
 
+def read_ahead(num_threads: int) -> grain.ReadOptions:
+    """For batches that threads make; they hand over in order, so their number is but time."""
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=BATCHES_AHEAD)
+
+
 def _with_tuples(state: Any) -> Any:
     """Undoes JSON's tuple → list: Grain's packing takes the list [-1, -1] for a real slice."""
     if isinstance(state, dict):

@@ -20,6 +20,8 @@ from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.training.observe import kept_blocks, observe, targets
 from early_exit.training.recipe import LOSSES, Recipe
 
+KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
 # {"params": those that are trained, "opt_state": the optimizer's over them, "step": int32 scalar}
 TuneState = dict[str, Any]
 
@@ -101,9 +103,14 @@ def _token_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[
 
     Of the exits of a group (from 0). The last is for gates, and None where there are none.
     """
-    features = [
-        _flat(bound.heads[e].features(observed["hidden"][e], observed["context"])[0]) for e in group
-    ]
+
+    # Features are as wide as hidden states. The backward pass has the heads' products with weights,
+    # and makes norms and activations anew, rather than to keep both for every exit.
+    @functools.partial(jax.checkpoint, policy=KEPT, static_argnums=0)
+    def features_of(e, hidden):
+        return _flat(bound.heads[e].features(hidden, observed["context"])[0])
+
+    features = [features_of(e, observed["hidden"][e]) for e in group]
     targets = {"labels": observed["labels"].reshape(-1)}
     if "last" in observed:
         final = _flat(bound.backbone.features(observed["last"], observed["context"]))
