@@ -97,7 +97,10 @@ class Store(Sequence[bytes]):
 
     def __init__(self, folder: Path):
         if not (folder / ABOUT).exists():
-            raise FileNotFoundError(f"no records in {folder} ({ABOUT} is missing)")
+            raise FileNotFoundError(
+                f"no records in {folder} ({ABOUT} is missing); name a folder that launch.cache or "
+                "launch.distill has filled"
+            )
         self._folder = folder
         self.about = files.read_json(folder / ABOUT)
         self.shards = finished(folder)
