@@ -84,7 +84,7 @@ def main(argv):
     shown = []
     for name, found in rows.items():
         mean = np.mean(found, axis=0)
-        early = mean[:-2] if len(mean) > 2 else [np.nan] * len(POINTS)
+        early = mean[:-2] if len(mean) > 2 else ["–"] * len(POINTS)
         shown.append((name, *early, mean[-2], spread[name], mean[-2] / means["no exits"], mean[-1]))
     header = ("trained with", *(f"exit {point}" for point in POINTS))
     print("\n" + table(shown, header=(*header, "final", "± seeds", "÷ no exits", "seconds")))
