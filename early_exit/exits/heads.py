@@ -135,6 +135,11 @@ class Head(nnx.Module):
         """Whether the head attends to earlier positions, so that decoding caches for it too."""
         return hasattr(self, "block")
 
+    @property
+    def is_cheap(self) -> bool:
+        """Whether it is a norm at most in front of the output matrix."""
+        return not any(hasattr(self, part) for part in ("mlp", "block", "grid"))
+
     def features(
         self, hidden: jax.Array, context: Any, past=None, past_length_B=None
     ) -> tuple[jax.Array, Any]:

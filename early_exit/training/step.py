@@ -20,8 +20,6 @@ from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.training.observe import kept_blocks, observe, targets
 from early_exit.training.recipe import LOSSES, Recipe
 
-KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-
 # {"params": those that are trained, "opt_state": the optimizer's over them, "step": int32 scalar}
 TuneState = dict[str, Any]
 
@@ -104,12 +102,13 @@ def _token_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[
     Of the exits of a group (from 0). The last is for gates, and None where there are none.
     """
 
-    # Features are as wide as hidden states. The backward pass has the heads' products with weights,
-    # and makes norms and activations anew, rather than to keep both for every exit.
-    @functools.partial(jax.checkpoint, policy=KEPT, static_argnums=0)
     def features_of(e, hidden):
         return _flat(bound.heads[e].features(hidden, observed["context"])[0])
 
+    if bound.heads[0].is_cheap:
+        # The backward pass makes them anew: they are as wide as the hidden states, and both
+        # together would be most of what several exits keep.
+        features_of = jax.checkpoint(features_of, static_argnums=0)
     features = [features_of(e, observed["hidden"][e]) for e in group]
     targets = {"labels": observed["labels"].reshape(-1)}
     if "last" in observed:
