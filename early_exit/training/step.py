@@ -55,10 +55,8 @@ def heads_loss(
     """
     bound = model.bind({**rest, "exits": exits})
     weights, mask = recipe.weights(step), observed["mask"].reshape(-1)
-    if model.config.pools or len(recipe.weights.groups) == 1:
-        groups = (tuple(range(len(bound.heads))),)
-    else:
-        groups = recipe.weights.groups
+    together = (tuple(range(len(bound.heads))),)
+    groups = together if model.config.pools else recipe.weights.groups
 
     def computed(group):
         losses_of = _class_losses if model.config.pools else _token_losses

@@ -11,6 +11,7 @@ import pytest
 from configs import smollm2_layerskip, tiny
 from conftest import TINY, build
 from early_exit import sharding, tree
+from early_exit.backbones import base
 from early_exit.config import override
 from early_exit.training import loop, plan
 from early_exit.training import step as steps
@@ -130,9 +131,9 @@ def test_rows_leave_blocks_out_as_if_they_were_not_there(scan):
     runner = bound.backbone
     if scan:
         looped = dataclasses.replace(model.config, scan=True)
-        stacked = steps.base.stack_blocks(params["backbone"])
-        definition, _ = steps.base.abstract(looped.build)
-        runner = steps.base.merge(definition, stacked)
+        stacked = base.stack_blocks(params["backbone"])
+        definition, _ = base.abstract(looped.build)
+        runner = base.merge(definition, stacked)
     found, _ = runner.run_blocks_training(hidden, 1, 6, context, kept)
     for row in range(2):
         expected = hidden
