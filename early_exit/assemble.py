@@ -12,7 +12,6 @@ backbone beside them as `transformers` has it, or without.
 import dataclasses
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,9 +208,8 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
         _check_same_run(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        partial = path.with_suffix(".partial")  # another process may be reading
-        partial.write_text(config.to_json(indent=2) + "\n")
-        os.replace(partial, path)
+        with files.replacing(path) as partial:  # another process may be reading
+            partial.write_text(config.to_json(indent=2) + "\n")
 
 
 def _check_same_run(config: ConfigDict, workdir: Path) -> None:

@@ -147,6 +147,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that replaces the one at `path`, if any, when all has gone well.
+
+    Who reads `path` meanwhile, or after a kill, finds the file that was there before.
+    """
+    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write into, which gets the name `folder` when all has gone well.
 

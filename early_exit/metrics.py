@@ -15,6 +15,8 @@ from typing import Any, TextIO
 import tensorboardX
 import tqdm
 
+from early_exit import files
+
 # What follows from config, data and weights; a run that was interrupted has the same lines.
 FILE = "metrics.jsonl"
 # What depends on the machine: rates and memory.
@@ -90,10 +92,8 @@ def _drop_later_lines(path: pathlib.Path, last_step: int | None) -> None:
         for line in _whole_lines(path)
         if last_step is not None and json.loads(line)["step"] <= last_step
     ]
-    # Another file first, so that a kill here loses nothing.
-    rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(kept))
-    os.replace(rewritten, path)
+    with files.replacing(path) as rewritten:
+        rewritten.write_text("".join(kept))
 
 
 def _number(value: Any) -> int | float | None:

@@ -7,7 +7,6 @@ recompiles) and a small JSON file that says where they came from.
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import confidence as confidences
+from early_exit import files
 
 NEVER, ALWAYS = float("inf"), float("-inf")
 
@@ -253,9 +253,8 @@ def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
         },
         indent=2,
     )
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        partial.write_text(text + "\n")
 
 
 def load(path: Path, *, exit_depths: np.ndarray) -> ExitPolicy | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from early_exit import assemble
+from early_exit import assemble, files
 from early_exit import feed as feeds
 from early_exit.calibration import drift
 from early_exit.data.image_sets import SUFFIXES, read_image
@@ -182,8 +182,7 @@ def _write(
 ) -> None:
     """All answers, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for i, name in enumerate(names):
             row = {
                 "name": name,
@@ -196,7 +195,6 @@ def _write(
             if labels[i] >= 0:
                 row["known_label"] = classes[labels[i]]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def _summary(exit_depths: np.ndarray, answers: Classified, labels: np.ndarray, speed: float) -> str:

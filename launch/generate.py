@@ -11,14 +11,13 @@ in the same order, to a JSONL file with their statistics.
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from early_exit import assemble
+from early_exit import assemble, files
 from early_exit.calibration import drift
 from early_exit.inference import mode as modes
 from early_exit.inference.detokenize import Detokenizer, pieces
@@ -119,8 +118,7 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [_tokens(tuned, text) for text in texts]
     answers = generate(tuned.model, tuned.params, prompts, batch=BATCH.value, **settings)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for text, answer in zip(texts, answers, strict=True):
             row = {
                 "prompt": text,
@@ -131,7 +129,6 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
                 "statistics": _statistics(answer, tuned),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
     rows = [_statistics(answer, tuned) for answer in answers]
     columns = ("new_tokens", "layers_per_token", "megabytes_per_token", "tokens_per_second")
     means = [float(np.mean([row[name] for row in rows])) for name in columns]

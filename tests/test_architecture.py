@@ -25,8 +25,15 @@ ONLY = {
     "config": {"ml_collections"},
     "losses": {"jax", "numpy", "early_exit.backbones.base.logits"},
     "confidence": {"jax", "numpy"},
-    "policy": {"jax", "numpy", "early_exit.confidence"},
-    "calibration": {"jax", "numpy", "scipy", "early_exit.confidence", "early_exit.policy"},
+    "policy": {"jax", "numpy", "early_exit.confidence", "early_exit.files"},
+    "calibration": {
+        "jax",
+        "numpy",
+        "scipy",
+        "early_exit.confidence",
+        "early_exit.files",
+        "early_exit.policy",
+    },
 }
 # Libraries that only some rooms know.
 KEEPERS = {

@@ -91,3 +91,21 @@ def test_a_folder_that_fails_never_appears(tmp_path):
         files.new_folder(tmp_path / "old"),
     ):
         pass
+
+
+def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "x.json"
+    for text in ("old", "new"):
+        with files.replacing(path) as partial:
+            partial.write_text(text)
+            assert text == "old" or path.read_text() == "old"
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_file_that_fails_leaves_the_one_before(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), files.replacing(path) as partial:
+        partial.write_text("half of it")
+        raise OSError("the disk is full")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]

@@ -314,7 +314,7 @@ def test_saving_is_whole_or_not_at_all(path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(policies.os, "replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         policies.save(policies.make([0.75]), path)
     assert path.read_bytes() == before

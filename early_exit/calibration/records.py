@@ -6,12 +6,13 @@ never runs the model again.
 
 import dataclasses
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from early_exit import files
 
 _ARRAYS = ("exit_depths", "costs", "predictions", "labels", "losses", "groups")
 _SCORE, _SOFTENED = "score_", "softened_"
@@ -162,10 +163,8 @@ class Records:
         if self.softened:
             fields = dataclasses.asdict(self.softened)
             arrays |= {f"{_SOFTENED}{name}": array for name, array in fields.items()}
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:  # a name would get `.npz` appended
+        with files.replacing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, metadata=np.array(json.dumps(self.metadata)), **arrays)
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> "Records":

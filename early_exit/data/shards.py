@@ -11,7 +11,6 @@ the numbers out among them, and what was damaged later is told from what was nev
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,18 +66,14 @@ def write(folder: Path, number: int, records: Iterable[bytes], counted: dict[str
       OSError: it cannot be written.
     """
     path = folder / f"{number:05}.array_record"
-    partial = path.with_suffix(f".partial{os.getpid()}")
-    # Groups of one: each record can be read without its neighbours.
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
     count = 0
-    try:
+    with files.replacing(path) as partial:
+        # Groups of one: each record can be read without its neighbours.
+        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
         for record in records:
             writer.write(record)
             count += 1
         writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     described = {"records": count, "sha256": _sha256(path)} | counted
     _write_json(path.with_suffix(".json"), described)
 
@@ -147,6 +142,5 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".partial{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

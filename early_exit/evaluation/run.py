@@ -10,7 +10,7 @@ import platform
 
 import jax
 
-from early_exit import assemble, tree
+from early_exit import assemble, files, tree
 from early_exit import feed as feeds
 from early_exit import policy as policies
 from early_exit.assemble import Tuned
@@ -146,7 +146,8 @@ def evaluate(tuned: Tuned) -> dict:
             "system": platform.system(),
         },
     }
-    (tuned.workdir / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    with files.replacing(tuned.workdir / "evaluation.json") as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 

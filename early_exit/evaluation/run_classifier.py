@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from early_exit import assemble, tree
+from early_exit import assemble, files, tree
 from early_exit import feed as feeds
 from early_exit.assemble import Tuned
 from early_exit.calibration import methods, thresholds
@@ -52,7 +52,8 @@ def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
         name = f"epsilon {epsilon:.3g}"
         policies.setdefault(name, thresholds.fit(records, confidence, epsilon))
     results = measure(tuned, policies, [assemble.load_tuned(folder) for folder in baselines])
-    (tuned.workdir / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    with files.replacing(tuned.workdir / "evaluation.json") as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 

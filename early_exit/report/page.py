@@ -6,7 +6,6 @@ plots, text), so it can be mailed, archived or printed, and made again without t
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from early_exit import files
 from early_exit import policy as policies
 from early_exit.metrics import read_metrics
 from early_exit.report import plots, tokens
@@ -43,9 +43,8 @@ def write(workdir: Path) -> Path:
         raise ValueError(
             f"{path} lacks what the report needs ({error}); write it again with `launch.evaluate`"
         ) from error
-    partial = workdir / (FILE + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, workdir / FILE)
+    with files.replacing(workdir / FILE) as partial:
+        partial.write_text(text, encoding="utf-8")
     return workdir / FILE
 
 

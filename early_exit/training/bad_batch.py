@@ -1,6 +1,5 @@
 """The batch that broke a run, as a file: `bad_batch_<step>.npz`, to be run again (`replay`)."""
 
-import os
 import zipfile
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import sharding
+from early_exit import files, sharding
 
 _NAME = "bad_batch_{}.npz"
 
@@ -25,10 +24,8 @@ def save(workdir: Path, step: int, batch: dict) -> Path:
         name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in whole.items()
     }
     if jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:  # a name would get `.npz` appended
+        with files.replacing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, step=np.int64(step), **whole)
-        os.replace(partial, path)
     return path
 
 
