@@ -12,7 +12,7 @@ from early_exit.backbones.base import BackboneConfig
 from early_exit.backbones.resnet import ResNetConfig
 from early_exit.config import ConfigDict
 from early_exit.data import examples, inputs, labelled, pipeline, sources, windows
-from early_exit.data.stream import TrainingBatches
+from early_exit.data.stream import WHOLE, Share, TrainingBatches
 from early_exit.data.transforms import Batch
 
 
@@ -27,15 +27,11 @@ class Feed(Protocol):
     unit: str
     per_batch: int
 
-    def training(self, seed: int, process_index: int, process_count: int) -> TrainingBatches:
+    def training(self, seed: int, share: Share = WHOLE) -> TrainingBatches:
         """Batches without end; see `data.pipeline` and `data.labelled`."""
 
     def held_out(
-        self,
-        split: str,
-        num_batches: int | None,
-        process_index: int = 0,
-        process_count: int = 1,
+        self, split: str, num_batches: int | None, share: Share = WHOLE
     ) -> Iterable[Batch]:
         """The first batches of a split, always the same ones; None for all of them.
 
@@ -68,21 +64,19 @@ class TextFeed:
     def per_batch(self) -> int:
         return self.data.batch_size * self.data.sequence_length
 
-    def training(self, seed, process_index, process_count):
+    def training(self, seed, share=WHOLE):
         return pipeline.training_batches(
             sources.documents(self.data.source, "train"),
             seed=seed,
-            process_index=process_index,
-            process_count=process_count,
+            share=share,
             **self._packing(),
         )
 
-    def held_out(self, split, num_batches, process_index=0, process_count=1):
+    def held_out(self, split, num_batches, share=WHOLE):
         return pipeline.evaluation_batches(
             sources.documents(self.data.source, split),
             num_batches=num_batches,
-            process_index=process_index,
-            process_count=process_count,
+            share=share,
             **self._packing(),
         )
 
@@ -119,24 +113,22 @@ class ExampleFeed:
     def per_batch(self) -> int:
         return self.data.batch_size
 
-    def training(self, seed, process_index, process_count):
+    def training(self, seed, share=WHOLE):
         return labelled.training_batches(
             self.examples("train"),
             self.prepare(),
             batch_size=self.data.batch_size,
             seed=seed,
-            process_index=process_index,
-            process_count=process_count,
+            share=share,
         )
 
-    def held_out(self, split, num_batches, process_index=0, process_count=1):
+    def held_out(self, split, num_batches, share=WHOLE):
         return labelled.evaluation_batches(
             self.examples(split),
             self.prepare(),
             batch_size=self.data.batch_size,
             num_batches=num_batches,
-            process_index=process_index,
-            process_count=process_count,
+            share=share,
         )
 
     def calibration(self, num_batches):

@@ -20,6 +20,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from early_exit.data import shards
+from early_exit.data.stream import Share
 from early_exit.metrics import progress, table
 from early_exit.training import preemption, states
 from launch import common, processes
@@ -37,7 +38,7 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
     config, folder = common.CONFIG.value, Path(STATES.value)
     batches = config.tune.steps if BATCHES.value is None else BATCHES.value
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    share = Share(jax.process_index(), jax.process_count())
     numbers = range(math.ceil(batches / states.BATCHES_IN_SHARD))
     finished = sum(shards.is_finished(folder, number) for number in numbers)
     began, made = time.perf_counter(), 0
@@ -47,13 +48,13 @@ def main(argv):
         def done(tokens: int) -> None:
             nonlocal made
             made += tokens
-            bar.update(share["process_count"])
+            bar.update(share.count)
 
-        states.fill(config, folder, batches=batches, top_k=TOP_K.value, done=done, **share)
+        states.fill(config, folder, batches=batches, top_k=TOP_K.value, done=done, share=share)
     seconds = time.perf_counter() - began
-    if share["process_count"] > 1:
+    if share.count > 1:
         multihost_utils.sync_global_devices("filled")
-    if share["process_index"]:
+    if share.index:
         return
     store = shards.Store(folder)
     store.verify()
@@ -64,7 +65,7 @@ def main(argv):
         ("tokens", size["tokens"]),
         ("bytes per token", size["bytes_per_token"]),
         ("MiB", size["bytes"] / 2**20),
-        ("tokens/s", made * share["process_count"] / seconds if made else None),
+        ("tokens/s", made * share.count / seconds if made else None),
     ]
     print(table(rows, header=("cache", "")))
     print(f"states in {folder}")

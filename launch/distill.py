@@ -18,6 +18,7 @@ from absl import flags
 
 from early_exit import assemble, metrics
 from early_exit.data import distill
+from early_exit.data.stream import Share
 from early_exit.inference.converse import Settings, Speaker, converse
 from early_exit.inference.sampling import Sampling
 from early_exit.training.preemption import Preempted
@@ -81,8 +82,7 @@ def main(argv):
         prompts=prompts,
         tokens=TOKENS.value,
         batch=BATCH.value,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        share=Share(jax.process_index(), jax.process_count()),
     )
     with metrics.progress(TOKENS.value) as bar:
         for shard in made:

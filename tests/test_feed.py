@@ -9,6 +9,7 @@ from configs import digits_resnet, tiny
 from early_exit import assemble, feed
 from early_exit.config import override
 from early_exit.data import examples
+from early_exit.data.stream import Share
 
 COUNT, ROWS, BATCHES = 4, 8, 3
 
@@ -21,7 +22,7 @@ def feed_of(config):
 
 def assert_shares_make_the_whole(feed):
     whole = list(feed.held_out("validation", BATCHES))
-    shares = [list(feed.held_out("validation", BATCHES, i, COUNT)) for i in range(COUNT)]
+    shares = [list(feed.held_out("validation", BATCHES, Share(i, COUNT))) for i in range(COUNT)]
     assert len(whole) == BATCHES and all(len(share) == BATCHES for share in shares)
     for batch, *parts in zip(whole, *shares, strict=True):
         for name, array in batch.items():
@@ -45,11 +46,11 @@ def test_processes_share_held_out_examples_and_read_no_others(monkeypatch):
     monkeypatch.setattr(examples, "examples", watched)
     for i in range(COUNT):
         read.clear()
-        list(found.held_out("validation", BATCHES, i, COUNT))
+        list(found.held_out("validation", BATCHES, Share(i, COUNT)))
         assert len(read) == BATCHES * ROWS // COUNT
 
 
 @pytest.mark.parametrize("config", [tiny.get_config(), digits_resnet.get_config("width=4")])
 def test_a_batch_that_processes_cannot_share(config):
     with pytest.raises(ValueError, match="batch_size=8 is not a positive multiple of the 3"):
-        feed_of(config).held_out("validation", BATCHES, 0, 3)
+        feed_of(config).held_out("validation", BATCHES, Share(0, 3))

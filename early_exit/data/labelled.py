@@ -17,7 +17,7 @@ import numpy as np
 
 from early_exit.data.inputs import CHANCES, Prepare
 from early_exit.data.parts import Example
-from early_exit.data.stream import TrainingBatches, check_batch_size, read_ahead, share
+from early_exit.data.stream import WHOLE, Share, TrainingBatches, read_ahead
 from early_exit.data.transforms import Batch
 
 
@@ -42,20 +42,19 @@ def training_batches(
     batch_size: int,
     seed: int,
     num_threads: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
 ) -> TrainingBatches:
     """Batches without end; a new order and new random numbers at each pass over the examples.
 
     Args:
       prepare: of `early_exit.data.inputs`; called from `num_threads` threads.
       batch_size: B, rows over all processes together.
-      process_index: whose `batch_size // process_count` rows to return.
+      share: whose rows to return.
 
     Raises:
       ValueError: no examples, or sizes that make no batches.
     """
-    _check(examples, batch_size, process_count)
+    _check(examples, batch_size, share)
 
     def chosen(indices: np.ndarray, random: np.random.Generator) -> Batch:
         return {
@@ -65,7 +64,7 @@ def training_batches(
         }
 
     dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
-    dataset = dataset.random_map(chosen).map(share(batch_size, process_index, process_count))
+    dataset = dataset.random_map(chosen).map(share.rows)
     dataset = dataset.map(_reader(examples, prepare))
     return TrainingBatches(dataset.to_iter_dataset(read_ahead(num_threads)))
 
@@ -77,8 +76,7 @@ def evaluation_batches(
     batch_size: int,
     num_batches: int | None = None,
     num_threads: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
 ) -> EvaluationBatches:
     """Every example once and in order, or as many as the first `num_batches` batches hold.
 
@@ -88,7 +86,7 @@ def evaluation_batches(
     Raises:
       ValueError: no examples, or sizes that make no batches.
     """
-    _check(examples, batch_size, process_count)
+    _check(examples, batch_size, share)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be positive, or None for all, not {num_batches}")
 
@@ -99,14 +97,14 @@ def evaluation_batches(
 
     batches = -(-len(examples) // batch_size)
     dataset = grain.MapDataset.range(min(batches, num_batches or batches)).map(chosen)
-    dataset = dataset.map(share(batch_size, process_index, process_count))
+    dataset = dataset.map(share.rows)
     return EvaluationBatches(dataset.map(_reader(examples, prepare)), read_ahead(num_threads))
 
 
-def _check(examples: Sequence[Example], batch_size: int, process_count: int) -> None:
+def _check(examples: Sequence[Example], batch_size: int, share: Share) -> None:
     if not len(examples):
         raise ValueError("there are no examples to make batches from")
-    check_batch_size(batch_size, process_count)
+    share.check(batch_size)
 
 
 def _reader(examples: Sequence[Example], prepare: Prepare) -> Callable[[Batch], Batch]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from early_exit.data.stream import BATCHES_AHEAD, TrainingBatches, check_batch_size, share
+from early_exit.data.stream import BATCHES_AHEAD, WHOLE, Share, TrainingBatches
 from early_exit.data.transforms import Batch, next_token_targets
 
 Documents = Sequence[tuple[str, str]]  # (name, text)
@@ -37,8 +37,7 @@ def training_batches(
     batch_size: int,
     seed: int,
     num_threads: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
 ) -> TrainingBatches:
     """Batches without end.
 
@@ -48,15 +47,15 @@ def training_batches(
       end_of_text: id appended to each document.
       sequence_length: T, tokens in a row.
       batch_size: rows over all processes together.
-      process_index: whose `batch_size // process_count` rows to return.
+      share: whose rows to return.
 
     Raises:
       ValueError: no documents, or sizes that make no batches.
     """
-    _check(documents, sequence_length, batch_size, process_count)
+    _check(documents, sequence_length, batch_size, share)
     dataset = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
     dataset = _rows(dataset, tokenise, end_of_text, sequence_length, num_threads)
-    dataset = dataset.batch(batch_size).map(share(batch_size, process_index, process_count))
+    dataset = dataset.batch(batch_size).map(share.rows)
     return TrainingBatches(
         grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=BATCHES_AHEAD)
     )
@@ -71,8 +70,7 @@ def evaluation_batches(
     batch_size: int,
     num_batches: int | None = None,
     num_threads: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
 ) -> list[Batch]:
     """Every document once, or as many as the first `num_batches` batches hold.
 
@@ -82,7 +80,7 @@ def evaluation_batches(
     Raises:
       ValueError: no documents, sizes that make no batches, or text without a token to predict.
     """
-    _check(documents, sequence_length, batch_size, process_count)
+    _check(documents, sequence_length, batch_size, share)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be positive, or None for all, not {num_batches}")
     dataset = grain.MapDataset.source(documents).seed(0).shuffle()
@@ -96,16 +94,15 @@ def evaluation_batches(
             f"the {len(documents)} documents are too short for one batch: they hold no token to "
             "predict; give more text"
         )
-    own = share(batch_size, process_index, process_count)
-    return [own(batch) for batch in batches]
+    return [share.rows(batch) for batch in batches]
 
 
-def _check(documents: Documents, sequence_length: int, batch_size: int, process_count: int):
+def _check(documents: Documents, sequence_length: int, batch_size: int, share: Share):
     if not len(documents):
         raise ValueError("there are no documents to make batches from")
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, not {sequence_length}")
-    check_batch_size(batch_size, process_count)
+    share.check(batch_size)
 
 
 def _rows(dataset, tokenise, end_of_text, sequence_length, num_threads) -> grain.IterDataset:

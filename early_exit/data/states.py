@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from early_exit.data.shards import Store
-from early_exit.data.stream import TrainingBatches, check_batch_size, read_ahead, share
+from early_exit.data.stream import WHOLE, Share, TrainingBatches, read_ahead
 from early_exit.data.transforms import Batch
 
 # Beside the hidden states.
@@ -53,20 +53,19 @@ def training_batches(
     batch_size: int,
     seed: int,
     num_threads: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
 ) -> TrainingBatches:
     """Batches without end; each pass over the rows has an order of its own.
 
     Args:
       points: whose hidden states a batch holds.
       batch_size: B, rows over all processes together.
-      process_index: whose `batch_size // process_count` rows to return.
+      share: whose rows to return.
 
     Raises:
       ValueError: sizes that make no batches; later, a damaged record.
     """
-    check_batch_size(batch_size, process_count)
+    share.check(batch_size)
 
     def read(indices: Batch) -> Batch:
         rows = [unpack(store[index], points) for index in indices["rows"]]
@@ -74,5 +73,5 @@ def training_batches(
 
     dataset = grain.MapDataset.range(len(store)).seed(seed).shuffle().repeat().batch(batch_size)
     dataset = dataset.map(lambda indices: {"rows": indices})
-    dataset = dataset.map(share(batch_size, process_index, process_count)).map(read)
+    dataset = dataset.map(share.rows).map(read)
     return TrainingBatches(dataset.to_iter_dataset(read_ahead(num_threads)))

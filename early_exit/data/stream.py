@@ -1,7 +1,6 @@
 """What every pipeline of batches has: a state to resume from, and rows shared over processes."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 
@@ -9,6 +8,30 @@ from early_exit.data.transforms import Batch
 
 # Batches made ahead of the one asked for.
 BATCHES_AHEAD = 4
+
+
+class Share(NamedTuple):
+    """One of `count` equal parts of what all processes do together: by default, all of it."""
+
+    index: int = 0
+    count: int = 1
+
+    def check(self, batch_size: int) -> None:
+        """Raises ValueError unless every share has the same number of rows, at least one."""
+        if batch_size < 1 or batch_size % self.count:
+            raise ValueError(
+                f"batch_size={batch_size} is not a positive multiple of the {self.count} processes"
+            )
+
+    def rows(self, batch: Batch) -> Batch:
+        """Batch of all processes → the rows of this one."""
+        size = len(next(iter(batch.values()))) // self.count
+        own = slice(self.index * size, (self.index + 1) * size)
+        return {name: array[own] for name, array in batch.items()}
+
+
+# Everything.
+WHOLE = Share()
 
 
 class TrainingBatches:
@@ -34,21 +57,6 @@ class TrainingBatches:
     def close(self) -> None:
         """Ends the threads."""
         self._iterator.close()
-
-
-def check_batch_size(batch_size: int, process_count: int) -> None:
-    """Raises ValueError unless every process gets the same number of rows, at least one."""
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} is not a positive multiple of the {process_count} processes"
-        )
-
-
-def share(batch_size: int, process_index: int, process_count: int) -> Callable[[Batch], Batch]:
-    """Batch of all processes → the rows of one."""
-    size = batch_size // process_count
-    own = slice(process_index * size, (process_index + 1) * size)
-    return lambda batch: {name: array[own] for name, array in batch.items()}
 
 
 def read_ahead(num_threads: int) -> grain.ReadOptions:

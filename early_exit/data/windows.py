@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from early_exit.data.stream import check_batch_size
+from early_exit.data.stream import WHOLE
 from early_exit.data.transforms import Batch
 
 Piece = tuple[int, np.ndarray]  # (document, tokens)
@@ -39,7 +39,7 @@ def batches(
     Raises:
       ValueError: no document with a token to predict, or sizes that make no batches.
     """
-    check_batch_size(batch_size, 1)
+    WHOLE.check(batch_size)
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, not {sequence_length}")
     if num_batches is not None and num_batches < 1:

@@ -23,6 +23,7 @@ from early_exit import tree
 from early_exit.backbones import base
 from early_exit.data import distill, shards
 from early_exit.data.distill import Conversation, Fault, Words
+from early_exit.data.stream import WHOLE, Share
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.inference.generate import generate
@@ -115,12 +116,11 @@ def converse(
     prompts: Sequence[str] | None = None,
     tokens: int | None = None,
     batch: int = 32,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
 ) -> Iterator[dict[str, Any]]:
     """Makes the shards that are missing, and yields the description of each when it is written.
 
-    Of several processes each has its own share of the numbers; they need to share the folder only.
+    Of several processes each makes its share of the shards; all they have in common is the folder.
 
     Args:
       prompts: questions; without them, the model thinks of its own.
@@ -140,7 +140,7 @@ def converse(
     elif not settings.raw:
         chat.prompt(speaker.tokenizer, prompts[0])
     shards.begin(folder, _about(speaker, settings, prompts))
-    for number in itertools.count(process_index, process_count):
+    for number in itertools.count(*share):
         start = number * settings.per_shard
         if prompts is not None and start >= len(prompts):
             return

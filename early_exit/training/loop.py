@@ -18,7 +18,7 @@ from early_exit.assemble import CHECKPOINTS
 from early_exit.backbones import base
 from early_exit.config import ConfigDict
 from early_exit.data import transforms
-from early_exit.data.stream import TrainingBatches
+from early_exit.data.stream import Share, TrainingBatches
 from early_exit.evaluation import exits as evaluation
 from early_exit.metrics import MetricsWriter, progress
 from early_exit.training import bad_batch, pace, plan, preemption, states
@@ -153,7 +153,7 @@ class Run:
         self.optimizer = optimizers.make_optimizer(config.tune)
         self.mesh = sharding.make_mesh(config.mesh)
         self.recipe = plan.recipe(config, self.mesh, assemble.abstract_model(config).config)
-        self._share = sharding.row_share(self.mesh, config.data.batch_size)
+        self._share = Share(*sharding.row_share(self.mesh, config.data.batch_size))
         self._states = states.opened(config)
         assemble.save_config(config, workdir)
         where = functools.partial(sharding.shardings, mesh=self.mesh)
@@ -201,7 +201,7 @@ class Run:
         """The endless training data of this process."""
         if self._states:
             return states.batches(self.config, self._states, self._share)
-        return self.feed.training(self.config.seed, *self._share)
+        return self.feed.training(self.config.seed, self._share)
 
     def place_batch(self, batch: dict) -> dict:
         return sharding.place_batch(batch, self.mesh, self.config.data.batch_size)
@@ -235,7 +235,7 @@ class Run:
     @functools.cached_property
     def _validation_batches(self) -> list[dict]:
         count = self.config.tune.validation_batches
-        return list(self.feed.held_out("validation", count, *self._share))
+        return list(self.feed.held_out("validation", count, self._share))
 
     def _place(self, params: dict) -> dict:
         return sharding.place(params, sharding.shardings(params, self.mesh))

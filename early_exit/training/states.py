@@ -26,7 +26,7 @@ from early_exit import feed as feeds
 from early_exit.backbones import base
 from early_exit.config import ConfigDict
 from early_exit.data import shards, states
-from early_exit.data.stream import TrainingBatches
+from early_exit.data.stream import WHOLE, Share, TrainingBatches
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import schedule
 from early_exit.training.observe import observe
@@ -45,8 +45,7 @@ def fill(
     batches: int,
     top_k: int,
     done: Callable[[int], None] = lambda tokens: None,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
 ) -> None:
     """Runs the config's backbone over the first batches of its training stream, and keeps the rows.
 
@@ -100,11 +99,11 @@ def fill(
 
     place = functools.partial(sharding.place_batch, mesh=mesh, rows=size)
     tokens = size * config.data.sequence_length
-    stream = feed.training(config.seed, 0, 1)
+    stream = feed.training(config.seed)
     try:
         for number in range(math.ceil(batches / BATCHES_IN_SHARD)):
             given = list(itertools.islice(stream, BATCHES_IN_SHARD))
-            if number % process_count != process_index or shards.is_finished(folder, number):
+            if number % share.count != share.index or shards.is_finished(folder, number):
                 continue
             made = _ahead(lambda batch: batch | run(params, place(batch)), given)
             records = _records(made, lambda: done(tokens))
@@ -226,16 +225,14 @@ def check(config: ConfigDict, store: shards.Store, backbone: str, text: str) -> 
         )
 
 
-def batches(config: ConfigDict, store: shards.Store, share: tuple[int, int]) -> TrainingBatches:
+def batches(config: ConfigDict, store: shards.Store, share: Share) -> TrainingBatches:
     """The endless training data of one of several processes, as `Feed.training`."""
-    process_index, process_count = share
     return states.training_batches(
         store,
         tuple(config.exits.points),
         batch_size=config.data.batch_size,
         seed=config.seed,
-        process_index=process_index,
-        process_count=process_count,
+        share=share,
     )
 
 

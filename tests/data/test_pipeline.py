@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from early_exit.data import pipeline
+from early_exit.data.stream import Share
 
 END = 255
 # Lengths that leave rows cut in every way: whole documents, long ones, empty ones.
@@ -93,7 +94,7 @@ def test_batches_depend_on_the_seed_and_not_on_threads():
 
 @pytest.mark.parametrize("make", [lambda **kw: take(training(**kw), 9), evaluation])
 def test_the_processes_rows_make_up_the_one_process_batch(make):
-    shares = [make(process_index=i, process_count=2) for i in range(2)]
+    shares = [make(share=Share(i, 2)) for i in range(2)]
     joined = [
         {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
         for parts in zip(*shares, strict=True)
@@ -133,7 +134,7 @@ def test_text_shorter_than_a_batch_repeats_in_training_and_is_padded_in_evaluati
         (dict(documents=[]), "there are no documents"),
         (dict(sequence_length=1), "sequence_length must be at least 2, not 1"),
         (dict(batch_size=0), "batch_size=0 is not a positive multiple"),
-        (dict(process_count=3), "batch_size=4 is not a positive multiple of the 3 processes"),
+        (dict(share=Share(0, 3)), "batch_size=4 is not a positive multiple of the 3 processes"),
     ],
 )
 def test_sizes_that_make_no_batch_are_errors(make, options, message):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from early_exit.data import shards, states
+from early_exit.data.stream import Share
 
 POINTS, LENGTH, WIDTH, K = (2, 4), 6, 5, 3
 
@@ -84,8 +85,8 @@ def test_it_goes_on_where_it_was(store):
 
 def test_processes_share_each_batch(store):
     whole, state = batches(store, 3)
-    parts = [batches(store, 3, process_index=i, process_count=2) for i in range(2)]
+    parts = [batches(store, 3, share=Share(i, 2)) for i in range(2)]
     assert [a + b for a, b in zip(*(rows for rows, _ in parts), strict=True)] == whole
     assert [s for _, s in parts] == [state, state]
     with pytest.raises(ValueError, match="batch_size=3 is not a positive multiple of the 2"):
-        states.training_batches(store, POINTS, batch_size=3, seed=0, process_count=2)
+        states.training_batches(store, POINTS, batch_size=3, seed=0, share=Share(0, 2))

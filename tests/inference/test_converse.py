@@ -8,6 +8,7 @@ import pytest
 from early_exit.backbones.resnet import ResNetConfig
 from early_exit.data import distill, shards, sources
 from early_exit.data.distill import Conversation, Fault, Rules, Words
+from early_exit.data.stream import Share
 from early_exit.inference.converse import Settings, Speaker, converse
 from early_exit.pretrained.tokenizer import load_tokenizer
 
@@ -90,8 +91,8 @@ def test_processes_share_the_numbers(tiny, tokenizer, tmp_path):
     list(converse(Scripted(tiny, tokenizer), folders[0], SETTINGS, prompts=questions))
     for index in (1, 0):
         speaker = Scripted(tiny, tokenizer)
-        given = {"process_index": index, "process_count": 2}
-        made = list(converse(speaker, folders[1], SETTINGS, prompts=questions, **given))
+        share = Share(index, 2)
+        made = list(converse(speaker, folders[1], SETTINGS, prompts=questions, share=share))
         assert len(made) == len(speaker.calls) == (2, 1)[index]
     assert contents(folders[0]) == contents(folders[1])
 

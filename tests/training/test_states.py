@@ -16,6 +16,7 @@ from early_exit import assemble, checkpoint, tree
 from early_exit.config import override
 from early_exit.data import shards
 from early_exit.data import states as rows_of
+from early_exit.data.stream import Share
 from early_exit.training import loop, states
 from early_exit.training.observe import observe
 
@@ -83,7 +84,7 @@ def test_what_others_made_or_an_interruption_left_is_not_made_again(
 ):
     fill = functools.partial(states.fill, config, tmp_path / "states", batches=8, top_k=TOP_K)
     made = []
-    fill(process_index=1, process_count=2, done=made.append)
+    fill(share=Share(1, 2), done=made.append)
     assert list(shards.Store(tmp_path / "states").shards) == [1] and made == [4 * 32] * 4
 
     def interrupted(row, pack=rows_of.pack, seen=[]):  # noqa: B006
