@@ -6,7 +6,8 @@
 
 One prompt is answered as it is decoded; the last line counts the tokens that left at each exit. A
 file has a prompt on each line, as text or (`.jsonl`) as an object with a "prompt"; the answers go,
-in the same order, to a JSONL file with their statistics.
+in the same order, to a JSONL file with their statistics. Tokens that the full model is too unsure
+of, by a policy calibrated with --abstain or --reject_risk, are named.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from early_exit import assemble, files
-from early_exit.calibration import drift
+from early_exit.calibration import drift, rejection
 from early_exit.inference import mode as modes
 from early_exit.inference.detokenize import Detokenizer, pieces
 from early_exit.inference.generate import Generation, generate, stream
@@ -72,6 +73,7 @@ def main(argv):
         "stop_ids": tuned.stop_ids,
         "seed": SEED.value,
     }
+    rejection.least_probability(settings["policy"])  # not only when all is decoded
     if texts is None:
         text = sys.stdin.read() if PROMPT.value == "-" else PROMPT.value
         _show(tuned, text, settings)
@@ -103,7 +105,7 @@ def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
     if coloured:
         print(token_colours.legend_ansi(exit_depths))
     decoded = len(answer.tokens) - 1
-    facts = _statistics(answer, tuned)
+    facts = _statistics(answer, tuned, settings)
     left = ", ".join(f"{where}: {n}" for where, n in facts["exits"].items())
     print(
         f"{len(answer.tokens)} tokens, "
@@ -111,6 +113,10 @@ def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
         f"{facts['layers_per_token']:.1f} of {tuned.model.config.depth} blocks per token; "
         f"proposed after {left}"
     )
+    if facts["flagged"]:
+        said = pieces(tuned.tokenizer, answer.tokens)
+        unsure = ", ".join(json.dumps(said[i], ensure_ascii=False) for i in facts["flagged"])
+        print(f"less probable than {rejection.least_probability(settings['policy']):.2f}: {unsure}")
 
 
 def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: Path) -> None:
@@ -126,10 +132,10 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
                 "tokens": answer.tokens.tolist(),
                 "depths": answer.depths.tolist(),
                 "log_probs": answer.log_probs.tolist(),
-                "statistics": _statistics(answer, tuned),
+                "statistics": _statistics(answer, tuned, settings),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    rows = [_statistics(answer, tuned) for answer in answers]
+    rows = [_statistics(answer, tuned, settings) for answer in answers]
     columns = ("new_tokens", "layers_per_token", "megabytes_per_token", "tokens_per_second")
     means = [float(np.mean([row[name] for row in rows])) for name in columns]
     print(table([(len(rows), *means)], header=("answers", *columns)))
@@ -145,17 +151,20 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
             print(f"warning: {warning}", file=sys.stderr)
 
 
-def _statistics(answer: Generation, tuned: assemble.Tuned) -> dict:
+def _statistics(answer: Generation, tuned: assemble.Tuned, settings: dict) -> dict:
     """What an answer took after its first token, which comes out of the prompt's pass."""
     decoded = max(len(answer.tokens) - 1, 1)
     places = [*(f"block {depth}" for depth in tuned.model.exit_depths), "text"]
     found = np.bincount(answer.exits, minlength=len(places))
     counts = answer.counts
+    by_full = settings["mode"].verified | (answer.exits == len(tuned.model.exits.points))
+    unsure = np.exp(answer.log_probs) < rejection.least_probability(settings["policy"])
     return {
         "new_tokens": len(answer.tokens),
         "exits": {
             place: int(n) for place, n in zip(places, found, strict=True) if n or place != "text"
         },
+        "flagged": np.flatnonzero(by_full & unsure).tolist(),
         "layers_per_token": answer.layer_tokens / decoded,
         "evaluations": counts.evaluations_BE.tolist(),
         "drafts_checked": counts.drafted_BW.tolist(),

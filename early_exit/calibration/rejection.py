@@ -221,27 +221,21 @@ def assess(policy: ExitPolicy, records: Records) -> dict:
     return {"answered": float(given.mean()), "wrong": wrong}
 
 
-def answer_score(log_probs: np.ndarray, over: str = "min") -> float:
-    """How sure a whole generated answer is, in [0, 1], from its tokens' log-probabilities [n].
+def least_probability(policy: ExitPolicy | None) -> float:
+    """The probability below which the final exit withholds a generated token; 0 if it never does.
 
-    Such scores, with a user's verdicts on the answers, are what `select` needs.
-
-    Args:
-      over: "min", the probability of the least probable token; "mean", the geometric mean.
+    Raises:
+      ValueError: the policy rejects by something other than the token's probability.
     """
-    if over not in ("min", "mean"):
-        raise ValueError(f"an answer's score is over min or mean, not {over!r}")
-    return float(np.exp(np.min(log_probs) if over == "min" else np.mean(log_probs)))
-
-
-def flags(log_probs: np.ndarray, reject: float, over: str = "min") -> tuple[np.ndarray, bool]:
-    """Which tokens are too uncertain, bool [n], and whether the answer is, by `answer_score`.
-
-    Args:
-      log_probs: float [n], of a generation: the full model's own in verified decoding.
-      reject: the probability below which to flag: a policy's, if its confidence is `max_prob`.
-    """
-    return np.exp(log_probs) < reject, answer_score(log_probs, over) < reject
+    if policy is None or policy.reject is None:
+        return 0.0
+    if policy.confidence != "max_prob" or policy.temperatures is not None:
+        at = "" if policy.temperatures is None else " at temperatures of its own"
+        raise ValueError(
+            f"the policy rejects by {policy.confidence}{at}, which is not kept for generated "
+            "tokens; calibrate with max_prob and without temperatures"
+        )
+    return float(policy.reject)
 
 
 def _check(confidence: str, abstain: float | None, risk: float | None) -> None:

@@ -206,12 +206,10 @@ def test_neither_both_nor_nonsense():
         rejection.fit(RECORDS, never(2, "gate"), abstain=0.1)
 
 
-def test_flags_of_an_answer():
-    log_probs = np.log([0.9, 0.5, 0.9])
-    assert rejection.answer_score(log_probs, "min") == pytest.approx(0.5)
-    assert rejection.answer_score(log_probs, "mean") == pytest.approx((0.9 * 0.5 * 0.9) ** (1 / 3))
-    tokens, answer = rejection.flags(log_probs, 0.6, "min")
-    assert tokens.tolist() == [False, True, False] and answer
-    assert not rejection.flags(log_probs, 0.6, "mean")[1]
-    with pytest.raises(ValueError, match="over min or mean, not 'max'"):
-        rejection.answer_score(log_probs, "max")
+def test_of_generated_tokens_the_probability_must_be_what_is_rejected_by():
+    assert rejection.least_probability(None) == rejection.least_probability(never(2)) == 0
+    assert rejection.least_probability(make([2.0], reject=0.25)) == 0.25
+    with pytest.raises(ValueError, match="by margin, which is not kept .* calibrate with max_prob"):
+        rejection.least_probability(make([2.0], "margin", reject=0.25))
+    with pytest.raises(ValueError, match="max_prob at temperatures of its own, which"):
+        rejection.least_probability(make([2.0], temperatures=[1.0, 2.0], reject=0.25))

@@ -1,6 +1,7 @@
 """The commands as a user types them, on the tiny model: what they print, write and refuse."""
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -152,6 +153,29 @@ def test_generate_answers_a_file_losslessly(run, launch, tmp_path):
         assert facts["tokens_per_second"] > 0 and facts["layers_per_token"] >= 6
     full, _ = answer(launch("generate", *raw, f"--prompt={prompts[0]}", "--full"))
     assert tokens.printable(rows[0]["text"]) == full
+
+
+def test_generate_names_the_tokens_that_the_policy_rejects(run, launch, tmp_path):
+    """Of those that all the model decided, the ones it gave less than the threshold."""
+    folder, answers = tmp_path / "run", tmp_path / "answers.jsonl"
+    shutil.copytree(run.folder, folder)
+    policy = json.loads((folder / "policy.json").read_text())
+    (folder / "policy.json").write_text(json.dumps(policy | {"reject": 0.5}))
+    prompts, flagged = tmp_path / "prompts.txt", {}
+    prompts.write_text("Hello!")
+    raw = [f"--workdir={folder}", "--max_new_tokens=24"]
+    for mode in ("lossy", "verified"):
+        flags = [f"--input={prompts}", f"--output={answers}", f"--mode={mode}"]
+        succeeded(launch("generate", *raw, *flags))
+        row = json.loads(answers.read_text())
+        unsure = [i for i, log_prob in enumerate(row["log_probs"]) if math.exp(log_prob) < 0.5]
+        flagged[mode] = row["statistics"]["flagged"]
+        early = {i for i in unsure if row["depths"][i] < 6}
+        assert early and len(early) < len(unsure)
+        assert flagged[mode] == [i for i in unsure if mode == "verified" or i not in early]
+    printed = succeeded(launch("generate", *raw, "--prompt=Hello!")).splitlines()[-1]
+    assert printed.startswith("less probable than 0.50: ")
+    assert len(json.loads(f"[{printed.split(': ', 1)[1]}]")) == len(flagged["lossy"])
 
 
 def test_generate_answers_the_lines_of_a_text_file(run, launch, tmp_path):
