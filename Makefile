@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN ?= runs/demo
 CONFIG ?= configs/smollm2_135m.py
 BIN := $(VENV)/bin
-PROMPT ?= What is a list in Python?
+PROMPT ?= Write a Python function that reverses a list.
 
 .PHONY: demo test test-processes lint clean
 

@@ -12,10 +12,11 @@ from absl import flags
 
 from early_exit import assemble, checkpoint
 from early_exit.assemble import Tuned
-from early_exit.calibration import budget, thresholds
+from early_exit.calibration import budget, methods
 from early_exit.calibration.records import Records
 from early_exit.config import ConfigDict
 from early_exit.evaluation import run, run_classifier
+from early_exit.evaluation.classifiers import by_epsilon
 from early_exit.policy import ExitPolicy
 from early_exit.report import plots
 from early_exit.training.loop import tune
@@ -25,11 +26,10 @@ ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds of timing; the config's if
 PLOT = flags.DEFINE_string("plot", None, "File for the plot of accuracy against cost, as SVG.")
 
 CHOSEN = "chosen"
-# Agreement of those who leave, from the most daring up; at the last, all agree.
-LEVELS = tuple(np.linspace(0.9, 1, 21).tolist())
 STEP = 0.25  # blocks, from budget to budget
 
-Policies = Callable[[Records, str], Iterator[tuple[str, ExitPolicy]]]
+# Policies by growing cost, fitted on records for a confidence.
+Family = Callable[[Records, str], Iterator[ExitPolicy]]
 
 
 def trained(config: ConfigDict, folder: Path) -> Tuned:
@@ -40,43 +40,46 @@ def trained(config: ConfigDict, folder: Path) -> Tuned:
     return assemble.load_tuned(folder, config)
 
 
-def by_epsilon(records: Records, confidence: str) -> Iterator[tuple[str, ExitPolicy]]:
-    """ε-accuracy policies, the most daring first, each by its name."""
-    for epsilon in LEVELS:
-        yield f"ε = {epsilon:.3f}", thresholds.fit(records, confidence, epsilon)
-
-
-def by_budget(records: Records, confidence: str) -> Iterator[tuple[str, ExitPolicy]]:
-    """The most accurate policies for a mean number of blocks, the cheapest first, each named."""
+def by_budget(records: Records, confidence: str) -> Iterator[ExitPolicy]:
+    """The most accurate policies for a mean number of blocks, the cheapest first."""
     first, *_, last = records.exit_depths
     for blocks in np.arange(first, last + STEP, STEP):
-        policy = budget.fit(records, confidence, blocks, costs="blocks", against="label")
-        yield f"{blocks:.2f} blocks", policy
+        yield budget.fit(records, confidence, blocks, costs="blocks", against="label")
 
 
-def chosen(tuned: Tuned, points: float, policies: Policies = by_epsilon) -> ExitPolicy:
+def chosen(tuned: Tuned, points: float, family: Family = by_epsilon) -> ExitPolicy:
     """The first of the policies that is at most so many points less accurate than the full model.
 
     They are fitted and chosen on the calibration split: what is measured afterwards has not been
     looked at.
     """
     records, confidence = run.records_of(tuned), tuned.config.calibrate.confidence
-    for name, policy in policies(records, confidence):
+    for policy in family(records, confidence):
         exits = policy.exit_index(records.score(confidence), records.exit_depths)
         right = records.correct[exits, np.arange(len(exits))]
         lost = 100 * (records.correct[-1].mean() - right.mean())
-        found = f"{name}, {lost:.2f} points lost on the calibration split"
+        found = f"{methods.described(policy)}, {lost:.2f} points lost on the calibration split"
         if lost <= points:
             break
     print(f"chosen: {found}\n")
     return policy
 
 
-def measured(tuned: Tuned, policy: ExitPolicy, baselines: Sequence[Tuned] = ()) -> dict:
-    """`run_classifier.measure` of the policy, printed and, where that is asked for, plotted."""
+def measured(
+    tuned: Tuned,
+    policy: ExitPolicy,
+    baselines: Sequence[Tuned] = (),
+    family: Family = by_epsilon,
+) -> dict:
+    """`run_classifier.measure` of the policy, printed and, where that is asked for, plotted.
+
+    Args:
+      family: what the curve goes through.
+    """
     if ROUNDS.value or bars.QUICK.value:
         tuned.config.evaluate.rounds = ROUNDS.value or 1
-    results = run_classifier.measure(tuned, {CHOSEN: policy}, baselines)
+    curve = family(run.records_of(tuned), policy.confidence)
+    results = run_classifier.measure(tuned, {CHOSEN: policy}, baselines, curve)
     print("\n\n".join(run_classifier.tables(results)))
     if PLOT.value:
         of = results["classification"]

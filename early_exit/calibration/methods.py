@@ -115,7 +115,7 @@ def described(policy: ExitPolicy) -> str:
     stated = policy.provenance
     method = stated.get("method", "by hand")
     if method == "epsilon":
-        return f"epsilon {stated['epsilon']:.2f}"
+        return f"epsilon {stated['epsilon']:g}"
     if method in certify.METHODS:
         return f"{method} {stated['alpha']:g}"
     if method in BUDGETED:

@@ -8,7 +8,7 @@ machine's moods.
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -113,25 +113,27 @@ def oracle(case: Case, records: Records) -> dict:
     return {"accuracy": float(right.any(0).mean()), **_taken(case, _all_asked(case), exits)}
 
 
-def curve(
-    case: Case, fitted_on: Records, records: Records, confidence: str, levels=LEVELS
-) -> list[dict]:
-    """A row per ε that gives another policy: its `accuracy`, `agreement` and cost on `records`.
+def by_epsilon(records: Records, confidence: str, levels=LEVELS) -> Iterator[ExitPolicy]:
+    """A policy for each ε, which those who leave agree at on these records, from the lowest up."""
+    for epsilon in levels:
+        yield thresholds.fit(records, confidence, float(epsilon))
+
+
+def curve(case: Case, policies: Iterable[ExitPolicy], records: Records) -> list[dict]:
+    """A row for each policy unlike those before: its `accuracy`, `agreement` and cost on `records`.
 
     Args:
-      fitted_on: other records of the same model, for the thresholds.
+      policies: fitted on other records of the same model.
     """
     rows, seen = [], set()
-    for epsilon in levels:
-        policy = thresholds.fit(fitted_on, confidence, float(epsilon))
+    for policy in policies:
         if (key := policy.thresholds.tobytes()) in seen:
             continue
         seen.add(key)
-        exits = policy.exit_index(records.score(confidence), records.exit_depths)
+        exits = policy.exit_index(records.score(policy.confidence), records.exit_depths)
         said = records.predictions[exits, np.arange(len(exits))]
         rows.append(
             {
-                "epsilon": float(epsilon),
                 "accuracy": float((said == records.labels).mean()),
                 "agreement": float((said == records.predictions[-1]).mean()),
                 **_taken(case, case.paths(consulted(case.model, policy)), exits),

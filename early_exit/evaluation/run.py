@@ -82,7 +82,7 @@ def evaluate(tuned: Tuned) -> dict:
     cases: dict[str, tuple[ExitPolicy | None, Mode]] = {"full model": (None, LOSSY)}
     epsilons: dict[str, float | None] = {"full model": None}
     for epsilon in settings.epsilons:
-        name = f"epsilon {epsilon:.2f}"
+        name = f"epsilon {epsilon:g}"
         cases[name] = thresholds.fit(records, confidence, epsilon), LOSSY
         epsilons[name] = epsilon
     # Lossless: the surest exits and the text itself propose, the full model decides.

@@ -19,7 +19,7 @@ from PIL import Image
 from early_exit import assemble, files, tree
 from early_exit import feed as feeds
 from early_exit.assemble import Tuned
-from early_exit.calibration import methods, thresholds
+from early_exit.calibration import methods
 from early_exit.evaluation import classifiers, cost, energy, exits, run
 from early_exit.evaluation.classifiers import Case
 from early_exit.inference.classify import Classified
@@ -48,9 +48,8 @@ def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
     own = assemble.load_policy(tuned) if (tuned.workdir / assemble.POLICY).exists() else None
     confidence = own.confidence if own else tuned.config.calibrate.confidence
     policies: dict[str, ExitPolicy | None] = {methods.described(own): own} if own else {}
-    for epsilon in tuned.config.evaluate.epsilons:
-        name = f"epsilon {epsilon:.3g}"
-        policies.setdefault(name, thresholds.fit(records, confidence, epsilon))
+    for policy in classifiers.by_epsilon(records, confidence, tuned.config.evaluate.epsilons):
+        policies.setdefault(methods.described(policy), policy)
     results = measure(tuned, policies, [assemble.load_tuned(folder) for folder in baselines])
     with files.replacing(tuned.workdir / "evaluation.json") as partial:
         partial.write_text(json.dumps(results, indent=1) + "\n")
@@ -58,9 +57,15 @@ def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
 
 
 def measure(
-    tuned: Tuned, policies: Mapping[str, ExitPolicy], baselines: Sequence[Tuned] = ()
+    tuned: Tuned,
+    policies: Mapping[str, ExitPolicy],
+    baselines: Sequence[Tuned] = (),
+    curve: Iterable[ExitPolicy] | None = None,
 ) -> dict:
     """All of `evaluation.json`, for these policies by name; the first is the one to be shown.
+
+    Args:
+      curve: policies for the curve of accuracy against cost; by default, one for each ε.
 
     Raises:
       ValueError: a baseline with exits or other data.
@@ -93,6 +98,8 @@ def measure(
     )
     chosen = next(iter(policies), None)
     confidence = policies[chosen].confidence if policies else "max_prob"
+    if curve is None and model.exits.points:
+        curve = classifiers.by_epsilon(run.records_of(tuned), confidence)
     of_model = len(rows) - len(baselines)
     meter = energy.meter()
     return {
@@ -103,9 +110,7 @@ def measure(
             "chosen": chosen,
             "rows": rows[:of_model],
             "static": rows[of_model:],
-            "curve": classifiers.curve(full, run.records_of(tuned), test, confidence)
-            if model.exits.points
-            else [],
+            "curve": classifiers.curve(full, curve or (), test),
             "oracle": classifiers.oracle(full, test),
             "confidence": confidence,
             "energy": meter.name if meter else energy.MODELLED,

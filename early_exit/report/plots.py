@@ -84,7 +84,7 @@ def quality_against_speed(decoding: Sequence[dict[str, Any]]) -> str:
         for speed in place(dense)[0][:1]:
             axes.axvline(speed, color=_MUTED, linewidth=0.8, dashes=(4, 3))
         axes.plot(*place(dense), linestyle="none", marker="D", markersize=7, color=_INK)
-        labels = [row["policy"] for row in dense] + [f"ε {row['epsilon']:.2f}" for row in dynamic]
+        labels = [row["policy"] for row in dense] + [f"ε {row['epsilon']:g}" for row in dynamic]
         axes.margins(x=0.18, y=0.12)
         # Quality falls with speed: above and to the right of a point there is no line, but left of
         # the full model there may be its own point.

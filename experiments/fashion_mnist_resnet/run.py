@@ -1,12 +1,13 @@
-"""Do easy images stop early, in seconds? A ResNet-32 with five exits on Fashion-MNIST.
+"""Do easy images stop early, in seconds? A ResNet with five exits on Fashion-MNIST.
 
     python -m experiments.fashion_mnist_resnet.run --runs=runs/fashion --check
+    python -m experiments.fashion_mnist_resnet.run --runs=runs/fashion --check --layers=32
     python -m experiments.fashion_mnist_resnet.run --data=idx:FOLDER --quick
 
-Trains in that folder what is not there yet. `plain32`, `plain14` and `plain8` are networks without
-exits. All go on for some epochs at a lower rate: the first with exits, as `tandem`, and without, as
-`full32`, `full14` and `full8`, which it is compared with. Then a few minutes of measuring. The
-policy is chosen on the calibration split; everything is measured on the test split.
+Trains in that folder what is not there yet. `plain74`, `plain32`, `plain14` and `plain8` are
+networks without exits. All go on for some epochs at a lower rate: the first with exits, as
+`tandem74`, and all without, as `full74` and so on, which it is compared with. Then a few minutes of
+measuring. The policy is chosen on the calibration split; everything is measured on the test split.
 """
 
 from pathlib import Path
@@ -20,7 +21,11 @@ from experiments import bars, classifiers
 RUNS = flags.DEFINE_string("runs", None, "Folder of the runs.")
 DATA = flags.DEFINE_string("data", fashion_mnist_resnet.DATA, "Where Fashion-MNIST is.")
 
-LAYERS, SMALLER = 32, (8, 14)
+# Where a network of so many layers gets exits: closer together where an early one skips most.
+EXITS = {"74": "1:4:9:16:25", "32": "1:3:6:9:12"}
+LAYERS = flags.DEFINE_enum("layers", "74", list(EXITS), "Of the network that gets exits.")
+STATIC = (8, 14, 32, 74)
+
 # The policy is chosen to lose half of what it may: the calibration split is but a sample.
 POINTS, CHOSEN_POINTS = 0.5, 0.25
 
@@ -39,13 +44,15 @@ def main(argv):
     def without_exits(layers):
         trained(f"plain{layers}", f"layers={layers},points=,epochs={first}")
         source = f"source={folder}/plain{layers}"
-        # These go on at a quarter of their first rate, `tandem` at half of it.
+        # These go on at a quarter of their first rate, those with exits at half of it.
         return trained(f"full{layers}", f"{source},points=,epochs={more}", backbone_rate=0.25)
 
-    static = [without_exits(layers) for layers in (*SMALLER, LAYERS)]
-    tandem = trained("tandem", f"source={folder}/plain{LAYERS},epochs={more}")
+    largest = LAYERS.value
+    static = [without_exits(layers) for layers in STATIC if layers <= int(largest)]
+    source = f"source={folder}/plain{largest}"
+    tandem = trained(f"tandem{largest}", f"{source},points={EXITS[largest]},epochs={more}")
     policy = classifiers.chosen(tandem, CHOSEN_POINTS, classifiers.by_budget)
-    results = classifiers.measured(tandem, policy, static)
+    results = classifiers.measured(tandem, policy, static, classifiers.by_budget)
 
     of = results["classification"]
     (full, _), (*smaller, same) = of["rows"], of["static"]

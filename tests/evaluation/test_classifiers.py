@@ -104,7 +104,8 @@ def test_the_oracle_leaves_at_the_first_exit_that_is_right(full):
 
 def test_a_curve_goes_from_daring_to_the_full_model(full):
     fitted, fresh = records(400, seed=3), records(300, seed=4)
-    curve = classifiers.curve(full, fitted, fresh, "max_prob", np.linspace(0.6, 1, 9))
+    policies = classifiers.by_epsilon(fitted, "max_prob", np.linspace(0.6, 1, 9))
+    curve = classifiers.curve(full, policies, fresh)
     assert all(np.diff([row["multiply_adds"] for row in curve]) > 0)
     assert len({tuple(row["exit_shares"]) for row in curve}) == len(curve) > 3
     final = (fresh.predictions[-1] == fresh.labels).mean()

@@ -81,7 +81,7 @@ def test_evaluate_and_report(run, launch):
     assert re.search(r"^epsilon 0\.60 ", printed, re.MULTILINE)
     results = json.loads((run.folder / "evaluation.json").read_text())
     full, fitted, verified = results["decoding"]
-    names = ["full model", "epsilon 0.60", "verified"]
+    names = ["full model", "epsilon 0.6", "verified"]
     assert [row["policy"] for row in results["decoding"]] == names
     assert [row["epsilon"] for row in results["decoding"]] == [None, 0.6, None]
     assert fitted["mean_depth"] < 6 and full["agreement"] == verified["agreement"] == 1

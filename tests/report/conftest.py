@@ -7,7 +7,7 @@ def decoding_row(
     epsilon, speed, *, name=None, full_speed=50.0, agreement=1.0, depth=30.0, shares=(0, 0, 1, 0)
 ):
     return {
-        "policy": name or ("full model" if epsilon is None else f"epsilon {epsilon:.2f}"),
+        "policy": name or ("full model" if epsilon is None else f"epsilon {epsilon:g}"),
         "epsilon": epsilon,
         "confidence": "max_prob",
         "tokens_per_second": speed,
@@ -50,7 +50,7 @@ def evaluation():
         "samples": [
             {
                 "prompt": "say ",
-                "policy": "epsilon 0.90",
+                "policy": "epsilon 0.9",
                 "pieces": ["one", " two", " three"],
                 "depths": [6, 18, 30],
             }

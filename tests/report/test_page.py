@@ -73,7 +73,7 @@ def test_everything_measured_is_on_the_page(write_run):
     for words in (
         "tiny==1.0",
         "exits after blocks 6 and 18",
-        "ε 0.80 75.0 1.50× 88.1 % 19.0",  # decoding
+        "ε 0.8 75.0 1.50× 88.1 % 19.0",  # decoding
         "verified 90.0 1.80× 100.0 % 26.0",
         "(verified: exits and earlier text propose, the full model decides) it wrote 90.0 tokens a "
         "second, 1.80 times the full model's speed; 50.0 % of the tokens were proposed by earlier",
@@ -130,7 +130,7 @@ def test_the_result_is_said_as_it_is(write_run, speed, said):
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "said"), [(0.9, "ε = 0.90, it ran"), (0.5, "ε = 0.80, it ran")]
+    ("epsilon", "said"), [(0.9, "ε = 0.9, it ran"), (0.5, "ε = 0.8, it ran")]
 )
 def test_the_result_is_of_the_run_s_own_policy_or_else_the_fastest(write_run, epsilon, said):
     workdir = write_run()

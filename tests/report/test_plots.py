@@ -7,7 +7,7 @@ import pytest
 from early_exit.report import plots
 
 DEPTHS = [6, 12, 18, 24, 30]
-LABELS = {"full model", "verified", "ε 0.90", "ε 0.80"}
+LABELS = {"full model", "verified", "ε 0.9", "ε 0.8"}
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
