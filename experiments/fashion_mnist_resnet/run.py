@@ -2,7 +2,7 @@
 
     python -m experiments.fashion_mnist_resnet.run --runs=runs/fashion --check
     python -m experiments.fashion_mnist_resnet.run --runs=runs/fashion --check --layers=32
-    python -m experiments.fashion_mnist_resnet.run --data=idx:FOLDER --quick
+    python -m experiments.fashion_mnist_resnet.run --data=idx:FOLDER --layers=32 --quick
 
 Trains in that folder what is not there yet. `plain74`, `plain32`, `plain14` and `plain8` are
 networks without exits. All go on for some epochs at a lower rate: the first with exits, as
