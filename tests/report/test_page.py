@@ -129,9 +129,7 @@ def test_the_result_is_said_as_it_is(write_run, speed, said):
     assert "fastest" not in shown
 
 
-@pytest.mark.parametrize(
-    ("epsilon", "said"), [(0.9, "ε = 0.9, it ran"), (0.5, "ε = 0.8, it ran")]
-)
+@pytest.mark.parametrize(("epsilon", "said"), [(0.9, "ε = 0.9, it ran"), (0.5, "ε = 0.8, it ran")])
 def test_the_result_is_of_the_run_s_own_policy_or_else_the_fastest(write_run, epsilon, said):
     workdir = write_run()
     save_rest(workdir, epsilon=epsilon)
