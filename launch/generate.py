@@ -124,18 +124,18 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [_tokens(tuned, text) for text in texts]
     answers = generate(tuned.model, tuned.params, prompts, batch=BATCH.value, **settings)
+    rows = [_statistics(answer, tuned, settings) for answer in answers]
     with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for text, answer in zip(texts, answers, strict=True):
+        for text, answer, facts in zip(texts, answers, rows, strict=True):
             row = {
                 "prompt": text,
                 "text": "".join(pieces(tuned.tokenizer, answer.tokens)),
                 "tokens": answer.tokens.tolist(),
                 "depths": answer.depths.tolist(),
                 "log_probs": answer.log_probs.tolist(),
-                "statistics": _statistics(answer, tuned, settings),
+                "statistics": facts,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    rows = [_statistics(answer, tuned, settings) for answer in answers]
     columns = ("new_tokens", "layers_per_token", "megabytes_per_token", "tokens_per_second")
     means = [float(np.mean([row[name] for row in rows])) for name in columns]
     print(table([(len(rows), *means)], header=("answers", *columns)))

@@ -15,8 +15,7 @@ from slow_decoder import CLOSE, SlowDecoder, mixed_policy, softmax
 from conftest import build
 from early_exit import policy as policies
 from early_exit.backbones.decoder import DecoderConfig
-from early_exit.inference import decode as programs
-from early_exit.inference.generate import Decoder, generate, stream
+from early_exit.inference.generate import Decoder, generate
 from early_exit.inference.mode import BY_NAME, Mode
 from early_exit.inference.sampling import Sampling
 
@@ -377,33 +376,6 @@ def test_stop_tokens_end_a_row_whoever_says_them(tiny, mode):
                 assert stopped.tokens.tolist() == free.tokens[: first + 1].tolist()
 
 
-def test_streaming_gives_the_same_tokens_and_compiles_nothing_new(tiny, mixed):
-    model, params = tiny
-    (whole,) = run(model, params, [PROMPT], mixed, 21)
-    compiled = programs.decode._cache_size(), programs.prefill._cache_size()
-    portions = list(stream(model, params, [PROMPT[:3]], policy=mixed, max_new_tokens=21, portion=4))
-    assert [len(rows[0].tokens) for rows in portions] == [1, 5, 9, 13, 17, 21]
-    run(model, params, [PROMPT], policies.make([0.3, 0.1]), 21)
-    (again,) = run(model, params, [PROMPT], mixed, 21)
-    np.testing.assert_array_equal(again.tokens, whole.tokens)
-    np.testing.assert_array_equal(again.log_probs, whole.log_probs)
-    assert (programs.decode._cache_size(), programs.prefill._cache_size()) == compiled
-
-
-def test_streaming_shows_only_what_has_been_checked(tiny):
-    model, params = tiny
-    (whole,) = run(model, params, [REPEATING], None, 30)
-    policy = policies.forced(2, 0)
-    settings = {"policy": policy, "max_new_tokens": 30, "mode": LOOKUP, "portion": 1}
-    compiled = set()
-    for rows in stream(model, params, [REPEATING], **settings):
-        tokens = rows[0].tokens.tolist()
-        assert tokens == whole.tokens[: len(tokens)].tolist()
-        compiled.add(programs.decode._cache_size())
-    assert len(tokens) == 30
-    assert len(compiled) == 1, "something was compiled after the first portion, on the clock"
-
-
 def test_allocated_cache_does_not_change_the_answer(tiny, mixed):
     (small,) = run(*tiny, [PROMPT], mixed, 30)
     (large,) = run(*tiny, [PROMPT], mixed, 30, slots=512)
@@ -427,21 +399,6 @@ def test_long_prompts_and_answers_cross_chunks(tiny, mode):
     assert len(got.tokens) == 507
     if mode.verified:
         assert got.tokens[-9:].tolist() == again.tokens.tolist()
-
-
-@pytest.mark.parametrize(
-    ("prompts", "new", "message"),
-    [
-        ([[]], 3, "prompt 0 is empty"),
-        ([[1], [1]], [3, 0], "prompt 1 asks for 0 new tokens"),
-        ([[1] * 510], 3, "need 513 positions but the model's context is 512"),
-        ([[1], [2, 61]], 3, "prompt 1 has token ids from 2 to 61, but the model knows 0 to 60"),
-        ([[-1]], 3, "prompt 0 has token ids from -1"),
-    ],
-)
-def test_bad_prompts(tiny, prompts, new, message):
-    with pytest.raises(ValueError, match=message):
-        run(*tiny, prompts, None, new)
 
 
 def chi_square(draws, probs):
@@ -490,31 +447,3 @@ def test_bfloat16_weights_are_decoded_in_bfloat16(mode):
     _, exits, final, _ = SlowDecoder(model, params).states([*SMALL_PROMPT, got.tokens[0]])
     assert np.isfinite(got.log_probs).all() and len(got.tokens) == 12
     assert final[4][got.tokens[0]] > final[4].max() - 0.05 * np.ptp(final[4])
-
-
-@pytest.mark.parametrize("exits", [1, 3])
-def test_a_policy_for_another_number_of_exits_is_refused(tiny, exits):
-    """An index past its end would be clamped, and some other exit's threshold used."""
-    with pytest.raises(ValueError, match=f"{exits} thresholds but the model has 2 exits"):
-        run(*tiny, [PROMPT], policies.never(exits), 3)
-
-
-@pytest.mark.parametrize("slots", [128, 300])
-def test_slots_that_do_not_fit_are_refused(tiny, slots):
-    with pytest.raises(ValueError, match=f"slots={slots} must be a multiple of 128 that holds"):
-        run(*tiny, [[1] * 140], None, 3, slots=slots)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"skipped": "recompute"}, "propagate or defer, not 'recompute'"),
-        ({"verified": True}, "use skipped='defer'"),
-        ({"skipped": "defer", "lookup": True}, "use verified=True"),
-        ({"skipped": "defer", "window": 1}, "window must be 2 to 32 positions, not 1"),
-        ({"row_cost": -1}, "row_cost must be ≥ 0, not -1"),
-    ],
-)
-def test_modes_that_make_no_sense_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Mode(**fields)

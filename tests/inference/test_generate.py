@@ -1,10 +1,14 @@
+"""Many prompts, in portions, and what cannot be answered; that answers are right: test_decode."""
+
 import dataclasses
 
 import numpy as np
 import pytest
 
+from early_exit import policy as policies
+from early_exit.inference import decode as programs
 from early_exit.inference.generate import Decoder, generate, stream
-from early_exit.inference.mode import DEFERRED, LOOKUP, LOSSY
+from early_exit.inference.mode import DEFERRED, LOOKUP, LOSSY, Mode
 from early_exit.inference.sampling import Sampling
 
 PROMPTS = [[7, 3, 52, 11, 29], [1], list(range(30)), [5, 9, 31, 2] * 6, [60, 0, 60]]
@@ -110,3 +114,72 @@ def test_time_is_counted_from_the_prefill_on(tiny, mixed):
     portions = stream(*tiny, PROMPTS, policy=mixed, max_new_tokens=9, portion=4)
     seconds = [rows[0].seconds for rows in portions]
     assert seconds[0] == 0 and seconds == sorted(seconds) and seconds[-1] > 0
+
+
+def test_streaming_gives_the_same_tokens_and_compiles_nothing_new(tiny, mixed):
+    (whole,) = generate(*tiny, PROMPTS[:1], policy=mixed, max_new_tokens=21)
+    compiled = programs.decode._cache_size(), programs.prefill._cache_size()
+    start = [PROMPTS[0][:3]]
+    portions = list(stream(*tiny, start, policy=mixed, max_new_tokens=21, portion=4))
+    assert [len(rows[0].tokens) for rows in portions] == [1, 5, 9, 13, 17, 21]
+    generate(*tiny, PROMPTS[:1], policy=policies.make([0.3, 0.1]), max_new_tokens=21)
+    (again,) = generate(*tiny, PROMPTS[:1], policy=mixed, max_new_tokens=21)
+    np.testing.assert_array_equal(again.tokens, whole.tokens)
+    np.testing.assert_array_equal(again.log_probs, whole.log_probs)
+    assert (programs.decode._cache_size(), programs.prefill._cache_size()) == compiled
+
+
+def test_streaming_shows_only_what_has_been_checked(tiny):
+    repeating = PROMPTS[3:4]
+    (whole,) = generate(*tiny, repeating, policy=None, max_new_tokens=30)
+    settings = {"policy": policies.forced(2, 0), "max_new_tokens": 30, "mode": LOOKUP, "portion": 1}
+    compiled = set()
+    for rows in stream(*tiny, repeating, **settings):
+        tokens = rows[0].tokens.tolist()
+        assert tokens == whole.tokens[: len(tokens)].tolist()
+        compiled.add(programs.decode._cache_size())
+    assert len(tokens) == 30
+    assert len(compiled) == 1, "something was compiled after the first portion, on the clock"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "message"),
+    [
+        ([[]], 3, "prompt 0 is empty"),
+        ([[1], [1]], [3, 0], "prompt 1 asks for 0 new tokens"),
+        ([[1] * 510], 3, "need 513 positions but the model's context is 512"),
+        ([[1], [2, 61]], 3, "prompt 1 has token ids from 2 to 61, but the model knows 0 to 60"),
+        ([[-1]], 3, "prompt 0 has token ids from -1"),
+    ],
+)
+def test_bad_prompts(tiny, prompts, new, message):
+    with pytest.raises(ValueError, match=message):
+        generate(*tiny, prompts, policy=None, max_new_tokens=new)
+
+
+@pytest.mark.parametrize("exits", [1, 3])
+def test_a_policy_for_another_number_of_exits_is_refused(tiny, exits):
+    """An index past its end would be clamped, and some other exit's threshold used."""
+    with pytest.raises(ValueError, match=f"{exits} thresholds but the model has 2 exits"):
+        generate(*tiny, PROMPTS[:1], policy=policies.never(exits), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("slots", [128, 300])
+def test_slots_that_do_not_fit_are_refused(tiny, slots):
+    with pytest.raises(ValueError, match=f"slots={slots} must be a multiple of 128 that holds"):
+        generate(*tiny, [[1] * 140], policy=None, max_new_tokens=3, slots=slots)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"skipped": "recompute"}, "propagate or defer, not 'recompute'"),
+        ({"verified": True}, "use skipped='defer'"),
+        ({"skipped": "defer", "lookup": True}, "use verified=True"),
+        ({"skipped": "defer", "window": 1}, "window must be 2 to 32 positions, not 1"),
+        ({"row_cost": -1}, "row_cost must be ≥ 0, not -1"),
+    ],
+)
+def test_modes_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Mode(**fields)

@@ -78,7 +78,7 @@ def test_calibrate_prints_what_it_saves(run):
 def test_evaluate_and_report(run, launch):
     printed = succeeded(launch("evaluate", f"--workdir={run.folder}"))
     assert re.search(r"^full model +[\d.]+ +1\.000 +1\.000 +6\.000$", printed, re.MULTILINE)
-    assert re.search(r"^epsilon 0\.60 ", printed, re.MULTILINE)
+    assert re.search(r"^epsilon 0\.6 ", printed, re.MULTILINE)
     results = json.loads((run.folder / "evaluation.json").read_text())
     full, fitted, verified = results["decoding"]
     names = ["full model", "epsilon 0.6", "verified"]
