@@ -34,6 +34,15 @@ TINY = DecoderConfig(
     context_length=512,
 )
 
+# Of `configs/tiny.py`: a run that is over in seconds.
+SHORT_RUN = {
+    "exits.head": "embedding",
+    "exits.points": (3,),
+    "exits.classes": 0,
+    "data.sequence_length": 16,
+    "data.batch_size": 2,
+}
+
 
 def build(config=TINY, seed=0, **exits):
     """(model, params) with random weights large enough that predictions differ by position."""

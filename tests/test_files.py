@@ -109,3 +109,9 @@ def test_a_file_that_fails_leaves_the_one_before(tmp_path):
         partial.write_text("half of it")
         raise OSError("the disk is full")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_is_written_as_json_is_read(tmp_path):
+    content = {"name": "ŋ", "numbers": [1, 2.5, None]}
+    files.write_json(tmp_path / "x.json", content)
+    assert files.read_json(tmp_path / "x.json") == content

@@ -163,6 +163,7 @@ class Records:
         if self.softened:
             fields = dataclasses.asdict(self.softened)
             arrays |= {f"{_SOFTENED}{name}": array for name, array in fields.items()}
+        # Opened here, for a name would get `.npz` appended.
         with files.replacing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, metadata=np.array(json.dumps(self.metadata)), **arrays)
 

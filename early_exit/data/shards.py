@@ -44,7 +44,7 @@ def begin(folder: Path, about: dict[str, Any]) -> None:
                 "folder, or the same settings to go on"
             )
     else:
-        _write_json(folder / ABOUT, about)
+        files.write_json(folder / ABOUT, about)
 
 
 def is_finished(folder: Path, number: int) -> bool:
@@ -75,7 +75,7 @@ def write(folder: Path, number: int, records: Iterable[bytes], counted: dict[str
             count += 1
         writer.close()
     described = {"records": count, "sha256": _sha256(path)} | counted
-    _write_json(path.with_suffix(".json"), described)
+    files.write_json(path.with_suffix(".json"), described)
 
 
 class Store(Sequence[bytes]):
@@ -139,8 +139,3 @@ _AGAIN = "remove its .json and run the command that made it again"
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with files.replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")

@@ -4,7 +4,6 @@ The one idea: everything is derived from the newest checkpoint and saved beside 
 the fingerprint of the heads it came from, so results of an older checkpoint are never reused.
 """
 
-import json
 import os
 import platform
 
@@ -82,8 +81,9 @@ def evaluate(tuned: Tuned) -> dict:
     cases: dict[str, tuple[ExitPolicy | None, Mode]] = {"full model": (None, LOSSY)}
     epsilons: dict[str, float | None] = {"full model": None}
     for epsilon in settings.epsilons:
-        name = f"epsilon {epsilon:g}"
-        cases[name] = thresholds.fit(records, confidence, epsilon), LOSSY
+        fitted = thresholds.fit(records, confidence, epsilon)
+        name = methods.described(fitted)
+        cases[name] = fitted, LOSSY
         epsilons[name] = epsilon
     # Lossless: the surest exits and the text itself propose, the full model decides.
     cases["verified"] = cases[name][0], LOOKUP
@@ -146,8 +146,7 @@ def evaluate(tuned: Tuned) -> dict:
             "system": platform.system(),
         },
     }
-    with files.replacing(tuned.workdir / "evaluation.json") as partial:
-        partial.write_text(json.dumps(results, indent=1) + "\n")
+    files.write_json(tuned.workdir / "evaluation.json", results)
     return results
 
 

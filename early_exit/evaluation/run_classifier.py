@@ -51,8 +51,7 @@ def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
     for policy in classifiers.by_epsilon(records, confidence, tuned.config.evaluate.epsilons):
         policies.setdefault(methods.described(policy), policy)
     results = measure(tuned, policies, [assemble.load_tuned(folder) for folder in baselines])
-    with files.replacing(tuned.workdir / "evaluation.json") as partial:
-        partial.write_text(json.dumps(results, indent=1) + "\n")
+    files.write_json(tuned.workdir / "evaluation.json", results)
     return results
 
 

@@ -24,6 +24,7 @@ def save(workdir: Path, step: int, batch: dict) -> Path:
         name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in whole.items()
     }
     if jax.process_index() == 0:
+        # Opened here, for a name would get `.npz` appended.
         with files.replacing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, step=np.int64(step), **whole)
     return path

@@ -6,18 +6,14 @@ import json
 import pytest
 
 from configs import tiny
+from conftest import SHORT_RUN
 from early_exit import assemble
 from early_exit.config import override
 from early_exit.metrics import read_metrics
 from early_exit.training import loop
 from launch import tune
 
-SETTINGS = {
-    "exits.head": "embedding",
-    "exits.points": (3,),
-    "exits.classes": 0,
-    "data.sequence_length": 16,
-    "data.batch_size": 2,
+SETTINGS = SHORT_RUN | {
     "tune.steps": 8,
     "tune.warmup_steps": 1,
     "tune.checkpoint_every": 4,

@@ -9,18 +9,14 @@ import numpy as np
 import pytest
 
 from configs import digits_resnet, tiny
+from conftest import SHORT_RUN
 from early_exit import checkpoint, tree
 from early_exit.assemble import CHECKPOINTS
 from early_exit.config import override
 from early_exit.metrics import read_metrics
 from early_exit.training import bad_batch, loop, replay
 
-SETTINGS = {
-    "exits.head": "embedding",
-    "exits.points": (3,),
-    "exits.classes": 0,
-    "data.sequence_length": 16,
-    "data.batch_size": 2,
+SETTINGS = SHORT_RUN | {
     "tune.steps": 9,
     "tune.validate_every": 99,
     "tune.checkpoint_every": 2,
