@@ -4,11 +4,11 @@
     python -m launch.tune --config=configs/digits_resnet.py:train=exits,source=runs/digits \
         --workdir=runs/digits_frozen
 
-The first trains exits in tandem with the network; the second tunes new ones behind it.
+The first trains exits jointly with the network; the second tunes new ones behind it.
 """
 
 from configs import fashion_mnist_resnet
-from early_exit.config import ConfigDict, override, parse_arg
+from early_exit.settings.overrides import ConfigDict, override, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

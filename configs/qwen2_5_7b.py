@@ -8,7 +8,7 @@ The second needs neither weights nor chips. Settings: `configs/ee_tuning.py`.
 """
 
 from configs import ee_tuning
-from early_exit.config import ConfigDict
+from early_exit.settings.overrides import ConfigDict
 
 DECODER = {
     "vocab_size": 152_064,

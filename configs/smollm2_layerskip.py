@@ -8,7 +8,7 @@ at each step. `curriculum=gradual` lets them join one by one, from the last, unt
 """
 
 from configs import smollm2_135m
-from early_exit.config import ConfigDict, override, parse_arg
+from early_exit.settings.overrides import ConfigDict, override, parse_arg
 from early_exit.training.schedule import layerskip_weights
 
 DEPTH = 30

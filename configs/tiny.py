@@ -7,7 +7,7 @@ Run from the root of the repository: the weights are a fixture of the tests.
 """
 
 from configs import smollm2_135m
-from early_exit.config import ConfigDict, over, override, parse_arg, prod
+from early_exit.settings.overrides import ConfigDict, over, override, parse_arg, prod
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

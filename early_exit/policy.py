@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import confidence as confidences
-from early_exit import files
+from early_exit.storage import files
 
 NEVER, ALWAYS = float("inf"), float("-inf")
 

@@ -175,7 +175,7 @@ def fetch(arrays: Any) -> Any:
     return multihost_utils.process_allgather(arrays, tiled=True)
 
 
-def row_share(mesh: Mesh, rows: int) -> tuple[int, int]:
+def row_rank(mesh: Mesh, rows: int) -> tuple[int, int]:
     """(index, count): which of how many equal shares of a batch's rows this process needs.
 
     Processes between which only `tensor` is split need the same rows.

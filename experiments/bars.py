@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags
 from absl import logging as absl_logging
 
-from early_exit.metrics import table
+from early_exit.runs.metrics import table
 
 CHECK = flags.DEFINE_bool("check", False, "Exit 1 and name the bars that fall short.")
 QUICK = flags.DEFINE_bool("quick", False, "A small version: less exact, quick.")

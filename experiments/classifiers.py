@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from early_exit import assemble, checkpoint
-from early_exit.assemble import Tuned
 from early_exit.calibration import budget, methods
 from early_exit.calibration.records import Records
-from early_exit.config import ConfigDict
 from early_exit.evaluation import run, run_classifier
 from early_exit.evaluation.classifiers import by_epsilon
 from early_exit.policy import ExitPolicy
 from early_exit.report import plots
+from early_exit.runs import assemble, checkpoint
+from early_exit.runs.assemble import Tuned
+from early_exit.settings.overrides import ConfigDict
 from early_exit.training.loop import tune
 from experiments import bars
 

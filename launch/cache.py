@@ -1,8 +1,8 @@
 """Runs a config's backbone over its training text once, so that any number of heads tune without.
 
-    python -m launch.cache --config=configs/smollm2_135m.py --states=states/smollm2
-    python -m launch.tune --config=configs/smollm2_135m.py --config.tune.states=states/smollm2 \\
-        --workdir=runs/a
+    python -m launch.cache --config=configs/smollm2_135m.py --hidden_states=states/smollm2
+    python -m launch.tune --config=configs/smollm2_135m.py \\
+        --config.tune.hidden_states=states/smollm2 --workdir=runs/a
 
 Stores the hidden states at the config's exit points and the full model's most probable tokens.
 Interrupted, the same command goes on where it was; on a finished cache it checks every shard.
@@ -20,9 +20,10 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from early_exit.data import shards
-from early_exit.data.stream import Share
-from early_exit.metrics import progress, table
-from early_exit.training import preemption, states
+from early_exit.data.stream import Rank
+from early_exit.distillation import hidden_states
+from early_exit.runs.metrics import progress, table
+from early_exit.training import preemption
 from launch import common, processes
 
 STATES = flags.DEFINE_string("states", None, "Folder of the cache.")
@@ -38,34 +39,34 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
     config, folder = common.CONFIG.value, Path(STATES.value)
     batches = config.tune.steps if BATCHES.value is None else BATCHES.value
-    share = Share(jax.process_index(), jax.process_count())
-    numbers = range(math.ceil(batches / states.BATCHES_IN_SHARD))
+    rank = Rank(jax.process_index(), jax.process_count())
+    numbers = range(math.ceil(batches / hidden_states.BATCHES_IN_SHARD))
     finished = sum(shards.is_finished(folder, number) for number in numbers)
     began, made = time.perf_counter(), 0
-    total, before = (states.BATCHES_IN_SHARD * count for count in (len(numbers), finished))
+    total, before = (hidden_states.BATCHES_IN_SHARD * count for count in (len(numbers), finished))
     with progress(total, unit="batches", done=before) as bar:
 
         def done(tokens: int) -> None:
             nonlocal made
             made += tokens
-            bar.update(share.count)
+            bar.update(rank.count)
 
-        states.fill(config, folder, batches=batches, top_k=TOP_K.value, done=done, share=share)
+        hidden_states.fill(config, folder, batches=batches, top_k=TOP_K.value, done=done, rank=rank)
     seconds = time.perf_counter() - began
-    if share.count > 1:
+    if rank.count > 1:
         multihost_utils.sync_global_devices("filled")
-    if share.index:
+    if rank.index:
         return
     store = shards.Store(folder)
     store.verify()
-    size = states.size(folder)
+    size = hidden_states.size(folder)
     rows = [
         ("hidden states after", ", ".join(map(str, store.about["points"]))),
         ("rows", size["rows"]),
         ("tokens", size["tokens"]),
         ("bytes per token", size["bytes_per_token"]),
         ("MiB", size["bytes"] / 2**20),
-        ("tokens/s", made * share.count / seconds if made else None),
+        ("tokens/s", made * rank.count / seconds if made else None),
     ]
     print(table(rows, header=("cache", "")))
     print(f"states in {folder}")

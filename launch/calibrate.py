@@ -12,10 +12,10 @@ records.npz and policy.json.
 
 from absl import flags
 
-from early_exit import assemble
 from early_exit.calibration import certify, methods, risk
 from early_exit.evaluation import exits, run
-from early_exit.metrics import table
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
 from launch import common
 
 SETTINGS = (

@@ -21,15 +21,16 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from early_exit import assemble, files
-from early_exit import feed as feeds
 from early_exit.calibration import drift
+from early_exit.classifying.classify import Classified, Classifier
+from early_exit.data import feed as feeds
 from early_exit.data.image_sets import SUFFIXES, read_image
 from early_exit.data.inputs import Prepare
 from early_exit.data.parts import Example
-from early_exit.inference.classify import Classified, Classifier
-from early_exit.metrics import table
 from early_exit.policy import ExitPolicy
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
+from early_exit.storage import files
 from launch import common
 
 INPUT = flags.DEFINE_string("input", None, "Folder of images, an image, or a file of texts.")
@@ -59,7 +60,7 @@ def main(argv):
         raise ValueError("give either --input or --split")
     tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
     model = tuned.model
-    if not model.config.pools:
+    if not model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a language model; use launch.generate")
     feed = feeds.make(tuned.config, model.config, tuned.tokenizer)
     if SPLIT.value:

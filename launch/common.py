@@ -13,7 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from early_exit.packages import cache_folder
+from early_exit.storage.packages import cache_folder
 from early_exit.training import preemption
 
 CONFIG = config_flags.DEFINE_config_file(

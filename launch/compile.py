@@ -19,9 +19,9 @@ import sys
 from absl import flags
 
 from early_exit import sharding
-from early_exit.evaluation import pod
-from early_exit.inference import mode
-from early_exit.metrics import table
+from early_exit.cost import chips
+from early_exit.decoding import mode
+from early_exit.runs.metrics import table
 from early_exit.training import ahead
 from launch import common
 
@@ -54,17 +54,17 @@ def main(argv):
     print(f"{WHAT.value} on {where}: {mesh.size} chips ({axes}), {model.config.depth} blocks\n")
     print(table(memory_rows(estimate), header=("memory of a chip", "GiB")))
     if estimate.program is None or estimate.spare < 0:
-        chips_memory = estimate.chip.memory / pod.GIB
+        chips_memory = estimate.chip.memory / chips.GIB
         sys.exit(
-            f"\ndoes not fit: {estimate.needed / pod.GIB:,.1f} GiB are needed and "
-            f"{chips_memory:,.1f} there, {-estimate.spare / pod.GIB:,.1f} too few; "
+            f"\ndoes not fit: {estimate.needed / chips.GIB:,.1f} GiB are needed and "
+            f"{chips_memory:,.1f} there, {-estimate.spare / chips.GIB:,.1f} too few; "
             f"{estimate.advice()}"
         )
     print()
     print(table(work_rows(estimate, WHAT.value), header=(f"work of a {unit}", "")))
     header = ("between chips", "along", "times", "GiB on each", "GiB sent by each")
     exchanged = [
-        (kind, axes, times, size / pod.GIB, sent / pod.GIB)
+        (kind, axes, times, size / chips.GIB, sent / chips.GIB)
         for kind, axes, times, size, sent in estimate.exchanged()
     ]
     if exchanged:
@@ -74,7 +74,7 @@ def main(argv):
         print(f"\n{table(time_rows(estimate, tokens, steps), header=(f'time of a {unit}', ''))}")
 
 
-def memory_rows(estimate: pod.Estimate) -> list[tuple[str, float]]:
+def memory_rows(estimate: chips.Estimate) -> list[tuple[str, float]]:
     rows = [("parameters, state, input", estimate.arguments)]
     if estimate.temporaries is not None:
         rest = estimate.needed - estimate.arguments - estimate.temporaries
@@ -82,10 +82,10 @@ def memory_rows(estimate: pod.Estimate) -> list[tuple[str, float]]:
     rows.append(("needed", estimate.needed))
     if estimate.chip is not None:
         rows += [("there", estimate.chip.memory), ("left", estimate.spare)]
-    return [(name, size / pod.GIB) for name, size in rows]
+    return [(name, size / chips.GIB) for name, size in rows]
 
 
-def work_rows(estimate: pod.Estimate, what: str) -> list[tuple[str, float | None]]:
+def work_rows(estimate: chips.Estimate, what: str) -> list[tuple[str, float | None]]:
     compiled = estimate.program
     traced = ("TFLOP in matrix products, traced, a chip", estimate.traced_flops / estimate.chips)
     once = [
@@ -102,7 +102,7 @@ def work_rows(estimate: pod.Estimate, what: str) -> list[tuple[str, float | None
     return [*rows, ("loops of unknown length, counted once", compiled.open_loops)]
 
 
-def time_rows(estimate: pod.Estimate, tokens: int, steps: int | None) -> list[tuple]:
+def time_rows(estimate: chips.Estimate, tokens: int, steps: int | None) -> list[tuple]:
     """What a call takes; `tokens` are those of one, `steps` how many calls a run is."""
     seconds, chip = estimate.seconds, estimate.chip
     rows = [

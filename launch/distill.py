@@ -6,8 +6,8 @@
 
 Questions are the model's, from the user's turn of its chat template, or those of a file (a prompt
 on each line, as text, or in `.jsonl` as an object with a "prompt"). The full model answers; what is
-kept of it, see `data.distill`. Killed, it goes on after the last finished shard; several processes
-share the work (see `launch.processes`). At the end, prints what became of all questions.
+kept of it, see `data.conversations`. Killed, it goes on after the last finished shard; several
+processes share the work (see `launch.processes`). At the end, prints what became of all questions.
 """
 
 import signal
@@ -16,11 +16,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from early_exit import assemble, metrics
-from early_exit.data import distill
-from early_exit.data.stream import Share
-from early_exit.inference.converse import Settings, Speaker, converse
-from early_exit.inference.sampling import Sampling
+from early_exit.data import conversations
+from early_exit.data.stream import Rank
+from early_exit.decoding.sampling import Sampling
+from early_exit.distillation.converse import Settings, Speaker, converse
+from early_exit.runs import assemble, metrics
 from early_exit.training.preemption import Preempted
 from launch import common, processes
 
@@ -51,7 +51,7 @@ TOP_P = flags.DEFINE_float(
 )
 SHORTEST = flags.DEFINE_integer("shortest", DEFAULT.rules.shortest, "Least tokens of an answer.")
 REPEATED = flags.DEFINE_float(
-    "repeated", DEFAULT.rules.repeated, "Most 4-grams that stood there before, as a share."
+    "repeated", DEFAULT.rules.repeated, "Most 4-grams that stood there before, as a rank."
 )
 UNFINISHED = flags.DEFINE_bool(
     "unfinished", DEFAULT.rules.unfinished, "Keep answers that were cut off."
@@ -68,7 +68,7 @@ def main(argv):
         answer=Sampling(TEMPERATURE.value, top_p=TOP_P.value),
         max_question_tokens=QUESTION_TOKENS.value,
         max_new_tokens=NEW.value,
-        rules=distill.Rules(SHORTEST.value, REPEATED.value, UNFINISHED.value),
+        rules=conversations.Rules(SHORTEST.value, REPEATED.value, UNFINISHED.value),
         raw=RAW.value,
         seed=SEED.value,
         per_shard=PER_SHARD.value,
@@ -82,7 +82,7 @@ def main(argv):
         prompts=prompts,
         tokens=TOKENS.value,
         batch=BATCH.value,
-        share=Share(jax.process_index(), jax.process_count()),
+        rank=Rank(jax.process_index(), jax.process_count()),
     )
     with metrics.progress(TOKENS.value) as bar:
         for shard in made:
@@ -92,7 +92,7 @@ def main(argv):
         jax.distributed.shutdown()  # waits for the others
     if not first:
         return
-    rows, tokens = distill.summary(folder)
+    rows, tokens = conversations.summary(folder)
     print(metrics.table(rows, header=("conversations", "count", "share")))
     print(f"{tokens} tokens in {folder}; to use them, --config.data.source=made:{folder}")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from absl import flags
 
-from early_exit import assemble
 from early_exit.evaluation import run, run_classifier
-from early_exit.metrics import table
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
 from launch import common
 
 BASELINE = flags.DEFINE_list(
@@ -25,7 +25,7 @@ BASELINE = flags.DEFINE_list(
 def main(argv):
     common.no_arguments(argv)
     tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
-    if tuned.model.config.pools:
+    if tuned.model.config.classifies:
         results = run_classifier.evaluate(tuned, [Path(folder) for folder in BASELINE.value])
         print("\n\n".join(run_classifier.tables(results)))
         return

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from absl import flags
 
-from early_exit import assemble
-from early_exit.metrics import table
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
 from launch import common
 
 TO = flags.DEFINE_string("to", None, "The folder to write; there must be nothing of that name.")

@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from early_exit import assemble, files
 from early_exit.calibration import drift, rejection
-from early_exit.inference import mode as modes
-from early_exit.inference.detokenize import Detokenizer, pieces
-from early_exit.inference.generate import Generation, generate, stream
-from early_exit.inference.sampling import Sampling
-from early_exit.metrics import table
+from early_exit.decoding import mode as modes
+from early_exit.decoding.detokenize import Detokenizer, pieces
+from early_exit.decoding.generate import Generation, generate, stream
+from early_exit.decoding.sampling import Sampling
 from early_exit.report import tokens as token_colours
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
+from early_exit.storage import files
 from launch import common
 
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer, or - for standard input.")

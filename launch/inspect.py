@@ -14,13 +14,15 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import app
 
-from early_exit import assemble, checkpoint, files, tree
+from early_exit import tree
 from early_exit.backbones.base import BackboneConfig
-from early_exit.evaluation import cost
+from early_exit.cost import multiply_adds
 from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
-from early_exit.metrics import table
 from early_exit.pretrained.describe import Described, describe
+from early_exit.runs import assemble, checkpoint
+from early_exit.runs.metrics import table
+from early_exit.storage import files
 from launch import common
 
 REDUCED = 4096  # classes of the reduced heads that are shown
@@ -41,7 +43,7 @@ def main(argv):
         raise app.UsageError("name one thing: a run, an export, or a source of weights")
     subject = _subject(argv[1])
     found = describe(subject.source)
-    of = cost.backbone(found.config, jnp.dtype(subject.dtype))
+    of = multiply_adds.backbone(found.config, jnp.dtype(subject.dtype))
     print("\n".join(f"{name:<12}{value}" for name, value in _facts(subject, found)))
     print(f"\n{_costs(found.config, of, subject)}")
     print(f"\n{_attachable(found.config, of)}")
@@ -98,10 +100,10 @@ def _facts(subject: Subject, found: Described):
         yield "heads", f"{exits.head}, {exits.output} output matrix, {matrix}"
 
 
-def _costs(config: BackboneConfig, of: cost.BackboneCost, subject: Subject) -> str:
+def _costs(config: BackboneConfig, of: multiply_adds.BackboneCost, subject: Subject) -> str:
     mean_adds, mean_bytes = of.mean_block
 
-    def row(name: str, part: cost.Cost):
+    def row(name: str, part: multiply_adds.Cost):
         adds = part.multiply_adds
         return (
             name,
@@ -120,9 +122,9 @@ def _costs(config: BackboneConfig, of: cost.BackboneCost, subject: Subject) -> s
     if of.readout.multiply_adds:
         rows.append(row("readout", of.readout))
     rows.append(row("full model", of.full))
-    passed = cost.Cost()
+    passed = multiply_adds.Cost()
     for point in subject.exits.points if subject.exits else ():
-        head, _ = cost.head(config, subject.exits, of, point, jnp.dtype(subject.dtype))
+        head, _ = multiply_adds.head(config, subject.exits, of, point, jnp.dtype(subject.dtype))
         passed += head
         rows.append(row(f"head after block {point}", head))
         rows.append(row(f"all, leaving after {point}", of.before(point) + passed))
@@ -130,18 +132,18 @@ def _costs(config: BackboneConfig, of: cost.BackboneCost, subject: Subject) -> s
     return table(rows, header=("part", "M mult-adds", *shares, "MB read", *shares))
 
 
-def _attachable(config: BackboneConfig, of: cost.BackboneCost) -> str:
+def _attachable(config: BackboneConfig, of: multiply_adds.BackboneCost) -> str:
     if not config.num_classes:
         return "Exits predict what the network does, and this one has no output matrix yet."
     _, mean_bytes = of.mean_block
-    reduces = not config.pools and config.num_classes > REDUCED
+    reduces = not config.classifies and config.num_classes > REDUCED
     sizes = [0, REDUCED] if reduces else [0]
     rows = []
     for kind in config.head_kinds:
         row = [kind]
         for classes in sizes:
             exits = ExitConfig((1,), head=kind, classes=classes)
-            head, parameters = cost.head(config, exits, of, 1, jnp.float32)
+            head, parameters = multiply_adds.head(config, exits, of, 1, jnp.float32)
             row += [parameters / 1e6, head.bytes / mean_bytes]
         rows.append(row)
     header = ["head"]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from absl import flags
 
-from early_exit import assemble
-from early_exit.metrics import table
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
 from early_exit.training import bad_batch, replay
 from launch import common
 

@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from early_exit.config import Overrides
-from early_exit.metrics import table
-from early_exit.training import preemption, sweep
-from launch import common
+from early_exit.runs.metrics import table
+from early_exit.settings.overrides import Overrides
+from early_exit.training import preemption
+from launch import common, jobs
 from launch.slurm import submit
 from launch.tpu import jobset
 
@@ -44,7 +44,7 @@ def main(argv):
     flag = flags.FLAGS["config"]
     config_file = config_flags.get_config_filename(flag)
     fixed = config_flags.get_override_values(flag)
-    runs = sweep.expand(_sweep_of(config_file), common.CONFIG.value, common.workdir())
+    runs = jobs.expand(_sweep_of(config_file), common.CONFIG.value, common.workdir())
     if twice := sorted(fixed.keys() & {key for run in runs for key in run.overrides}):
         raise ValueError(f"the sweep itself sets {', '.join(twice)}; leave it out of the flags")
 
@@ -53,11 +53,11 @@ def main(argv):
     # Images have a Python of their own.
     python = "python" if ENGINE.value == "gke" else sys.executable
     tune = [python, "-m", "launch.tune", f"--config={config_file}"]
-    jobs = []
+    started = []
     for run in left:
         flagged = [*_flags(fixed | run.overrides), f"--workdir={run.folder.absolute()}"]
-        jobs.append(sweep.Job([*tune, *flagged], run.folder))
-    if not _run(jobs):
+        started.append(jobs.Job([*tune, *flagged], run.folder))
+    if not _run(started):
         return
 
     rows = [row for run in runs if run.is_finished for row in run.results()]
@@ -67,22 +67,22 @@ def main(argv):
     if rows:
         print(table([[row.get(key) for key in columns] for row in rows], header=columns))
     print(f"results in {results}")
-    if failed := [job.log for run, job in zip(left, jobs, strict=True) if not run.is_finished]:
+    if failed := [job.log for run, job in zip(left, started, strict=True) if not run.is_finished]:
         logs = "".join(f"\n  {log}" for log in failed)
         sys.exit(f"{len(failed)} of {len(runs)} runs did not finish; their logs:{logs}")
 
 
-def _run(jobs: Sequence[sweep.Job]) -> bool:
+def _run(started: Sequence[jobs.Job]) -> bool:
     """Has the engine run the jobs; returns whether they have ended, well or not."""
-    if not jobs:
+    if not started:
         return True
     if ENGINE.value == "local":
-        sweep.run_local(jobs, PARALLEL.value or 1)
+        jobs.run_local(started, PARALLEL.value or 1)
         return True
     if ENGINE.value == "slurm":
-        submit.run(jobs, PARALLEL.value, WAIT.value)
+        submit.run(started, PARALLEL.value, WAIT.value)
         return WAIT.value
-    jobset.run(jobs, common.workdir())
+    jobset.run(started, common.workdir())
     print("the same command, given when they have ended, gathers the results")
     return False
 

@@ -13,7 +13,7 @@ import re
 import jax
 from absl import flags
 
-from early_exit.metrics import table
+from early_exit.runs.metrics import table
 from early_exit.training.loop import tune
 from launch import common, processes
 

@@ -20,7 +20,7 @@ PRELOADED = (
     "early_exit.evaluation.run",
     "early_exit.report.page",
     "early_exit.training.loop",
-    "early_exit.training.sweep",
+    "launch.jobs",
     "launch.common",
 )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from early_exit import policy as policies
 from early_exit.backbones import base
-from early_exit.inference.sampling import filtered
+from early_exit.decoding.sampling import filtered
 
 CLOSE = 1e-4  # two logits nearer than this may change places between two programs
 
@@ -154,7 +154,7 @@ class SlowDecoder:
                     threshold = np.clip(0.9 * threshold + 0.1 * decayed, 0, 1)
                 budget = policy.budget
                 must = budget is not None and account + float(budget) < depths[e + 1]
-                fits = mode.skipped == "propagate" or at + 2 - through <= mode.window
+                fits = mode.skipped == "propagate" or at + 2 - through <= mode.pending
                 if leave == final and fits and (score >= threshold or must):
                     leave = e
             logits = [*states[1], states[2]][leave][at]

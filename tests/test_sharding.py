@@ -160,7 +160,7 @@ def test_slices_where_there_is_one_process():
 def test_a_batch_must_split_evenly():
     mesh = AbstractMesh((2, 2, 2), sharding.AXES)
     with pytest.raises(ValueError, match=r"6 rows cannot be split over 4 devices .*batch_size"):
-        sharding.row_share(mesh, 6)
+        sharding.row_rank(mesh, 6)
 
 
 # Both losses, on one device and on the meshes; the results go into a file.
@@ -187,7 +187,7 @@ optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=
 rng = np.random.default_rng(0)
 batch = {
     "tokens": rng.integers(0, 64, (8, 16), np.int32),
-    "segments": np.repeat(np.repeat([[1, 2]], 8, 1), 8, 0).astype(np.int32),
+    "documents": np.repeat(np.repeat([[1, 2]], 8, 1), 8, 0).astype(np.int32),
     "positions": np.repeat(np.tile(np.arange(8), 2)[None], 8, 0).astype(np.int32),
 }
 config = dataclasses.replace(TINY, vocab_size=64, depth=2)

@@ -95,7 +95,8 @@ class BackboneConfig(abc.ABC):
       depth: number of blocks.
       width: of the hidden states and of the features, D.
       num_classes: rows of the output matrix; 0 if the network has none and ends in features.
-      pools: whether it tells classes apart, one prediction for a whole input; a language model
+      reads: what its stem takes, `tokens` or `images`.
+      classifies: whether it tells classes apart, one prediction for a whole input; a language model
         predicts at every position.
       head_kinds: the exit heads that it can carry (see `exits.heads`).
       grid_width: of the features of heads of the kind `grid`.
@@ -106,7 +107,8 @@ class BackboneConfig(abc.ABC):
     depth: int
     width: int
     num_classes: int
-    pools: ClassVar[bool]
+    reads: ClassVar[str] = "tokens"
+    classifies: ClassVar[bool]
     head_kinds: ClassVar[tuple[str, ...]]
     drops_blocks: ClassVar[bool] = False
     grid_width = 0
@@ -115,12 +117,16 @@ class BackboneConfig(abc.ABC):
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> Backbone: ...
 
+    def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The least that the stem takes, as shapes: one token, or one image of a usual size."""
+        return {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+
     def at(self, point: int) -> "BackboneConfig":
         """What describes heads after block `point`: itself, unless width changes with depth."""
         return self
 
     def pool(self, hidden: jax.Array, context: Any) -> jax.Array:
-        """Hidden states → what one prediction is made from; where `pools`, a row per input."""
+        """Hidden states → what one prediction is made from: a row per input in classifiers."""
         return hidden
 
     @abc.abstractmethod

@@ -82,7 +82,7 @@ class DecoderConfig(base.BackboneConfig):
     scan: bool = False
     remat: str = "none"
 
-    pools: ClassVar[bool] = False
+    classifies: ClassVar[bool] = False
     drops_blocks: ClassVar[bool] = True
     head_kinds: ClassVar[tuple[str, ...]] = ("embedding", "norm", "mlp", "layer")
 
@@ -302,13 +302,13 @@ class Decoder(base.Backbone):
         """Inputs:
         tokens: int32 [B, T];
         positions: int32 [B, T], optional, counting from 0 in each row if absent;
-        segments: int32 [B, T], optional; positions see only positions of their own segment.
+        documents: int32 [B, T], optional; positions see only positions of their own document.
 
         Raises:
           ValueError: positions are learned, and there are fewer than T of them.
         """
         c = self.config
-        tokens_BT, segments = inputs["tokens"], inputs.get("segments")
+        tokens_BT, documents = inputs["tokens"], inputs.get("documents")
         length = tokens_BT.shape[1]
         positions = inputs.get("positions")
         if positions is None:
@@ -325,10 +325,10 @@ class Decoder(base.Backbone):
         else:
             # Padding may stand beyond the last position: it gets that one, not NaN.
             hidden += self.positions.embedding[...].at[positions].get(mode="clip")
-        mask = layers.causal_mask(segments, length)
+        mask = layers.causal_mask(documents, length)
         window_mask = None
         if c.window is not None:
-            window_mask = layers.causal_mask(segments, length, c.window)
+            window_mask = layers.causal_mask(documents, length, c.window)
         return sharding.by_row(hidden), Context(rotation, mask, window_mask)
 
     def run_blocks(self, hidden, start, stop, context):

@@ -49,7 +49,7 @@ class EncoderConfig(base.BackboneConfig):
     norm_eps: float = 1e-12
     pooling: str = "first"
 
-    pools: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
     head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "layer")
 
     def __post_init__(self):

@@ -23,8 +23,10 @@ ACTIVATIONS = {
 CACHE_CHUNK = 128
 
 
-def causal_mask(segments_BT: jax.Array | None, length: int, window: int | None = None) -> jax.Array:
-    """[B or 1, 1, T, T], true where a position may look: not ahead, not into another segment.
+def causal_mask(
+    documents_BT: jax.Array | None, length: int, window: int | None = None
+) -> jax.Array:
+    """[B or 1, 1, T, T], true where a position may look: not ahead, not into another document.
 
     With a `window`, only at itself and the window − 1 positions before it.
     """
@@ -32,8 +34,8 @@ def causal_mask(segments_BT: jax.Array | None, length: int, window: int | None =
     mask = jnp.tril(all_pairs)
     if window is not None and window < length:
         mask &= jnp.triu(all_pairs, 1 - window)
-    if segments_BT is not None:
-        mask &= (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    if documents_BT is not None:
+        mask &= (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
     return mask
 
 

@@ -79,7 +79,8 @@ class ResNetConfig(base.BackboneConfig):
     first_stride: int = 1
     early_stride: bool = False
 
-    pools: ClassVar[bool] = True
+    reads: ClassVar[str] = "images"
+    classifies: ClassVar[bool] = True
     head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "grid")
 
     def __post_init__(self):
@@ -96,6 +97,10 @@ class ResNetConfig(base.BackboneConfig):
             raise ValueError(f"every stage needs a block, not depths={self.depths}")
         if self.block == "bottleneck" and any(width % _REDUCTION for width in self.widths):
             raise ValueError(f"bottlenecks need multiples of {_REDUCTION}, not {self.widths}")
+
+    def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        size = 224 if self.stem == "imagenet" else 32
+        return {"images": jax.ShapeDtypeStruct((1, size, size, self.channels), jnp.float32)}
 
     @classmethod
     def imagenet(cls, layers: int, num_classes: int = 1000) -> "ResNetConfig":

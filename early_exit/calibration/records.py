@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from early_exit import files
+from early_exit.storage import files
 
 _ARRAYS = ("exit_depths", "costs", "predictions", "labels", "losses", "groups")
 _SCORE, _SOFTENED = "score_", "softened_"

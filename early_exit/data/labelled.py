@@ -17,7 +17,7 @@ import numpy as np
 
 from early_exit.data.inputs import CHANCES, Prepare
 from early_exit.data.parts import Example
-from early_exit.data.stream import WHOLE, Share, TrainingBatches, read_ahead
+from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead
 from early_exit.data.transforms import Batch
 
 
@@ -42,19 +42,19 @@ def training_batches(
     batch_size: int,
     seed: int,
     num_threads: int = 2,
-    share: Share = WHOLE,
+    rank: Rank = ALONE,
 ) -> TrainingBatches:
     """Batches without end; a new order and new random numbers at each pass over the examples.
 
     Args:
       prepare: of `early_exit.data.inputs`; called from `num_threads` threads.
       batch_size: B, rows over all processes together.
-      share: whose rows to return.
+      rank: whose rows to return.
 
     Raises:
       ValueError: no examples, or sizes that make no batches.
     """
-    _check(examples, batch_size, share)
+    _check(examples, batch_size, rank)
 
     def chosen(indices: np.ndarray, random: np.random.Generator) -> Batch:
         return {
@@ -64,7 +64,7 @@ def training_batches(
         }
 
     dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
-    dataset = dataset.random_map(chosen).map(share.rows)
+    dataset = dataset.random_map(chosen).map(rank.rows)
     dataset = dataset.map(_reader(examples, prepare))
     return TrainingBatches(dataset.to_iter_dataset(read_ahead(num_threads)))
 
@@ -76,7 +76,7 @@ def evaluation_batches(
     batch_size: int,
     num_batches: int | None = None,
     num_threads: int = 2,
-    share: Share = WHOLE,
+    rank: Rank = ALONE,
 ) -> EvaluationBatches:
     """Every example once and in order, or as many as the first `num_batches` batches hold.
 
@@ -86,7 +86,7 @@ def evaluation_batches(
     Raises:
       ValueError: no examples, or sizes that make no batches.
     """
-    _check(examples, batch_size, share)
+    _check(examples, batch_size, rank)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be positive, or None for all, not {num_batches}")
 
@@ -97,14 +97,14 @@ def evaluation_batches(
 
     batches = -(-len(examples) // batch_size)
     dataset = grain.MapDataset.range(min(batches, num_batches or batches)).map(chosen)
-    dataset = dataset.map(share.rows)
+    dataset = dataset.map(rank.rows)
     return EvaluationBatches(dataset.map(_reader(examples, prepare)), read_ahead(num_threads))
 
 
-def _check(examples: Sequence[Example], batch_size: int, share: Share) -> None:
+def _check(examples: Sequence[Example], batch_size: int, rank: Rank) -> None:
     if not len(examples):
         raise ValueError("there are no examples to make batches from")
-    share.check(batch_size)
+    rank.check(batch_size)
 
 
 def _reader(examples: Sequence[Example], prepare: Prepare) -> Callable[[Batch], Batch]:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from early_exit import packages
+from early_exit.storage import packages
 
 Example = dict[str, Any]  # {"image": uint8 [H, W, C]} or {"text": str}, and "label": int
 

@@ -6,7 +6,7 @@ The one idea: every process walks the same stream of batches and keeps its own r
 depends on the seed and the step alone, not on how many processes or threads made it, and one
 small JSON state, the same in all processes, resumes any of them.
 
-A batch holds int32 [B, T] arrays: `tokens`; `segments`, which number the documents in a row from
+A batch holds int32 [B, T] arrays: `tokens`; `documents`, which number the documents in a row from
 1 (0 is padding); `positions`, which count from 0 in each segment. A document cut at the end of a
 row goes on in the next row as a new segment.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from early_exit.data.stream import BATCHES_AHEAD, WHOLE, Share, TrainingBatches
+from early_exit.data.stream import ALONE, BATCHES_AHEAD, Rank, TrainingBatches
 from early_exit.data.transforms import Batch, next_token_targets
 
 Documents = Sequence[tuple[str, str]]  # (name, text)
@@ -37,7 +37,7 @@ def training_batches(
     batch_size: int,
     seed: int,
     num_threads: int = 2,
-    share: Share = WHOLE,
+    rank: Rank = ALONE,
 ) -> TrainingBatches:
     """Batches without end.
 
@@ -47,15 +47,15 @@ def training_batches(
       end_of_text: id appended to each document.
       sequence_length: T, tokens in a row.
       batch_size: rows over all processes together.
-      share: whose rows to return.
+      rank: whose rows to return.
 
     Raises:
       ValueError: no documents, or sizes that make no batches.
     """
-    _check(documents, sequence_length, batch_size, share)
+    _check(documents, sequence_length, batch_size, rank)
     dataset = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
     dataset = _rows(dataset, tokenise, end_of_text, sequence_length, num_threads)
-    dataset = dataset.batch(batch_size).map(share.rows)
+    dataset = dataset.batch(batch_size).map(rank.rows)
     return TrainingBatches(
         grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=BATCHES_AHEAD)
     )
@@ -70,7 +70,7 @@ def evaluation_batches(
     batch_size: int,
     num_batches: int | None = None,
     num_threads: int = 2,
-    share: Share = WHOLE,
+    rank: Rank = ALONE,
 ) -> list[Batch]:
     """Every document once, or as many as the first `num_batches` batches hold.
 
@@ -80,7 +80,7 @@ def evaluation_batches(
     Raises:
       ValueError: no documents, sizes that make no batches, or text without a token to predict.
     """
-    _check(documents, sequence_length, batch_size, share)
+    _check(documents, sequence_length, batch_size, rank)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be positive, or None for all, not {num_batches}")
     dataset = grain.MapDataset.source(documents).seed(0).shuffle()
@@ -94,15 +94,15 @@ def evaluation_batches(
             f"the {len(documents)} documents are too short for one batch: they hold no token to "
             "predict; give more text"
         )
-    return [share.rows(batch) for batch in batches]
+    return [rank.rows(batch) for batch in batches]
 
 
-def _check(documents: Documents, sequence_length: int, batch_size: int, share: Share):
+def _check(documents: Documents, sequence_length: int, batch_size: int, rank: Rank):
     if not len(documents):
         raise ValueError("there are no documents to make batches from")
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, not {sequence_length}")
-    share.check(batch_size)
+    rank.check(batch_size)
 
 
 def _rows(dataset, tokenise, end_of_text, sequence_length, num_threads) -> grain.IterDataset:
@@ -113,7 +113,7 @@ def _rows(dataset, tokenise, end_of_text, sequence_length, num_threads) -> grain
     def renamed(row: Batch) -> Batch:
         return {
             "tokens": row["tokens"],
-            "segments": row["tokens_segment_ids"],
+            "documents": row["tokens_segment_ids"],
             "positions": row["tokens_positions"],
         }
 

@@ -18,7 +18,7 @@ from typing import Any
 from array_record.python import array_record_module
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from early_exit import files
+from early_exit.storage import files
 
 ABOUT = "about.json"
 

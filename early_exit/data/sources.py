@@ -13,7 +13,7 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 
-from early_exit.data import distill, shards
+from early_exit.data import conversations, shards
 
 # Upper edges of each split's share of the hash range.
 SPLITS = {"train": 0.85, "validation": 0.90, "calibration": 0.95, "test": 1.0}
@@ -56,7 +56,7 @@ class _Made:
     index: int
 
     def read(self) -> str:
-        return distill.Conversation.unpack(self.store[self.index]).text
+        return conversations.Conversation.unpack(self.store[self.index]).text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def documents(source: str, split: str) -> Documents:
     Args:
       source: `stdlib` (the running interpreter's standard library, tests left out), a folder with
         .txt, .py, .md, .rst or .jsonl files, or one such file; JSONL rows hold a `text`. Or
-        `made:FOLDER`, conversations of a model (`data.distill`), each question once.
+        `made:FOLDER`, conversations of a model (`data.conversations`), each question once.
       split: `train`, `validation`, `calibration` or `test`, with 85, 5, 5 and 5 % of the documents.
         A file of a folder is one document, and a hash of its relative path decides; conversations,
         rows of JSONL and pieces of a single text file go by a hash of their text, so that equal
@@ -133,7 +133,7 @@ def _spans(source: str) -> Iterator[tuple[_Span | _Made, bytes]]:
     if source.startswith(MADE):
         folder = pathlib.Path(source.removeprefix(MADE)).expanduser()
         store = shards.Store(folder)
-        for index, conversation in distill.conversations(store):
+        for index, conversation in conversations.conversations(store):
             yield _Made(f"{folder.name}:{index}", store, index), conversation.text.encode()
         return
     if source == "stdlib":

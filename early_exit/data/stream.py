@@ -10,7 +10,7 @@ from early_exit.data.transforms import Batch
 BATCHES_AHEAD = 4
 
 
-class Share(NamedTuple):
+class Rank(NamedTuple):
     """One of `count` equal parts of what all processes do together: by default, all of it."""
 
     index: int = 0
@@ -31,7 +31,7 @@ class Share(NamedTuple):
 
 
 # Everything.
-WHOLE = Share()
+ALONE = Rank()
 
 
 class TrainingBatches:

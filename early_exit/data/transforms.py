@@ -15,11 +15,11 @@ def next_token_targets(batch: Batch) -> tuple[Any, Any]:
     a position whose next token belongs to another segment, and padding (segment 0) have none;
     their targets are 0. Works on numpy and jax arrays, inside jit too.
     """
-    tokens, segments = batch["tokens"], batch["segments"]
+    tokens, documents = batch["tokens"], batch["documents"]
     xp = tokens.__array_namespace__()
     last = xp.zeros_like(tokens[:, :1])
-    following = xp.concatenate([segments[:, 1:], last], axis=1)
-    mask = (segments == following) & (segments != 0)
+    following = xp.concatenate([documents[:, 1:], last], axis=1)
+    mask = (documents == following) & (documents != 0)
     targets = xp.concatenate([tokens[:, 1:], last], axis=1)
     return xp.where(mask, targets, 0), mask
 
@@ -36,7 +36,7 @@ def frequent_tokens(batches: Iterable[Batch], vocab_size: int, count: int) -> np
         raise ValueError(f"cannot choose {count} tokens from a vocabulary of {vocab_size}")
     totals = np.zeros(vocab_size, np.int64)
     for batch in batches:
-        tokens = np.asarray(batch["tokens"])[np.asarray(batch["segments"]) != 0]
+        tokens = np.asarray(batch["tokens"])[np.asarray(batch["documents"]) != 0]
         found = np.bincount(tokens, minlength=vocab_size)
         if len(found) > vocab_size:
             raise ValueError(

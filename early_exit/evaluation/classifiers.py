@@ -15,9 +15,9 @@ import numpy as np
 from early_exit.backbones import base
 from early_exit.calibration import thresholds
 from early_exit.calibration.records import Records
-from early_exit.evaluation import cost, energy
+from early_exit.classifying.classify import Classified, Classifier
+from early_exit.cost import energy, multiply_adds
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.classify import Classified, Classifier
 from early_exit.policy import ExitPolicy
 
 # Levels of ε at which the curve of a policy's confidence is drawn.
@@ -36,26 +36,26 @@ class Case:
     model: MultiExit
     params: base.Params
     policy: ExitPolicy | None
-    of: cost.BackboneCost
+    of: multiply_adds.BackboneCost
 
     @functools.cached_property  # tracing a head takes a while
-    def heads(self) -> tuple[cost.Cost, ...]:
+    def heads(self) -> tuple[multiply_adds.Cost, ...]:
         """What evaluating each head costs, its gate included."""
         return tuple(
-            cost.head(self.model.config, self.model.exits, self.of, point, np.float32)[0]
+            multiply_adds.head(self.model.config, self.model.exits, self.of, point, np.float32)[0]
             for point in self.model.exits.points
         )
 
-    def paths(self, runs: Sequence[bool]) -> list[cost.Cost]:
+    def paths(self, runs: Sequence[bool]) -> list[multiply_adds.Cost]:
         """What is run, all together, for an input that leaves at each exit, the final one last.
 
         Args:
           runs: which heads are run for those who go on; an exit's own is run for those who leave.
         """
-        passed, found = cost.Cost(), []
+        passed, found = multiply_adds.Cost(), []
         for point, head, run in zip(self.model.exits.points, self.heads, runs, strict=True):
             found.append(self.of.before(point) + passed + head)
-            passed += head if run else cost.Cost()
+            passed += head if run else multiply_adds.Cost()
         return [*found, self.of.full + passed]
 
 
@@ -87,11 +87,11 @@ def parts(case: Case) -> list[dict]:
     ]
 
 
-def _all_asked(case: Case) -> list[cost.Cost]:
+def _all_asked(case: Case) -> list[multiply_adds.Cost]:
     return case.paths([True] * len(case.heads))
 
 
-def _taken(case: Case, paths: Sequence[cost.Cost], exits: np.ndarray) -> dict:
+def _taken(case: Case, paths: Sequence[multiply_adds.Cost], exits: np.ndarray) -> dict:
     """What answers that left at these exits [N] took on average."""
     shares = np.bincount(exits, minlength=len(paths)) / len(exits)
     adds, read = ([getattr(p, name) for p in paths] for name in ("multiply_adds", "bytes"))

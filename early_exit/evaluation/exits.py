@@ -13,8 +13,9 @@ from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.calibration.records import Records, Softened
 from early_exit.calibration.thresholds import coverage_at
+from early_exit.cost import multiply_adds
 from early_exit.data.transforms import next_token_targets
-from early_exit.evaluation import classes, cost
+from early_exit.evaluation import classes
 from early_exit.exits.multi_exit import MultiExit
 
 # Positions whose full-vocabulary logits exist at a time.
@@ -24,15 +25,15 @@ ROWS = 128
 @functools.lru_cache(maxsize=16)  # tracing a deep network takes a while
 def _costs(model: MultiExit, shapes: tuple | None = None) -> np.ndarray:
     inputs = None if shapes is None else {k: jax.ShapeDtypeStruct(*x) for k, x in shapes}
-    return cost.leaving(model, cost.backbone(model.config, inputs=inputs))
+    return multiply_adds.leaving(model, multiply_adds.backbone(model.config, inputs=inputs))
 
 
 def costs_of(model: MultiExit, batch: dict) -> np.ndarray:
-    """Multiply-adds of leaving at each exit, float64 [E + 1] (`cost.leaving`).
+    """Multiply-adds of leaving at each exit, float64 [E + 1] (`multiply_adds.leaving`).
 
     Of a token without attention to others, or of one row of a classifier's batch.
     """
-    if not model.config.pools:
+    if not model.config.classifies:
         return _costs(model)
     inputs = {k: x for k, x in batch.items() if k not in ("labels", "valid")}
     shapes = tuple((k, ((1, *x.shape[1:]), x.dtype)) for k, x in inputs.items())
@@ -46,7 +47,7 @@ def score_batch(
     """Every exit's scores and outcomes on a packed batch.
 
     Args:
-      batch: `tokens`, `segments`, `positions`, int32 [B, T], and `groups`, if positions of
+      batch: `tokens`, `documents`, `positions`, int32 [B, T], and `groups`, if positions of
         different segments belong together.
       soften: whether to return `softened` too (`confidence.soften`).
 
@@ -60,9 +61,9 @@ def score_batch(
     labels_BT, mask_BT = next_token_targets(batch)
     labels = labels_BT.reshape(-1)
 
-    segments_BT = batch["segments"]
-    rows_B1 = jnp.arange(len(segments_BT))[:, None]
-    groups_BT = batch.get("groups", rows_B1 * segments_BT.shape[1] + segments_BT)
+    documents_BT = batch["documents"]
+    rows_B1 = jnp.arange(len(documents_BT))[:, None]
+    groups_BT = batch.get("groups", rows_B1 * documents_BT.shape[1] + documents_BT)
 
     def statistics(features, table, token_ids):
         """Per position: summary, predicted token and loss, logits made `ROWS` at a time."""
@@ -136,7 +137,7 @@ def record(
       metadata: of the records.
     """
     parts, groups = [], 0
-    score = classes.score_batch if model.config.pools else score_batch
+    score = classes.score_batch if model.config.classifies else score_batch
     for batch in batches:
         out = sharding.fetch(score(params, batch, model=model, soften=soften))
         if "groups" not in batch:  # numbered within the batch

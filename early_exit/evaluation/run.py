@@ -9,19 +9,21 @@ import platform
 
 import jax
 
-from early_exit import assemble, files, tree
-from early_exit import feed as feeds
 from early_exit import policy as policies
-from early_exit.assemble import Tuned
+from early_exit import tree
 from early_exit.calibration import methods, thresholds
 from early_exit.calibration.records import Records
-from early_exit.config import ConfigDict
+from early_exit.data import feed as feeds
 from early_exit.data import sources
+from early_exit.decoding import detokenize
+from early_exit.decoding.generate import generate
+from early_exit.decoding.mode import LOOKUP, LOSSY, Mode
 from early_exit.evaluation import exits, tradeoff
-from early_exit.inference import detokenize
-from early_exit.inference.generate import generate
-from early_exit.inference.mode import LOOKUP, LOSSY, Mode
 from early_exit.policy import ExitPolicy
+from early_exit.runs import assemble
+from early_exit.runs.assemble import Tuned
+from early_exit.settings.overrides import ConfigDict
+from early_exit.storage import files
 
 
 def records_of(tuned: Tuned, *, soften: bool = False) -> Records:

@@ -16,15 +16,18 @@ import jax
 import numpy as np
 from PIL import Image
 
-from early_exit import assemble, files, tree
-from early_exit import feed as feeds
-from early_exit.assemble import Tuned
+from early_exit import tree
 from early_exit.calibration import methods
-from early_exit.evaluation import classifiers, cost, energy, exits, run
+from early_exit.classifying.classify import Classified
+from early_exit.cost import energy, multiply_adds
+from early_exit.data import feed as feeds
+from early_exit.evaluation import classifiers, exits, run
 from early_exit.evaluation.classifiers import Case
-from early_exit.inference.classify import Classified
-from early_exit.metrics import table
 from early_exit.policy import ExitPolicy
+from early_exit.runs import assemble
+from early_exit.runs.assemble import Tuned
+from early_exit.runs.metrics import table
+from early_exit.storage import files
 
 FULL = "full model"
 # Settings of the data that a network without exits must share with the one it is compared with.
@@ -77,7 +80,7 @@ def measure(
     row = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in inputs.items()}
 
     def case(of: Tuned, policy: ExitPolicy | None = None):
-        of_backbone = cost.backbone(of.model.config, inputs=row)
+        of_backbone = multiply_adds.backbone(of.model.config, inputs=row)
         return Case(of.model, of.params, policy, of_backbone)
 
     full = case(tuned)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit.backbones import base
+from early_exit.decoding.generate import Generation, generate
+from early_exit.decoding.mode import Mode
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.generate import Generation, generate
-from early_exit.inference.mode import Mode
 from early_exit.policy import ExitPolicy
 
 

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import files, tree
+from early_exit import tree
 from early_exit.backbones import base
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
+from early_exit.storage import files
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "exits.json", "exits.safetensors"

@@ -83,9 +83,9 @@ class ExitConfig:
                 f"exits.classes={self.classes} is not below the vocabulary of {num_classes}; "
                 "use classes=0 to predict every token"
             )
-        if backbone.pools and self.classes:
+        if backbone.classifies and self.classes:
             raise ValueError("exits.classes reduces a vocabulary; a classifier's heads need all 0")
-        if not backbone.pools and (self.cascade or self.ensemble):
+        if not backbone.classifies and (self.cascade or self.ensemble):
             raise ValueError("exits.cascade and exits.ensemble are for classifiers")
         narrow = [p for p in self.points if self.width(backbone, p) != backbone.width]
         if self.output == "shared" and narrow:
@@ -117,7 +117,7 @@ class Head(nnx.Module):
         rows = exits.classes + 1 if exits.classes else classes
         if exits.output == "shared":
             rows = 1 if exits.classes else 0  # only "none of these" is not in the backbone's
-        if rows and network.pools:
+        if rows and network.classifies:
             self.output = Classifier(rows, exits.width(network, point), rngs=rngs)
         elif rows:
             init = nnx.initializers.normal(0.02)
@@ -150,7 +150,7 @@ class Head(nnx.Module):
         if hasattr(self, "grid"):
             return self.grid(hidden), None
         rows = None
-        if self.has_block and self.network.pools:
+        if self.has_block and self.network.classifies:
             hidden = self.block(hidden, context)
         elif self.has_block:
             hidden, rows = self.block(hidden, context, past, past_length_B)

@@ -47,7 +47,7 @@ class MultiExit:
     @property
     def confidences(self) -> tuple[str, ...]:
         """The scores (`confidence.NAMES`) that its exits have."""
-        hidden = () if self.config.pools else ("similarity",)
+        hidden = () if self.config.classifies else ("similarity",)
         return confidence.FROM_LOGITS + hidden + (("gate",) if self.exits.gate else ())
 
     def bind(self, params: Params) -> "Bound":
@@ -57,7 +57,7 @@ class MultiExit:
         inside the jitted function.
         """
         network = self.config
-        if not network.pools and "blocks" not in params["backbone"]:
+        if not network.classifies and "blocks" not in params["backbone"]:
             network = dataclasses.replace(network, depth=0, full_blocks=(), scan=False)
         backbone_definition, _ = base.abstract(network.build)
         return Bound(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from early_exit import files, tree
+from early_exit import tree
 from early_exit.backbones import base
 from early_exit.pretrained import (
     bert,
@@ -28,6 +28,7 @@ from early_exit.pretrained import (
     tensors,
     torchvision,
 )
+from early_exit.storage import files
 
 # `model_type` → the module that knows the family.
 FAMILIES: dict[str, ModuleType] = {

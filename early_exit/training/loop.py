@@ -12,16 +12,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from early_exit import assemble, checkpoint, sharding, tree
-from early_exit import feed as feeds
-from early_exit.assemble import CHECKPOINTS
+from early_exit import sharding, tree
 from early_exit.backbones import base
-from early_exit.config import ConfigDict
+from early_exit.data import feed as feeds
 from early_exit.data import transforms
-from early_exit.data.stream import Share, TrainingBatches
+from early_exit.data.stream import Rank, TrainingBatches
+from early_exit.distillation import hidden_states
 from early_exit.evaluation import exits as evaluation
-from early_exit.metrics import MetricsWriter, progress
-from early_exit.training import bad_batch, pace, plan, preemption, states
+from early_exit.runs import assemble, checkpoint
+from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.metrics import MetricsWriter, progress
+from early_exit.settings.overrides import ConfigDict
+from early_exit.training import bad_batch, pace, plan, preemption
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
 
@@ -29,7 +31,7 @@ from early_exit.training import step as steps
 def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
     """Tunes the exits of the config's model; returns a row per exit on the validation split.
 
-    In tandem with the backbone, or a backbone alone, where the config says so (`tune.train`). Goes
+    Jointly with the backbone, or a backbone alone, where the config says so (`tune.train`). Goes
     on from the newest checkpoint in `workdir` if there is one. At the end, the last checkpoint
     there holds what was tuned.
 
@@ -138,7 +140,7 @@ class Run:
 
     Attributes:
       loaded: the backbone before the first step, placed on the mesh. Drop it when the state is
-        there, or in tandem there are two.
+        there, or a trained backbone is there twice.
       frozen: the model's parameters that are not trained, placed on the mesh.
       given: those of them that a step gets: all, or, from cached states, no blocks.
       feed: what it reads.
@@ -153,8 +155,8 @@ class Run:
         self.optimizer = optimizers.make_optimizer(config.tune)
         self.mesh = sharding.make_mesh(config.mesh)
         self.recipe = plan.recipe(config, self.mesh, assemble.abstract_model(config).config)
-        self._share = Share(*sharding.row_share(self.mesh, config.data.batch_size))
-        self._states = states.opened(config)
+        self._rank = Rank(*sharding.row_rank(self.mesh, config.data.batch_size))
+        self._states = hidden_states.opened(config)
         assemble.save_config(config, workdir)
         where = functools.partial(sharding.shardings, mesh=self.mesh)
         pretrained, model = assemble.load_backbone(config, where)
@@ -163,17 +165,17 @@ class Run:
         self.metadata = self._metadata(workdir, pretrained.params)
         if self._states:
             text = self.feed.data_hash("train")
-            states.check(config, self._states, self.metadata["backbone"], text)
+            hidden_states.check(config, self._states, self.metadata["backbone"], text)
         self.loaded = self._as_run(pretrained.params)
         self.frozen = {} if config.tune.train == "all" else {"backbone": self.loaded}
         if self.metadata["token_ids"]:
             ids = {"token_ids": jnp.array(self.metadata["token_ids"], jnp.int32)}
             self.frozen |= self._place(ids)
-        self.given = states.without_blocks(self.frozen) if self._states else self.frozen
+        self.given = hidden_states.without_blocks(self.frozen) if self._states else self.frozen
         self.step = plan.step(config, self.model, self.mesh)
 
     def state(self) -> steps.TuneState:
-        """The state before the first step. In tandem, what was `loaded` is in it and no copy."""
+        """The state before the first step; a trained backbone is in it as `loaded`, not copied."""
         backbone = self.loaded
         if self.model.config.scan:
             read = {point - 1 for point in (*self.model.exits.points, self.model.config.depth)}
@@ -200,8 +202,14 @@ class Run:
     def batches(self) -> TrainingBatches:
         """The endless training data of this process."""
         if self._states:
-            return states.batches(self.config, self._states, self._share)
-        return self.feed.training(self.config.seed, self._share)
+            return hidden_states.training_batches(
+                self._states,
+                self.config.exits.points,
+                batch_size=self.config.data.batch_size,
+                seed=self.config.seed,
+                rank=self._rank,
+            )
+        return self.feed.training(self.config.seed, self._rank)
 
     def place_batch(self, batch: dict) -> dict:
         return sharding.place_batch(batch, self.mesh, self.config.data.batch_size)
@@ -235,7 +243,7 @@ class Run:
     @functools.cached_property
     def _validation_batches(self) -> list[dict]:
         count = self.config.tune.validation_batches
-        return list(self.feed.held_out("validation", count, self._share))
+        return list(self.feed.held_out("validation", count, self._rank))
 
     def _place(self, params: dict) -> dict:
         return sharding.place(params, sharding.shardings(params, self.mesh))

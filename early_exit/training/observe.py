@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from early_exit import losses
 from early_exit.backbones import base
-from early_exit.data.states import hidden_name
 from early_exit.data.transforms import next_token_targets
+from early_exit.distillation.hidden_states import hidden_name
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import schedule
 from early_exit.training.recipe import Recipe
@@ -31,9 +31,10 @@ def observe(
 
     Args:
       params: the model's; `exits` are not used.
-      batch: `tokens`, `segments`, `positions`, int32 [B, T]; for a classifier what its stem takes,
-        `labels` int32 [B] and `valid` bool [B]. From cached states (`data.states`) it brings what
-        the backbone made of it; no block is run then, and none is needed among `params`.
+      batch: `tokens`, `documents`, `positions`, int32 [B, T]; for a classifier what its stem takes,
+        `labels` int32 [B] and `valid` bool [B]. From a cache of hidden states
+        (`distillation.hidden_states`) it brings what the backbone made of it; no block is run
+        then, and none is needed among `params`.
       kept: bool [L, B], the blocks that each row runs; None for all. For a backbone that is
         trained.
 
@@ -84,7 +85,7 @@ def _recall(params: base.Params, batch: dict, *, model: MultiExit, recipe: Recip
 
 def targets(batch: dict, model: MultiExit) -> tuple[jax.Array, jax.Array]:
     """What is to be predicted: labels int32 and whether they count, bool; [B, T], or [B]."""
-    if model.config.pools:
+    if model.config.classifies:
         return batch["labels"], batch["valid"]
     return next_token_targets(batch)
 

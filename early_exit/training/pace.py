@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
-from early_exit.evaluation import cost
-from early_exit.evaluation.pod import CHIPS
+from early_exit.cost import multiply_adds
+from early_exit.cost.chips import CHIPS
 
 # Regex of jax's `device_kind` → dense bfloat16 FLOP/s of one device; the first match wins.
-# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, as in `evaluation.pod`.
+# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, as in `cost.chips`.
 # NVIDIA's data sheets of the A100 (2021) and the H100 (2023); what they give for the H100 is "with
 # sparsity", twice the dense rate.
 PEAKS = (
@@ -51,7 +51,7 @@ def flops(traced: Any) -> int:
     Args:
       traced: `jax.jit(…).trace(*args)`.
     """
-    return 2 * cost.traced_multiply_adds(traced.jaxpr, again=False)
+    return 2 * multiply_adds.traced_multiply_adds(traced.jaxpr, again=False)
 
 
 def memory(devices: Sequence[Any]) -> dict[str, int]:

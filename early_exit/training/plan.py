@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from early_exit import assemble, sharding
+from early_exit import sharding
 from early_exit.backbones import base
-from early_exit.config import ConfigDict
 from early_exit.exits.multi_exit import MultiExit
+from early_exit.runs import assemble
+from early_exit.settings.overrides import ConfigDict
 from early_exit.training import schedule
 from early_exit.training import step as steps
 from early_exit.training.optimizer import make_optimizer
@@ -40,7 +41,7 @@ def recipe(config: ConfigDict, mesh: Mesh, network: base.BackboneConfig) -> Reci
             "rows of data.batch_size equally"
         )
     if tune.accumulate > 1:
-        sharding.row_share(mesh, config.data.batch_size // tune.accumulate)
+        sharding.row_rank(mesh, config.data.batch_size // tune.accumulate)
     if tune.get("layer_dropout") and not network.drops_blocks:
         raise ValueError("tune.layer_dropout is for decoders; leave it at 0")
     return Recipe(
@@ -116,10 +117,10 @@ def token_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
       ValueError: its rows cannot be split over the mesh.
     """
     rows, length = config.data.batch_size, config.data.sequence_length
-    sharding.row_share(mesh, rows)
+    sharding.row_rank(mesh, rows)
     where = sharding.batch_sharding(mesh)
     row = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
-    return dict.fromkeys(("tokens", "segments", "positions"), row)
+    return dict.fromkeys(("tokens", "documents", "positions"), row)
 
 
 def typed(params: base.Params, dtype) -> base.Params:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from early_exit import checkpoint, sharding, tree
-from early_exit.assemble import CHECKPOINTS
+from early_exit import sharding, tree
 from early_exit.backbones import base
-from early_exit.config import ConfigDict
+from early_exit.runs import checkpoint
+from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.settings.overrides import ConfigDict
 from early_exit.training import bad_batch, loop, plan
 from early_exit.training import step as steps
 

@@ -2,7 +2,7 @@
 
 The one idea: what is trained is an argument of the differentiated function, and nothing else is.
 Tuning exits alone (`train="exits"`), the backbone has no gradient, no optimizer state and no saved
-activation, and is never donated or returned. In tandem (`train="all"`) it learns from its own
+activation, and is never donated or returned. Trained jointly (`train="all"`) it learns from its own
 labels and from what the exits ask of it.
 """
 
@@ -56,10 +56,10 @@ def heads_loss(
     bound = model.bind({**rest, "exits": exits})
     weights, mask = recipe.weights(step), observed["mask"].reshape(-1)
     together = (tuple(range(len(bound.heads))),)
-    groups = together if model.config.pools else recipe.weights.groups
+    groups = together if model.config.classifies else recipe.weights.groups
 
     def computed(group):
-        losses_of = _class_losses if model.config.pools else _token_losses
+        losses_of = _class_losses if model.config.classifies else _token_losses
         per_example, beside, right = losses_of(bound, observed, recipe, group)
         per_exit = _mean(per_example, mask)
         loss = jnp.dot(weights[jnp.array(group)], per_exit)
@@ -162,7 +162,7 @@ def _final_loss(
     backbone = model.bind(rest).backbone
     labels, mask = observed["labels"].reshape(-1), observed["mask"].reshape(-1)
     features = backbone.features(observed["last"], observed["context"])
-    if model.config.pools:
+    if model.config.classifies:
         final = base.logits(features, backbone.output_table(), backbone.output_bias())
         per_example = losses.class_losses([final], labels=labels)
     else:

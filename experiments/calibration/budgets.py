@@ -14,8 +14,8 @@ from absl import flags
 from early_exit.calibration import budget as budgets
 from early_exit.calibration import plans
 from early_exit.calibration.records import Records
-from early_exit.metrics import table
 from early_exit.report import plots
+from early_exit.runs.metrics import table
 from experiments import bars
 
 RECORDS = flags.DEFINE_string("records", None, "File of records.", required=True)

@@ -20,8 +20,8 @@ from absl import flags
 from early_exit import policy as policies
 from early_exit.calibration import certify, risk, thresholds
 from early_exit.calibration.records import Records
-from early_exit.metrics import table
 from early_exit.report import plots
+from early_exit.runs.metrics import table
 from experiments import bars
 
 RECORDS = flags.DEFINE_string("records", None, "File of records.", required=True)

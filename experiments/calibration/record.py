@@ -14,11 +14,11 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from early_exit import assemble
-from early_exit import feed as feeds
-from early_exit.data import sources, windows
+from early_exit.data import excerpts, sources
+from early_exit.data import feed as feeds
 from early_exit.data.examples import examples
 from early_exit.evaluation import exits
+from early_exit.runs import assemble
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
 SOURCE = flags.DEFINE_string(
@@ -35,13 +35,13 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     tuned = assemble.load_tuned(Path(WORKDIR.value))
     metadata = tuned.metadata | {"source": SOURCE.value or tuned.config.data.source}
-    if tuned.model.config.pools:
+    if tuned.model.config.classifies:
         feed = feeds.make(tuned.config, tuned.model.config, tuned.tokenizer)
         splits = ("validation", "calibration", "test")
         batches = [batch for split in splits for batch in feed.held_out(split, None)]
     else:
         texts = documents(metadata["source"])
-        batches = windows.batches(
+        batches = excerpts.batches(
             texts,
             tuned.tokenizer.encode,
             end_of_text=tuned.tokenizer.eos_token_id,

@@ -11,7 +11,7 @@ from absl import app, flags
 
 from early_exit.calibration import methods
 from early_exit.calibration.records import Records
-from early_exit.metrics import table
+from early_exit.runs.metrics import table
 
 RECORDS = flags.DEFINE_string("records", None, "File of records.", required=True)
 EPSILON = flags.DEFINE_float("epsilon", 0.95, "Agreement of those who leave.")

@@ -4,7 +4,7 @@
     python -m experiments.decoding_speed.depth --check    # exits 1 if a bar falls short
 
 All cases take turns in one process and are reported as ratios to the full model, medians over
-rounds. Beside each stands what the cost model (`early_exit.inference.traffic`) says: the bytes that
+rounds. Beside each stands what the cost model (`early_exit.cost.traffic`) says: the bytes that
 it reads, passes with several positions weighted by what such a pass of the full model costs, which
 is measured in the same run as the time of a batch of as many rows.
 """
@@ -17,13 +17,13 @@ import numpy as np
 
 from configs.smollm2_135m import SOURCE
 from early_exit import policy as policies
+from early_exit.cost.traffic import traffic
+from early_exit.decoding.generate import Decoder
+from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.generate import Decoder
-from early_exit.inference.mode import LOSSY, Mode
-from early_exit.inference.traffic import traffic
-from early_exit.metrics import table
 from early_exit.pretrained.load import load
+from early_exit.runs.metrics import table
 from experiments import bars
 from experiments.decoding_speed.timing import Turns, decode_case
 
@@ -62,7 +62,7 @@ def main(argv):
     for e, depth in enumerate(DEPTHS[:2]):
         for window in (2, 4, 8):
             name = f"deferred: {window - 1} × {depth}, 1 × 30"
-            mode = Mode("defer", window=window)
+            mode = Mode("defer", pending=window)
             cases[name], modes[name] = case(policies.forced(len(DEPTHS), e), mode), mode
     turns = Turns(cases, rounds)
 

@@ -13,13 +13,13 @@ import numpy as np
 from absl import flags
 
 from configs.smollm2_135m import SOURCE
+from early_exit.decoding import cache as caches
+from early_exit.decoding.generate import Decoder
+from early_exit.decoding.mode import LOSSY
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference import cache as caches
-from early_exit.inference.generate import Decoder
-from early_exit.inference.mode import LOSSY
-from early_exit.metrics import table
 from early_exit.pretrained.load import load
+from early_exit.runs.metrics import table
 from experiments import bars
 from experiments.decoding_speed.timing import Turns, decode_case
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from early_exit import assemble
-from early_exit.inference.generate import generate
-from early_exit.inference.mode import LOOKUP, LOSSY, VERIFIED
-from early_exit.metrics import table
+from early_exit.decoding.generate import generate
+from early_exit.decoding.mode import LOOKUP, LOSSY, VERIFIED
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
 from experiments import bars
 from experiments.decoding_speed import prompts
 

@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
-from early_exit import assemble
-from early_exit.inference.generate import Decoder
-from early_exit.inference.mode import DEFERRED, LOOKUP, LOSSY, VERIFIED
-from early_exit.metrics import table
+from early_exit.decoding.generate import Decoder
+from early_exit.decoding.mode import DEFERRED, LOOKUP, LOSSY, VERIFIED
 from early_exit.pretrained.export import export_backbone
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
 from experiments import bars
 from experiments.decoding_speed import prompts
 from experiments.decoding_speed.timing import Turns, decode_case

@@ -5,9 +5,9 @@
 
 The ablation of EE-Tuning (Pan et al. 2024), small: every run sees the same number of tokens, of
 Python source or of conversations that the model made itself (`launch.distill`). Frozen runs are
-tuned from cached hidden states (`launch.cache`), which are made first. In tandem, the backbone
-learns too, once with exits and once without. Agreement and coverage are counted on held-out text
-of both kinds. Runs that are there are not tuned again: remove their folders to do so.
+tuned from cached hidden states (`launch.cache`), which are made first. In joint tuning the backbone
+learns too, once with exits and once without. Agreement and coverage are counted on held-out text of
+both kinds. Runs that are there are not tuned again: remove their folders to do so.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ import numpy as np
 from absl import flags
 
 from configs import smollm2_135m
-from early_exit import assemble, checkpoint
-from early_exit import feed as feeds
-from early_exit.config import ConfigDict, override
+from early_exit.data import feed as feeds
+from early_exit.distillation import hidden_states
 from early_exit.evaluation import exits as evaluation
-from early_exit.metrics import table
-from early_exit.training import states
+from early_exit.runs import assemble, checkpoint
+from early_exit.runs.metrics import table
+from early_exit.settings.overrides import ConfigDict, override
 from early_exit.training.loop import tune
 from experiments import bars
 
@@ -55,13 +55,13 @@ class Case:
 
 CASES = [
     *(Case(head, init, text) for head, init, text in itertools.product(HEADS, INITS, TEXTS)),
-    Case("mlp", "copy", "own", "tandem"),
-    Case("none", "copy", "own", "tandem"),
+    Case("mlp", "copy", "own", "joint"),
+    Case("none", "copy", "own", "joint"),
 ]
 
 
 def settings(case: Case) -> ConfigDict:
-    config = smollm2_135m.get_config("train=all" if case.train == "tandem" else None)
+    config = smollm2_135m.get_config("train=all" if case.train == "joint" else None)
     steps = 3 if bars.QUICK.value else STEPS
     changes = {
         "data.source": "stdlib" if case.text == "python" else f"made:{MADE.value}",
@@ -77,7 +77,7 @@ def settings(case: Case) -> ConfigDict:
         changes |= {"exits.points": (), "exits.classes": 0}
         changes |= {"tune.weights": (), "tune.start_weights": (), "tune.weight_steps": 0}
     if case.train == "frozen":
-        changes |= {"tune.states": str(Path(RUNS.value) / f"states_{case.text}")}
+        changes |= {"tune.hidden_states": str(Path(RUNS.value) / f"states_{case.text}")}
     elif case.head != "none":
         changes |= {"tune.weight_steps": steps // 2}
     return override(config, changes)
@@ -96,11 +96,11 @@ def tuned(case: Case) -> float:
 def cached(text: str) -> float:
     """Makes the hidden states of a text if that is still to be done; how many minutes it took."""
     config = settings(Case("mlp", "copy", text))
-    folder = Path(config.tune.states)
+    folder = Path(config.tune.hidden_states)
     minutes = folder.with_suffix(".json")
     if not minutes.exists():
         began = time.perf_counter()
-        states.fill(config, folder, batches=config.tune.steps, top_k=64)
+        hidden_states.fill(config, folder, batches=config.tune.steps, top_k=64)
         minutes.write_text(json.dumps((time.perf_counter() - began) / 60))
     return json.loads(minutes.read_text())
 
@@ -155,7 +155,7 @@ def main(argv):
         + table(
             [
                 ("before", *before.values()),
-                ("in tandem with exits", *with_exits.values()),
+                ("jointly, with exits", *with_exits.values()),
                 ("without exits", *without.values()),
             ],
             header=("final exit's loss", *TEXTS),

@@ -12,11 +12,11 @@ import jax
 
 from configs import llama2_70b
 from early_exit import sharding, tree
-from early_exit.config import ConfigDict
-from early_exit.evaluation import cost, pod
+from early_exit.cost import chips, multiply_adds
+from early_exit.decoding import mode
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference import mode
-from early_exit.metrics import table
+from early_exit.runs.metrics import table
+from early_exit.settings.overrides import ConfigDict
 from early_exit.training import ahead
 from experiments import bars
 
@@ -46,7 +46,7 @@ def main(argv):
         rows.append(row)
         figures[name] = {"row": row, "exchanged": estimate.exchanged(), "reduced": reduced}
         checks += [
-            bars.Bar(f"{name}: GiB left on a chip", estimate.spare / pod.GIB, 0, at_least=True),
+            bars.Bar(f"{name}: GiB left on a chip", estimate.spare / chips.GIB, 0, at_least=True),
             bars.Bar(
                 f"{name}: |matrix products compiled ÷ analytic − 1|",
                 abs(estimate.program.flops * estimate.chips / analytic - 1),
@@ -62,10 +62,10 @@ def main(argv):
     for count in DECODE_ROWS:
         estimate = _decoding(config, model, count)
         name = f"{DECODE_ON}, {count} rows"
-        left = estimate.spare / pod.GIB
+        left = estimate.spare / chips.GIB
         checks.append(bars.Bar(f"decoding on {name}: GiB left on a chip", left, 0, at_least=True))
         reading = 1e3 * estimate.arguments / estimate.chip.bandwidth
-        figure = estimate.needed / pod.GIB, 1e3 * estimate.seconds, 1e3 * estimate.xla_seconds
+        figure = estimate.needed / chips.GIB, 1e3 * estimate.seconds, 1e3 * estimate.xla_seconds
         decoding.append((name, *figure, reading))
     print("\n" + table(decoding, header=DECODE_HEADER))
     bars.conclude(figures | {"decoding": decoding}, checks)
@@ -87,27 +87,27 @@ HEADER = (
 DECODE_HEADER = (
     "decoding on",
     "GiB needed",
-    "ms a sweep, XLA's cycles",
+    "ms a step, XLA's cycles",
     "its `optimal_seconds`, ms",
     "to read weights and cache, ms",
 )
 
 
-def _tuning(config: ConfigDict, model: MultiExit, name: str, axes: dict) -> pod.Estimate:
+def _tuning(config: ConfigDict, model: MultiExit, name: str, axes: dict) -> chips.Estimate:
     devices, chip = ahead.topology(name)
     estimate = ahead.tuning(config, model, sharding.make_mesh(axes, devices), chip)
     if estimate.program is None:
-        raise SystemExit(f"{name}: does not fit, {estimate.needed / pod.GIB:.1f} GiB are needed")
+        raise SystemExit(f"{name}: does not fit, {estimate.needed / chips.GIB:.1f} GiB are needed")
     return estimate
 
 
-def _row(name: str, estimate: pod.Estimate, config: ConfigDict, analytic: int) -> tuple:
+def _row(name: str, estimate: chips.Estimate, config: ConfigDict, analytic: int) -> tuple:
     tokens = config.data.batch_size * config.data.sequence_length
     seconds = estimate.seconds
     return (
         name,
-        estimate.needed / pod.GIB,
-        estimate.spare / pod.GIB,
+        estimate.needed / chips.GIB,
+        estimate.spare / chips.GIB,
         analytic / estimate.chips / 1e12,
         estimate.program.flops / 1e12,
         1e3 * estimate.compute_seconds,
@@ -117,9 +117,9 @@ def _row(name: str, estimate: pod.Estimate, config: ConfigDict, analytic: int) -
     )
 
 
-def _exchanged(estimate: pod.Estimate) -> list[tuple]:
+def _exchanged(estimate: chips.Estimate) -> list[tuple]:
     rows = estimate.exchanged()
-    return [(kind, axes, times, size / pod.GIB) for kind, axes, times, size, _ in rows]
+    return [(kind, axes, times, size / chips.GIB) for kind, axes, times, size, _ in rows]
 
 
 def _analytic_flops(config: ConfigDict, model: MultiExit) -> int:
@@ -130,16 +130,16 @@ def _analytic_flops(config: ConfigDict, model: MultiExit) -> int:
     """
     length = config.data.sequence_length
     row = {"tokens": jax.ShapeDtypeStruct((1, length), "int32")}
-    of = cost.backbone(model.config, inputs=row)
+    of = multiply_adds.backbone(model.config, inputs=row)
     total = of.before(model.exits.points[-1]).multiply_adds
     logits = length * model.config.width * model.config.vocab_size
     for point in model.exits.points:
-        head = cost.head(model.config, model.exits, of, point, "float32")[0].multiply_adds
+        head = multiply_adds.head(model.config, model.exits, of, point, "float32")[0].multiply_adds
         total += 3 * (head - logits) + 4 * logits
     return 2 * config.data.batch_size * total
 
 
-def _reductions(estimate: pod.Estimate) -> list:
+def _reductions(estimate: chips.Estimate) -> list:
     return [
         each
         for each in estimate.program.collectives
@@ -147,19 +147,19 @@ def _reductions(estimate: pod.Estimate) -> list:
     ]
 
 
-def _reduced_over_rows(estimate: pod.Estimate) -> int:
+def _reduced_over_rows(estimate: chips.Estimate) -> int:
     """Bytes that chips with different rows add up: gradients, and some scalars."""
     return sum(each.bytes for each in _reductions(estimate))
 
 
-def _in_block_loops(estimate: pod.Estimate) -> int:
+def _in_block_loops(estimate: chips.Estimate) -> int:
     """How many of these stand in a loop of the forward pass, which is where the blocks are."""
     large = [each for each in _reductions(estimate) if each.shape.bytes > 2**20]
     return sum("while" in each.source and "transpose" not in each.source for each in large)
 
 
-def _decoding(config: ConfigDict, model: MultiExit, rows: int) -> pod.Estimate:
-    """Of a sweep in which every exit is consulted and every row goes through all blocks."""
+def _decoding(config: ConfigDict, model: MultiExit, rows: int) -> chips.Estimate:
+    """Of a step in which every exit is consulted and every row goes through all blocks."""
     devices, chip = ahead.topology(DECODE_ON)
     mesh = sharding.make_mesh(DECODE_MESH, devices)
     return ahead.decoding(config, model, mesh, chip, rows, POSITIONS, mode.LOSSY)

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.smollm2_135m import SOURCE, get_config
-from early_exit import assemble
 from early_exit.backbones import base
 from early_exit.backbones.decoder import DecoderConfig
-from early_exit.config import override
+from early_exit.distillation import hidden_states
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.metrics import table
 from early_exit.pretrained.load import load
-from early_exit.training import loop, states
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
+from early_exit.settings.overrides import override
+from early_exit.training import loop
 from early_exit.training import step as steps
 from early_exit.training.observe import observe
 from early_exit.training.optimizer import make_optimizer
@@ -77,7 +78,7 @@ def _batch(vocab_size: int) -> dict:
     tokens = np.random.default_rng(0).integers(0, vocab_size, (ROWS, LENGTH))
     return {
         "tokens": jnp.array(tokens, jnp.int32),
-        "segments": jnp.ones((ROWS, LENGTH), jnp.int32),
+        "documents": jnp.ones((ROWS, LENGTH), jnp.int32),
         "positions": jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH)),
     }
 
@@ -118,14 +119,14 @@ def _epochs(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
 
     An epoch is one shard of the cache, and the run with the backbone reads as many tokens.
     """
-    count = states.BATCHES_IN_SHARD
+    count = hidden_states.BATCHES_IN_SHARD
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "states"
-        states.fill(get_config(), cache, batches=count, top_k=64)
+        hidden_states.fill(get_config(), cache, batches=count, top_k=64)
         settings = {"backbone": "", "cached states": str(cache)}
         runs, tuned, epochs = {}, {}, {name: [] for name in settings}
         for name, value in settings.items():
-            config = override(get_config(), {"tune.states": value})
+            config = override(get_config(), {"tune.hidden_states": value})
             run = loop.Run(config, Path(folder) / name)
             runs[name] = run, run.batches()
             tuned[name], _ = run.step(run.state(), run.given, run.place_batch(next(runs[name][1])))
@@ -140,7 +141,7 @@ def _epochs(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
                 epochs[name].append(time.perf_counter() - began)
         for _, batches in runs.values():
             batches.close()
-        return epochs, states.size(cache)
+        return epochs, hidden_states.size(cache)
 
 
 def _temporary_bytes(config: DecoderConfig, exits: int, vocab_size: int) -> int:

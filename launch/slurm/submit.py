@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from early_exit.training.sweep import Job
+from launch.jobs import Job
 
 JOB_ID = "slurm_job"
 

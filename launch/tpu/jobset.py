@@ -16,7 +16,7 @@ from string import Template
 from absl import flags
 
 from early_exit.training import preemption
-from early_exit.training.sweep import Job
+from launch.jobs import Job
 
 TEMPLATE = Path(__file__).with_name("jobset.yaml")
 MANIFEST = "jobset.yaml"

@@ -12,7 +12,7 @@ from early_exit.backbones import base
 from early_exit.backbones.layers import CACHE_CHUNK
 
 TOKENS = np.array([[7, 3, 52, 11, 29, 0, 60, 3], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
-SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 3, 0], [1] * 8], np.int32)
+DOCUMENTS = np.array([[1, 1, 1, 2, 2, 2, 3, 0], [1] * 8], np.int32)
 DEFINITION, _ = base.abstract(TINY.build)
 
 
@@ -41,7 +41,7 @@ def logits_of(params, tokens):
 
 @pytest.mark.parametrize("edges", [(0, 6), (0, 2, 4, 6), (0, 1, 5, 6), (0, 3, 3, 6)])
 def test_composed_segments_are_the_full_forward_pass(params, edges):
-    inputs = {"tokens": TOKENS, "segments": SEGMENTS}
+    inputs = {"tokens": TOKENS, "documents": DOCUMENTS}
     states = hidden_states(params, inputs)
 
     @jax.jit
@@ -81,15 +81,17 @@ def test_no_position_sees_a_later_one(params):
 
 
 def test_no_position_sees_another_segment(params):
-    got = influence(params, {"tokens": TOKENS, "segments": SEGMENTS}, 0)
-    same = SEGMENTS[0][:, None] == SEGMENTS[0][None]
+    got = influence(params, {"tokens": TOKENS, "documents": DOCUMENTS}, 0)
+    same = DOCUMENTS[0][:, None] == DOCUMENTS[0][None]
     np.testing.assert_array_equal(got, np.tri(8) * same)
 
 
 def test_a_packed_segment_is_the_text_alone(params):
-    """With positions that count from 0 in each segment, as the data pipeline gives them."""
+    """With positions that count from 0 in each document, as the data pipeline gives them."""
     positions = np.array([[0, 1, 2, 0, 1, 2, 0, 0], range(8)], np.int32)
-    packed = hidden_states(params, {"tokens": TOKENS, "segments": SEGMENTS, "positions": positions})
+    packed = hidden_states(
+        params, {"tokens": TOKENS, "documents": DOCUMENTS, "positions": positions}
+    )
     alone = hidden_states(params, {"tokens": TOKENS[:1, 3:6]})
     np.testing.assert_allclose(packed[:, :1, 3:6], alone, atol=1e-5)
 

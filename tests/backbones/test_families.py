@@ -128,7 +128,7 @@ def test_packed_texts_are_the_texts_alone(case):
     texts = [rng.integers(0, config.vocab_size, (1, n), np.int32) for n in lengths]
     inputs = {
         "tokens": np.concatenate(texts, axis=1),
-        "segments": np.repeat([1, 2], lengths)[None].astype(np.int32),
+        "documents": np.repeat([1, 2], lengths)[None].astype(np.int32),
         "positions": np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32),
     }
     run = jax.jit(lambda p, x: forward(definition, p, x))

@@ -15,7 +15,7 @@ from early_exit.backbones.decoder import REMAT
 
 BATCH = {
     "tokens": jax.random.randint(jax.random.key(5), (2, 7), 0, TINY.vocab_size),
-    "segments": jnp.array([[1] * 7, [1] * 3 + [2] * 4]),
+    "documents": jnp.array([[1] * 7, [1] * 3 + [2] * 4]),
 }
 
 # Few blocks: each is compiled on its own where they are apart.

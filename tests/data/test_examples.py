@@ -72,8 +72,8 @@ def test_adding_examples_moves_no_other(tmp_path):
 def test_the_first_examples_are_a_fair_sample(tmp_path):
     rows = [(f"text {i}", "a" if i < 500 else "b") for i in range(1000)]  # sorted by class
     train = examples(write_rows(tmp_path / "rows.jsonl", rows), "train")
-    share = np.mean([train[i]["label"] for i in range(100)])
-    assert abs(share - 0.5) < 5 * (0.25 / 100) ** 0.5
+    rank = np.mean([train[i]["label"] for i in range(100)])
+    assert abs(rank - 0.5) < 5 * (0.25 / 100) ** 0.5
 
 
 def test_digits_are_grey_images_of_the_whole_range():

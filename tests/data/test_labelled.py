@@ -7,7 +7,7 @@ import pytest
 
 from early_exit.data import labelled
 from early_exit.data.inputs import image_inputs, text_inputs
-from early_exit.data.stream import Share
+from early_exit.data.stream import Rank
 
 # Each image has one value of its own, so that cropping does not hide which one it is.
 IMAGES = [{"image": np.full((8, 8, 1), 10 + i, np.uint8), "label": i % 3} for i in range(11)]
@@ -80,7 +80,7 @@ def test_batches_depend_on_the_seed_and_not_on_threads():
 )
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_processes_rows_make_up_the_one_process_batch(make, count):
-    shares = [make(share=Share(i, count)) for i in range(count)]
+    shares = [make(rank=Rank(i, count)) for i in range(count)]
     assert_equal(joined(shares), make())
 
 
@@ -93,7 +93,7 @@ def test_a_process_reads_no_others_rows():
             return super().__getitem__(index)
 
     examples = Counted(IMAGES)
-    next(batches := training(examples, share=Share(1, 2), num_threads=0))
+    next(batches := training(examples, rank=Rank(1, 2), num_threads=0))
     batches.close()
     assert examples.reads == 2
 
@@ -119,9 +119,9 @@ def test_another_number_of_processes_goes_on_where_one_stopped():
     expected = take(batches, 3)
     shares = []
     for index in range(2):
-        share = training(share=Share(index, 2))
-        share.set_state(state)
-        shares.append(take(share, 3))
+        rank = training(rank=Rank(index, 2))
+        rank.set_state(state)
+        shares.append(take(rank, 3))
     assert_equal(joined(shares), expected)
 
 
@@ -178,7 +178,7 @@ def test_threads_end_when_nobody_waits_for_batches():
     [
         (dict(examples=[]), "there are no examples to make batches from"),
         (dict(batch_size=0), "batch_size=0 is not a positive multiple"),
-        (dict(share=Share(0, 3)), "batch_size=4 is not a positive multiple of the 3 processes"),
+        (dict(rank=Rank(0, 3)), "batch_size=4 is not a positive multiple of the 3 processes"),
     ],
 )
 def test_sizes_that_make_no_batch_are_errors(make, options, message):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from early_exit.data import pipeline
-from early_exit.data.stream import Share
+from early_exit.data.stream import Rank
 
 END = 255
 # Lengths that leave rows cut in every way: whole documents, long ones, empty ones.
@@ -43,7 +43,7 @@ def assert_equal(batches, expected):
 
 def stream(batches):
     """Tokens in order, padding left out."""
-    return np.concatenate([batch["tokens"][batch["segments"] != 0] for batch in batches])
+    return np.concatenate([batch["tokens"][batch["documents"] != 0] for batch in batches])
 
 
 def split_at_end(tokens):
@@ -60,7 +60,7 @@ def test_evaluation_holds_every_document_once_and_whole():
         for array in batch.values():
             assert array.shape == (4, 8) and array.dtype == np.int32
     # Only the end of the last batch is padding.
-    padding = np.concatenate([batch["segments"].ravel() == 0 for batch in batches])
+    padding = np.concatenate([batch["documents"].ravel() == 0 for batch in batches])
     assert (np.diff(padding.astype(int)) >= 0).all() and padding.sum() < 4 * 8
 
 
@@ -74,12 +74,12 @@ def test_training_holds_every_document_once_an_epoch_in_a_new_order():
     assert len({tuple(texts) for texts in epochs}) == 3
 
 
-def test_segments_and_positions_follow_the_documents():
+def test_documents_and_positions_follow_the_documents():
     for batch in take(training(), 12):
         for row in range(4):
             segment, position = 1, 0
             for t in range(8):
-                assert batch["segments"][row, t] == segment
+                assert batch["documents"][row, t] == segment
                 assert batch["positions"][row, t] == position
                 ended = batch["tokens"][row, t] == END
                 segment, position = (segment + 1, 0) if ended else (segment, position + 1)
@@ -94,7 +94,7 @@ def test_batches_depend_on_the_seed_and_not_on_threads():
 
 @pytest.mark.parametrize("make", [lambda **kw: take(training(**kw), 9), evaluation])
 def test_the_processes_rows_make_up_the_one_process_batch(make):
-    shares = [make(share=Share(i, 2)) for i in range(2)]
+    shares = [make(rank=Rank(i, 2)) for i in range(2)]
     joined = [
         {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
         for parts in zip(*shares, strict=True)
@@ -123,7 +123,7 @@ def test_a_cap_takes_the_first_batches():
 def test_text_shorter_than_a_batch_repeats_in_training_and_is_padded_in_evaluation():
     (batch,) = evaluation([("a", "ab")])
     assert batch["tokens"][0].tolist() == [97, 98, END, 0, 0, 0, 0, 0]
-    assert batch["segments"].sum() == 3
+    assert batch["documents"].sum() == 3
     assert split_at_end(stream(take(training([("a", "abc")]), 1))) == ["abc"] * 8
 
 
@@ -134,7 +134,7 @@ def test_text_shorter_than_a_batch_repeats_in_training_and_is_padded_in_evaluati
         (dict(documents=[]), "there are no documents"),
         (dict(sequence_length=1), "sequence_length must be at least 2, not 1"),
         (dict(batch_size=0), "batch_size=0 is not a positive multiple"),
-        (dict(share=Share(0, 3)), "batch_size=4 is not a positive multiple of the 3 processes"),
+        (dict(rank=Rank(0, 3)), "batch_size=4 is not a positive multiple of the 3 processes"),
     ],
 )
 def test_sizes_that_make_no_batch_are_errors(make, options, message):

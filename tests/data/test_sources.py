@@ -4,7 +4,7 @@ import sysconfig
 
 import pytest
 
-from early_exit.data import distill, shards, sources
+from early_exit.data import conversations, shards, sources
 
 
 def every_split(source):
@@ -76,17 +76,17 @@ def test_equal_rows_never_fall_into_two_splits(tmp_path):
     assert sum(len(set(split)) for split in splits) == 40
 
 
-def conversations(folder, texts):
-    shards.begin(folder, {"kind": distill.KIND})
+def made_conversations(folder, texts):
+    shards.begin(folder, {"kind": conversations.KIND})
     for number, start in enumerate(range(0, len(texts), 30)):
-        kept = [distill.Conversation(text, text, "", 1) for text in texts[start : start + 30]]
+        kept = [conversations.Conversation(text, text, "", 1) for text in texts[start : start + 30]]
         shards.write(folder, number, [c.pack() for c in kept], {"tokens": 30, "dropped": {}})
     return f"made:{folder}"
 
 
 def test_conversations_are_split_like_rows_of_their_text(tmp_path):
     texts = [f"Why {i}?\nSo." for i in range(200)]
-    source = conversations(tmp_path / "made", texts)
+    source = made_conversations(tmp_path / "made", texts)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for split, found in every_split(source).items():
@@ -97,7 +97,7 @@ def test_conversations_are_split_like_rows_of_their_text(tmp_path):
 
 
 def test_damaged_or_missing_conversations_are_an_error(tmp_path):
-    source = conversations(tmp_path, ["a question"] * 40)
+    source = made_conversations(tmp_path, ["a question"] * 40)
     path = tmp_path / "00000.array_record"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="is damaged.*; remove its .json"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from early_exit.data import transforms
 
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], np.int32)
-BATCH = {"tokens": np.arange(18, dtype=np.int32).reshape(3, 6), "segments": SEGMENTS}
+BATCH = {"tokens": np.arange(18, dtype=np.int32).reshape(3, 6), "documents": SEGMENTS}
 
 
 def test_a_target_is_the_next_token_of_the_same_segment():
@@ -35,14 +35,16 @@ def test_targets_are_the_same_in_numpy_in_jax_and_jitted():
 @given(st.lists(st.integers(0, 6), min_size=1), st.integers(1, 7))
 def test_frequent_tokens_are_sorted_by_count_then_id(tokens, count):
     tokens = np.array(tokens, np.int32)
-    rows = [{"tokens": row[None], "segments": np.ones((1, 1), np.int32)} for row in tokens[:, None]]
+    rows = [
+        {"tokens": row[None], "documents": np.ones((1, 1), np.int32)} for row in tokens[:, None]
+    ]
     found = transforms.frequent_tokens(rows, vocab_size=7, count=count)
     expected = sorted(range(7), key=lambda token: (-np.sum(tokens == token), token))[:count]
     assert found.tolist() == expected and found.dtype == np.int32
 
 
 def test_padding_is_not_a_frequent_token():
-    batch = {"tokens": np.array([[3, 0, 0, 0]]), "segments": np.array([[1, 0, 0, 0]])}
+    batch = {"tokens": np.array([[3, 0, 0, 0]]), "documents": np.array([[1, 0, 0, 0]])}
     assert transforms.frequent_tokens([batch], 5, 1).tolist() == [3]
 
 

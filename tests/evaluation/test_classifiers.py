@@ -11,11 +11,12 @@ from synthetic import records
 from early_exit import policy as policies
 from early_exit.backbones import base
 from early_exit.backbones.resnet import ResNetConfig
-from early_exit.evaluation import classifiers, cost, energy
+from early_exit.classifying.classify import Classified
+from early_exit.cost import energy, multiply_adds
+from early_exit.evaluation import classifiers
 from early_exit.evaluation.classifiers import Case
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.classify import Classified
 
 NETWORK = ResNetConfig((2, 2), (4, 8), 5, stem="cifar", stem_width=4, channels=1)
 ROW = {"images": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)}
@@ -29,7 +30,7 @@ def network(**exits):
 
 @pytest.fixture(scope="module")
 def of():
-    return cost.backbone(NETWORK, inputs=ROW)
+    return multiply_adds.backbone(NETWORK, inputs=ROW)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def traced(model, depth, heads):
             logits.append(bound.backbone.readout(states[-1], context))
         return logits
 
-    return cost.multiply_adds(run, params, ROW)
+    return multiply_adds.multiply_adds(run, params, ROW)
 
 
 @pytest.mark.parametrize(

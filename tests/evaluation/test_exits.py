@@ -9,9 +9,9 @@ from early_exit import confidence, tree
 from early_exit import policy as policies
 from early_exit.backbones import base
 from early_exit.calibration import temperature
+from early_exit.decoding.generate import generate
+from early_exit.decoding.mode import Mode
 from early_exit.evaluation import exits
-from early_exit.inference.generate import generate
-from early_exit.inference.mode import Mode
 
 
 def packed(seed=0):
@@ -19,7 +19,7 @@ def packed(seed=0):
     tokens = np.random.default_rng(seed).integers(0, 61, (2, 12)).astype(np.int32)
     segments = np.array([[1] * 12, [1] * 5 + [2] * 4 + [0] * 3], np.int32)
     positions = np.array([range(12), [*range(5), *range(4), 0, 0, 0]], np.int32)
-    return {"tokens": tokens, "segments": segments, "positions": positions}
+    return {"tokens": tokens, "documents": segments, "positions": positions}
 
 
 def softmax(x):
@@ -105,11 +105,11 @@ def test_decoding_leaves_where_the_records_say(name, temperatures):
 
     def decoded(policy):
         """(scores [E, n] of the positions that gave tokens, the exits these came from)."""
-        mode = Mode("defer", window=16)  # never full
+        mode = Mode("defer", pending=16)  # never full
         rows = generate(model, params, prompts, policy=policy, mode=mode, max_new_tokens=12)
         tokens = np.array([[*p, *row.tokens] for p, row in zip(prompts, rows, strict=True)])
         positions = np.broadcast_to(np.arange(17), tokens.shape)
-        batch = {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens)}
+        batch = {"tokens": tokens, "positions": positions, "documents": np.ones_like(tokens)}
         records = exits.record(model, params, [batch], soften=temperatures is not None)
         if temperatures:
             records = temperature.apply(records, np.array(temperatures))

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from configs import digits_resnet
-from early_exit import assemble
-from early_exit import feed as feeds
-from early_exit.config import override
+from early_exit.data import feed as feeds
 from early_exit.data.examples import examples
 from early_exit.evaluation import exits, run, run_classifier
 from early_exit.report import page
+from early_exit.runs import assemble
+from early_exit.settings.overrides import override
 from early_exit.training.loop import tune
 
 SHORT = {

@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 
 from early_exit import policy as policies
+from early_exit.decoding.generate import generate
+from early_exit.decoding.mode import LOOKUP, LOSSY
 from early_exit.evaluation import tradeoff
-from early_exit.inference.generate import generate
-from early_exit.inference.mode import LOOKUP, LOSSY
 
 PROMPTS = [[7, 3, 52, 11, 29], [1, 2, 3]]
 
@@ -34,7 +34,7 @@ def test_rows_count_what_was_decoded(tiny):
             "full": (None, LOSSY),
             "always": (policies.forced(2, 0), LOSSY),
             "never": (policies.never(2), LOSSY),
-            "lookup": (policies.forced(2, 0), dataclasses.replace(LOOKUP, window=4)),
+            "lookup": (policies.forced(2, 0), dataclasses.replace(LOOKUP, pending=4)),
         },
         new_tokens=9,
         rounds=1,

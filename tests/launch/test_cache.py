@@ -13,7 +13,7 @@ TINY = ["--config=configs/tiny.py", f"--config.model.source={ROOT / 'tests/fixtu
 def cache(launch, tmp_path_factory):
     """(folder, what was printed) of a cache of eight batches."""
     folder = tmp_path_factory.mktemp("cache") / "states"
-    done = launch("cache", *TINY, f"--states={folder}", "--batches=5", "--top_k=8")
+    done = launch("cache", *TINY, f"--hidden_states={folder}", "--batches=5", "--top_k=8")
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -32,7 +32,7 @@ def test_cache_prints_what_it_made(cache):
 
 def test_a_finished_cache_is_checked(cache, launch):
     folder, _ = cache
-    flags = ["cache", *TINY, f"--states={folder}", "--batches=5"]
+    flags = ["cache", *TINY, f"--hidden_states={folder}", "--batches=5"]
     again = launch(*flags, "--top_k=8")
     assert again.returncode == 0 and re.search(r"tokens/s +–", again.stdout)
     other = launch(*flags, "--top_k=9")
@@ -52,13 +52,13 @@ def test_a_finished_cache_is_checked(cache, launch):
 
 def test_tune_from_a_cache(cache, launch, tmp_path):
     folder, _ = cache
-    flags = [*TINY, "--config.tune.steps=3", f"--config.tune.states={folder}"]
+    flags = [*TINY, "--config.tune.steps=3", f"--config.tune.hidden_states={folder}"]
     tuned = launch("tune", *flags, f"--workdir={tmp_path}")
     assert tuned.returncode == 0, tuned.stderr
     assert [row.split()[0] for row in tuned.stdout.splitlines()[2:5]] == ["2", "4", "6"]
 
 
 def test_classifiers_have_no_cache(launch, tmp_path):
-    refused = launch("cache", "--config=configs/digits_resnet.py", f"--states={tmp_path}")
+    refused = launch("cache", "--config=configs/digits_resnet.py", f"--hidden_states={tmp_path}")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "cached for language models; this is a classifier" in refused.stderr

@@ -7,8 +7,8 @@ import synthetic
 
 from early_exit.calibration import methods
 from early_exit.calibration.methods import Settings
-from early_exit.config import ConfigDict
 from early_exit.evaluation import run
+from early_exit.settings.overrides import ConfigDict
 from launch import calibrate
 
 RECORDS = synthetic.records(600)

@@ -15,11 +15,12 @@ import transformers
 from PIL import Image
 
 from configs import digits_resnet, news_minilm
-from early_exit import assemble, checkpoint, tree
-from early_exit import feed as feeds
 from early_exit import policy as policies
+from early_exit import tree
 from early_exit.calibration import drift
+from early_exit.data import feed as feeds
 from early_exit.evaluation.classes import score_batch
+from early_exit.runs import assemble, checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = [f"word{i}" for i in range(61)]

@@ -12,8 +12,8 @@ import types
 import pytest
 import safetensors.numpy
 
-from early_exit.metrics import read_metrics
 from early_exit.report import tokens
+from early_exit.runs.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=configs/tiny.py"

@@ -11,10 +11,11 @@ import jax
 import pytest
 
 from configs import llama2_7b, llama2_13b, llama2_70b, llama3_8b, pythia_6_9b, qwen2_5_7b, tiny
-from early_exit import assemble, sharding, tree
+from early_exit import sharding, tree
 from early_exit.backbones import base
-from early_exit.config import override
-from early_exit.evaluation import cost
+from early_exit.cost import multiply_adds
+from early_exit.runs import assemble
+from early_exit.settings.overrides import override
 from early_exit.training import ahead, plan
 
 ROOT = Path(__file__).parents[2]
@@ -23,13 +24,14 @@ DEVICES = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
 }
-# The tuning step of a small model on eight devices, exits alone and in tandem.
+# The tuning step of a small model on eight devices, exits alone and jointly.
 SCRIPT = """
 import json
 from configs import tiny
-from early_exit import assemble, sharding, tree
+from early_exit.runs import assemble
+from early_exit import sharding, tree
 from early_exit.backbones import base
-from early_exit.config import override
+from early_exit.settings.overrides import override
 from early_exit.training import ahead
 
 found = {}
@@ -70,13 +72,13 @@ def test_a_frozen_backbone_has_no_gradient_to_exchange():
     done = command("-c", SCRIPT, **DEVICES)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    frozen, tandem = found["exits"], found["all"]
-    for each in (frozen, tandem):
+    frozen, joint = found["exits"], found["all"]
+    for each in (frozen, joint):
         # A vocabulary of one chunk: its logits are not computed again for the backward pass.
         assert 0.75 < each["ratio"] < 1.01 and each["open_loops"] == 0
     # What is added up over rows: a chip's part of the gradients of what is trained, and scalars.
     assert frozen["trained"] / 2 <= frozen["reduced"] < 1.1 * frozen["trained"]
-    assert tandem["reduced"] >= tandem["trained"] / 2 > 2 * frozen["trained"]
+    assert joint["reduced"] >= joint["trained"] / 2 > 2 * frozen["trained"]
 
 
 @pytest.mark.parametrize(
@@ -141,14 +143,14 @@ def test_traced_work_of_a_step_is_what_its_parts_need():
     step = plan.step(config, model, mesh).trace(*args, plan.token_batch(config, mesh))
     rows, length = config.data.batch_size, config.data.sequence_length
     row = {"tokens": jax.ShapeDtypeStruct((1, length), "int32")}
-    of = cost.backbone(model.config, inputs=row)
+    of = multiply_adds.backbone(model.config, inputs=row)
     total = of.before(model.exits.points[-1]).multiply_adds
     table = length * model.config.width * model.config.vocab_size
     for point in model.exits.points:
-        head = cost.head(model.config, model.exits, of, point, "float32")[0].multiply_adds
+        head = multiply_adds.head(model.config, model.exits, of, point, "float32")[0].multiply_adds
         total += 3 * (head - table) + 4 * table
     # Beside them, the weighted sum of the losses.
-    assert cost.traced_multiply_adds(step.jaxpr) == pytest.approx(rows * total, rel=1e-6)
+    assert multiply_adds.traced_multiply_adds(step.jaxpr) == pytest.approx(rows * total, rel=1e-6)
 
 
 @pytest.mark.tpu_compile

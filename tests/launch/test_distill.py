@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from early_exit.data import distill, shards, sources
-from early_exit.metrics import read_metrics
+from early_exit.data import conversations, shards, sources
 from early_exit.pretrained.tokenizer import load_tokenizer
+from early_exit.runs.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY_CHAT = ROOT / "tests/fixtures/tiny_chat"
@@ -67,7 +67,7 @@ def test_it_tells_what_became_of_all_questions(made):
     counts = dict(re.findall(r"^(\w[\w ]*?) {2,}(\d+) {2,}[\d.]+$", printed, re.MULTILINE))
     about = json.loads((folder / "about.json").read_text())
     assert sum(map(int, counts.values())) == about["per_shard"] * len(shards.finished(folder))
-    tokens = sum(c.tokens for _, c in distill.conversations(shards.Store(folder)))
+    tokens = sum(c.tokens for _, c in conversations.conversations(shards.Store(folder)))
     assert last == f"{tokens} tokens in {folder}; to use them, --config.data.source=made:{folder}"
 
 
@@ -107,7 +107,7 @@ def test_questions_of_a_file(launch, flags, tmp_path):
     done = launch("distill", *flags, f"--made={folder}", f"--input={prompts}", "--repeated=1")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^question asked before +1 ", done.stdout, re.MULTILINE)
-    kept = [c.prompt for _, c in distill.conversations(shards.Store(folder))]
+    kept = [c.prompt for _, c in conversations.conversations(shards.Store(folder))]
     assert kept and set(kept) <= {"Why?", "How?", "Who?", "What?", "Where?"}
     assert sources.MADE in done.stdout
 

@@ -8,9 +8,11 @@ from absl import app
 
 from configs import tiny as tiny_config
 from conftest import build
-from early_exit import assemble, files, tree
+from early_exit import tree
 from early_exit.exits import artefact
 from early_exit.pretrained.export import write_backbone
+from early_exit.runs import assemble
+from early_exit.storage import files
 from launch import inspect
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from early_exit import checkpoint
-from early_exit.assemble import CHECKPOINTS, load_config
-from early_exit.config import override
-from early_exit.metrics import FILE
+from early_exit.runs import checkpoint
+from early_exit.runs.assemble import CHECKPOINTS, load_config
+from early_exit.runs.metrics import FILE
+from early_exit.settings.overrides import override
 from early_exit.training import loop
 from launch.slurm import submit
 

@@ -10,8 +10,8 @@ import yaml
 from absl import app, flags
 from absl.testing import flagsaver
 
-from early_exit.training.sweep import Job
 from launch import processes
+from launch.jobs import Job
 from launch.slurm import submit
 from launch.tpu import jobset, pod
 

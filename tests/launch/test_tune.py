@@ -7,9 +7,9 @@ import pytest
 
 from configs import tiny
 from conftest import SHORT_RUN
-from early_exit import assemble
-from early_exit.config import override
-from early_exit.metrics import read_metrics
+from early_exit.runs import assemble
+from early_exit.runs.metrics import read_metrics
+from early_exit.settings.overrides import override
 from early_exit.training import loop
 from launch import tune
 

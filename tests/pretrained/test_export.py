@@ -10,11 +10,12 @@ import pytest
 import safetensors.numpy
 
 from conftest import build
-from early_exit import files, tree
+from early_exit import tree
 from early_exit.pretrained.describe import FAMILIES, describe
 from early_exit.pretrained.export import export_backbone
 from early_exit.pretrained.load import load
 from early_exit.pretrained.tokenizer import load_tokenizer
+from early_exit.storage import files
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 MODELS = sorted(path.parent.name for path in FIXTURES.glob("*/model.safetensors"))

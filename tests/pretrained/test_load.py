@@ -11,12 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from early_exit import files, tree
+from early_exit import tree
 from early_exit.backbones import base
 from early_exit.pretrained import llama, table
 from early_exit.pretrained import tensors as tensor_files
 from early_exit.pretrained.load import load
 from early_exit.pretrained.tokenizer import load_tokenizer
+from early_exit.storage import files
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -146,7 +147,8 @@ def test_an_unknown_family_is_named(write_folder, tiny_tensors):
 SCRIPT = """
 import functools, json, resource, sys
 import jax, numpy as np
-from early_exit import files, sharding, tree
+from early_exit.storage import files
+from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.pretrained import describe, llama, table
 from early_exit.pretrained.load import load

@@ -10,9 +10,9 @@ import pytest
 
 from early_exit import policy as policies
 from early_exit.backbones import base
+from early_exit.decoding.generate import generate
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.inference.generate import generate
 
 pytestmark = pytest.mark.smollm2
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from configs import digits_resnet
-from early_exit import checkpoint
-from early_exit.assemble import CHECKPOINTS
 from early_exit.backbones.resnet import STATISTICS
-from early_exit.config import override
-from early_exit.metrics import FILE
+from early_exit.runs import checkpoint
+from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.metrics import FILE
+from early_exit.settings.overrides import override
 from early_exit.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]

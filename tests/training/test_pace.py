@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import tiny
-from early_exit.config import override
-from early_exit.evaluation import pod
-from early_exit.metrics import SPEED, read_metrics
+from early_exit.cost import chips
+from early_exit.runs.metrics import SPEED, read_metrics
+from early_exit.settings.overrides import override
 from early_exit.training import loop, pace
 from early_exit.training import step as steps
 from early_exit.training.observe import observe
@@ -43,7 +43,7 @@ def test_no_peak_is_made_up():
     assert pace.peak(jax.devices()) is None
     assert pace.peak([device("TPU v5e"), device("TPU v9")]) is None
     assert pace.peak([device("TPU v4 lite")]) is None
-    assert {chip.flops for chip in pod.CHIPS.values()} <= {peak for _, peak in pace.PEAKS}
+    assert {chip.flops for chip in chips.CHIPS.values()} <= {peak for _, peak in pace.PEAKS}
 
 
 def test_what_is_computed_again_is_no_model_flop():

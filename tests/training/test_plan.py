@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import digits_resnet, tiny
-from early_exit import assemble, checkpoint, sharding, tree
-from early_exit.config import override
+from early_exit import sharding, tree
+from early_exit.runs import assemble, checkpoint
+from early_exit.settings.overrides import override
 from early_exit.training import loop, plan
 
 SETTINGS = {
@@ -25,7 +26,7 @@ SETTINGS = {
 
 
 def test_a_run_with_blocks_in_a_loop_leaves_what_any_run_leaves(tmp_path):
-    """In tandem and in bfloat16: float32, stacked parameters are kept, and loaded like others."""
+    """Joint and in bfloat16: float32, stacked parameters are kept, and loaded like others."""
     changes = {"model.scan": True, "model.remat": "block", "model.dtype": "bfloat16"}
     config = override(tiny.get_config(), SETTINGS | changes)
     rows = loop.tune(config, tmp_path)

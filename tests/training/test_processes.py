@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 
-from early_exit import checkpoint
-from early_exit.assemble import CHECKPOINTS
-from early_exit.metrics import read_metrics
+from early_exit.runs import checkpoint
+from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.metrics import read_metrics
 from early_exit.training.preemption import EXIT_STATUS
 from launch.processes import HEARTBEAT_SECONDS
 

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from configs import tiny
-from early_exit.assemble import CHECKPOINTS
-from early_exit.config import override
 from early_exit.evaluation import exits
+from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.settings.overrides import override
 from early_exit.training import loop
 
 CONFIG = override(

@@ -12,7 +12,7 @@ from configs import smollm2_layerskip, tiny
 from conftest import TINY, build
 from early_exit import sharding, tree
 from early_exit.backbones import base
-from early_exit.config import override
+from early_exit.settings.overrides import override
 from early_exit.training import loop, plan
 from early_exit.training import step as steps
 from early_exit.training.observe import observe
@@ -30,7 +30,7 @@ def batch(rows=4, length=8):
     filled = np.arange(length)[None] < length - 2 * np.arange(rows)[:, None] // 2
     return {
         "tokens": rng.integers(0, 61, (rows, length)).astype(np.int32),
-        "segments": filled.astype(np.int32),
+        "documents": filled.astype(np.int32),
         "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
     }
 

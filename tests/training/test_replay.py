@@ -10,10 +10,11 @@ import pytest
 
 from configs import digits_resnet, tiny
 from conftest import SHORT_RUN
-from early_exit import checkpoint, tree
-from early_exit.assemble import CHECKPOINTS
-from early_exit.config import override
-from early_exit.metrics import read_metrics
+from early_exit import tree
+from early_exit.runs import checkpoint
+from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.metrics import read_metrics
+from early_exit.settings.overrides import override
 from early_exit.training import bad_batch, loop, replay
 
 SETTINGS = SHORT_RUN | {

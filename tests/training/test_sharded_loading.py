@@ -23,8 +23,8 @@ SETTINGS = {
 RECIPES = {
     "exits": {},
     "exits, looped": {"model.scan": True},
-    "tandem": {"tune.train": "all", "tune.loss": "cross_entropy"},
-    "tandem, looped": {"tune.train": "all", "tune.loss": "cross_entropy", "model.scan": True},
+    "joint": {"tune.train": "all", "tune.loss": "cross_entropy"},
+    "joint, looped": {"tune.train": "all", "tune.loss": "cross_entropy", "model.scan": True},
 }
 MESHES = {"whole": {"data": 8}, "split": {"data": 1, "fsdp": 4, "tensor": 2}}
 # Loads by every recipe on both meshes; watches, whenever an array has been placed, how much lies on
@@ -33,8 +33,9 @@ SCRIPT = """
 import json, pathlib, shutil, sys, weakref
 import jax, numpy as np
 from configs import tiny
-from early_exit import assemble, tree
-from early_exit.config import override
+from early_exit.runs import assemble
+from early_exit import tree
+from early_exit.settings.overrides import override
 from early_exit.pretrained import load
 from early_exit.training import loop
 
@@ -106,7 +107,7 @@ loop.Run.__init__ = kept
 rows = {}
 for name, axes in meshes.items():
     axes = {f"mesh.{axis}": axes.get(axis, 1) for axis in ("data", "fsdp", "tensor")}
-    config = override(tiny.get_config(), settings | recipes["tandem, looped"] | axes)
+    config = override(tiny.get_config(), settings | recipes["joint, looped"] | axes)
     rows[name] = [loop.tune(config, folder / name)]
     shutil.rmtree(folder / name / "checkpoints" / "2")
     rows[name].append(loop.tune(config, folder / name))

@@ -45,7 +45,7 @@ def packed(rows=4, length=12, seed=0):
     positions = np.where(at >= edges[:, None], at - edges[:, None], at)
     return {
         "tokens": rng.integers(0, TINY.vocab_size, (rows, length)).astype(np.int32),
-        "segments": segments,
+        "documents": segments,
         "positions": positions.astype(np.int32),
     }
 
@@ -86,7 +86,7 @@ def reference_losses(model, params, batch, loss):
     rows, length = batch["tokens"].shape
     for b in range(rows):
         for t in range(length - 1):
-            segment, following = batch["segments"][b, t : t + 2]
+            segment, following = batch["documents"][b, t : t + 2]
             if segment == 0 or following != segment:
                 continue
             count += 1
@@ -123,7 +123,7 @@ def test_halves_of_a_batch_accumulate_to_the_whole(tiny, loss):
     def token_gradients(rows):
         """Gradient of the mean loss over the positions of some rows, times their number."""
         batch = packed()
-        batch["segments"] = np.where(np.isin(range(4), rows)[:, None], batch["segments"], 0)
+        batch["documents"] = np.where(np.isin(range(4), rows)[:, None], batch["documents"], 0)
         state, frozen = parts(params, PLAIN)
         new, metrics = step(
             state, frozen, batch, model=model, recipe=RECIPES[loss], optimizer=PLAIN
@@ -333,7 +333,7 @@ def temporary_bytes(points, vocab_size):
     )
     frozen = {"backbone": base.abstract(config.build)[1]}
     array = jax.ShapeDtypeStruct((4, 512), jnp.int32)
-    batch = dict.fromkeys(("tokens", "segments", "positions"), array)
+    batch = dict.fromkeys(("tokens", "documents", "positions"), array)
     recipe = Recipe("kl", ExitWeights((1.0,) * len(points)))
     lowered = step.lower(state, frozen, batch, model=model, recipe=recipe, optimizer=optimizer)
     return lowered.compile().memory_analysis().temp_size_in_bytes

@@ -1,0 +1,105 @@
+"""Decoding with dynamic depth, under one `lax.while_loop`: the two compiled programs.
+
+The one idea: a decode is its state. The prompts' pass and every portion of the answer are calls
+that take a state and return it further on, so streaming, stopping and going on are the same thing.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from early_exit.backbones import base
+from early_exit.decoding import cache as caches
+from early_exit.decoding.engine import Engine
+from early_exit.decoding.mode import Mode
+from early_exit.decoding.state import DecodeState
+from early_exit.exits.multi_exit import MultiExit
+from early_exit.policy import ExitPolicy
+
+# Prompt positions run at a time: enough to be bound by compute, little waste on short prompts.
+PREFILL_CHUNK = 64
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mode"), donate_argnames="state")
+def prefill(
+    params: base.Params, state: DecodeState, stop_ids: jax.Array, *, model: MultiExit, mode: Mode
+) -> DecodeState:
+    """Runs the prompts at full depth and emits each row's first token.
+
+    Prompts go through in chunks, as many as the longest needs, so one program serves every
+    prompt length that fits the cache.
+
+    Args:
+      stop_ids: int32 [n], tokens that end a row.
+    """
+    engine = Engine.of(params, None, stop_ids, model=model, mode=mode)
+    batch = state.tokens_BS.shape[0]
+
+    def chunk(index, carry):
+        cache, last_BD = carry
+        start = index * PREFILL_CHUNK
+        tokens = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, PREFILL_CHUNK, axis=1)
+        positions = jnp.broadcast_to((start + jnp.arange(PREFILL_CHUNK))[None], tokens.shape)
+        hidden, context = engine.bound.backbone.stem({"tokens": tokens, "positions": positions})
+        filled_B = jnp.full(batch, start)
+        for segment in range(len(model.segments)):
+            # Always true. All that reads the cache stands in a branch: outside one, XLA copies a
+            # cache that is written later.
+            hidden, rows = jax.lax.cond(
+                start < state.prompt_B.max(),
+                lambda hidden, segment=segment, cache=cache: engine.run_blocks(
+                    segment, hidden, context, cache, filled_B
+                ),
+                lambda hidden, segment=segment: engine.project(segment, hidden, context),
+                hidden,
+            )
+            cache = caches.write(cache, rows, filled_B)
+        offset = state.newest_B - start
+        here = (offset >= 0) & (offset < PREFILL_CHUNK)
+        at_end = hidden[jnp.arange(batch), jnp.clip(offset, 0, PREFILL_CHUNK - 1)]
+        return cache, jnp.where(here[:, None], at_end, last_BD)
+
+    chunks = (state.prompt_B.max() + PREFILL_CHUNK - 1) // PREFILL_CHUNK
+    last_BD = jnp.zeros_like(state.hidden_BWD[:, 0])
+    cache, last_BD = jax.lax.fori_loop(0, chunks, chunk, (state.cache, last_BD))
+    rows = jnp.arange(batch)
+    state = state.change(
+        cache=cache,
+        filled_BE=jnp.broadcast_to(state.prompt_B[:, None], state.filled_BE.shape),
+        hidden_BWD=state.hidden_BWD.at[rows, state.pending_slots(state.newest_B)].set(last_BD),
+    )
+    return engine.conclude(state, ~state.finished_B, state.newest_B, widths=(1,))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mode"), donate_argnames="state")
+def decode(
+    params: base.Params,
+    state: DecodeState,
+    policy: ExitPolicy | None,
+    stop_ids: jax.Array,
+    steps: jax.Array,
+    finishing: jax.Array,
+    *,
+    model: MultiExit,
+    mode: Mode,
+) -> DecodeState:
+    """Up to `steps` steps, or until `finishing` rows have ended.
+
+    Args:
+      policy: when rows leave; None compiles a model without any exit in it.
+      stop_ids: int32 [n], tokens that end a row.
+      steps, finishing: int32 scalars; not static, so streaming in portions compiles nothing new.
+    """
+    engine = Engine.of(params, policy, stop_ids, model=model, mode=mode)
+
+    def going_on(carry):
+        state, step = carry
+        return (step < steps) & (state.finished_B.sum() < finishing)
+
+    def step(carry):
+        state, step = carry
+        return engine.step(state), step + 1
+
+    state, _ = jax.lax.while_loop(going_on, step, (state, jnp.int32(0)))
+    return state

@@ -1,0 +1,498 @@
+"""One turn of the decoding loop, a *step*: segment by segment, shallow to deep, the rows whose
+newest position waits there are run.
+
+The one idea: depth must be proportional in time. Each segment between two exits stands in a
+`lax.switch` that reads the cache and returns only new key/value rows, for as many positions as
+wait there; the cache is written once, after the branches, in place.
+
+A position that leaves at an exit gives the row its next token. The blocks that it skipped get keys
+and values projected from its state ("propagate"), or it waits with its hidden state until a later
+position goes deeper and takes it along ("defer"): then each position passes each block at most
+once, and what deeper blocks hold is what the full model would hold.
+
+Rows of a batch do not wait for each other's depth. The segment with the most rows waiting in front
+of it runs, so that its weights are read for as many as possible; meanwhile the others stand still.
+Were rows simply counted, those that need much depth would be left behind and finish alone, and the
+batch take longer than at full depth. So a row that has more tokens to go than others counts more
+(`LAG`), which also means that none waits for ever, and a deep segment more than a shallow one
+(`DEEPER`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from early_exit import confidence as confidences
+from early_exit.backbones import base
+from early_exit.cost.traffic import traffic
+from early_exit.decoding import cache as caches
+from early_exit.decoding import sampling as samplings
+from early_exit.decoding import speculate
+from early_exit.decoding.mode import Mode
+from early_exit.decoding.state import DecodeState
+from early_exit.exits.multi_exit import Bound, MultiExit
+from early_exit.policy import ExitPolicy
+
+# What a row waiting in front of a segment counts: 1, more by LAG for each token that it has to go
+# beyond the row with the fewest, times DEEPER for each segment before it. Chosen by simulation over
+# shares of early exits and batches of 4 and 8 rows of equal length: on average as many passes as in
+# lockstep where few leave early, up to a tenth fewer where most do, and in queues up to a fifth.
+LAG, DEEPER = 0.5, 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What stays the same from step to step.
+
+    Attributes:
+      model, mode: static.
+      bound: the model with its parameters.
+      tables: the heads' output matrices; none without a policy.
+      policy: when positions leave; None for the full model without any exit.
+      stop_ids: int32 [n], tokens that end a row.
+      depth_shares, head_shares: blocks before each exit, and each head, as shares of the cost of
+        one token of the full model.
+    """
+
+    model: MultiExit
+    mode: Mode
+    bound: Bound
+    tables: tuple[jax.Array, ...]
+    policy: ExitPolicy | None
+    stop_ids: jax.Array
+    depth_shares: tuple[float, ...]
+    head_shares: tuple[float, ...]
+
+    @classmethod
+    def of(cls, params: base.Params, policy, stop_ids, *, model: MultiExit, mode: Mode) -> "Engine":
+        bound = model.bind(params)
+        tables = () if policy is None else bound.exit_tables()
+        depth_shares, head_shares = traffic(model, params).shares()
+        return cls(model, mode, bound, tables, policy, stop_ids, depth_shares, head_shares)
+
+    @property
+    def final(self) -> int:
+        """Index of the last segment, and of the full model's own readout."""
+        return len(self.model.segments) - 1
+
+    def step(self, state: DecodeState) -> DecodeState:
+        """Every segment in turn, if it is the one to run, for the rows that wait in front of it."""
+        if self.mode.lookup:
+            state = self._look_up(state)
+        state = self._embed(state)
+        for segment in range(self.final + 1):
+            active_B = self._chosen(state, segment)
+            previous_BWD, start_B = state.hidden_BWD, state.filled_BE[:, segment]
+            state = self._advance(state, segment, active_B)
+            if segment == self.final:
+                widths = self._widths(segment) if self.mode.verified else (1,)
+                first_B = start_B if self.mode.verified else state.newest_B
+                state = self.conclude(state, active_B, first_B, widths)
+            elif self.policy is not None:
+                state = self._consult(state, segment, active_B, previous_BWD)
+        return state
+
+    def _widths(self, segment: int) -> tuple[int, ...]:
+        return self.mode.widths_of(segment, exits=self.policy is not None)
+
+    def _chosen(self, state: DecodeState, segment: int) -> jax.Array:
+        """bool [B], the rows for which a segment runs now."""
+        running = ~state.finished_B
+        waiting = running & (state.stage_B == segment)
+        if len(waiting) == 1:
+            return waiting
+        to_go = (state.limit_B - state.newest_B).astype(jnp.float32)
+        fewest = jnp.where(running, to_go, jnp.inf).min()
+        weight_B = jnp.where(running, 1 + LAG * (to_go - fewest), 0)
+        stages = jax.nn.one_hot(state.stage_B, self.final + 1)
+        crowd_E = weight_B @ stages * DEEPER ** jnp.arange(self.final + 1)
+        return waiting & (jnp.argmax(crowd_E) == segment)
+
+    def _positions(self, first_B: jax.Array, state: DecodeState, width: int) -> jax.Array:
+        """int32 [B, width], positions from `first_B` on; the newest again where they run out."""
+        return jnp.minimum(first_B[:, None] + jnp.arange(width)[None], state.newest_B[:, None])
+
+    def _gather(self, state: DecodeState, positions_BT: jax.Array) -> jax.Array:
+        """Hidden states [B, T, D] of positions under way."""
+        slots = state.pending_slots(positions_BT)
+        return jnp.take_along_axis(state.hidden_BWD, slots[:, :, None], axis=1)
+
+    def _keep(self, state: DecodeState, first_B, hidden_BTD, rows_B) -> DecodeState:
+        """The state with new hidden states of the positions from `first_B` to the newest."""
+        width = hidden_BTD.shape[1]
+        positions = first_B[:, None] + jnp.arange(width)[None]
+        counts = rows_B[:, None] & (positions <= state.newest_B[:, None])
+        nowhere = state.hidden_BWD.shape[1]
+        slots = jnp.where(counts, state.pending_slots(positions), nowhere)
+        rows = jnp.arange(len(rows_B))[:, None]
+        return state.change(
+            hidden_BWD=state.hidden_BWD.at[rows, slots].set(hidden_BTD, mode="drop")
+        )
+
+    def _stem(self, state: DecodeState, positions_BT: jax.Array):
+        """Embedded tokens at some positions, and the context for blocks there."""
+        tokens = jnp.take_along_axis(state.tokens_BS, positions_BT, axis=1)
+        return self.bound.backbone.stem({"tokens": tokens, "positions": positions_BT})
+
+    def _embed(self, state: DecodeState) -> DecodeState:
+        """Puts the tokens that wait in front of the first segment into the window."""
+        first_B = state.filled_BE[:, 0]
+        embedded, _ = self._stem(state, self._positions(first_B, state, self._widths(0)[-1]))
+        return self._keep(state, first_B, embedded, ~state.finished_B & (state.stage_B == 0))
+
+    def _advance(self, state: DecodeState, segment: int, active_B: jax.Array) -> DecodeState:
+        """Runs a segment's blocks for all positions that wait in the active rows."""
+        widths = self._widths(segment)
+        start_B, propagates = state.filled_BE[:, segment], self.mode.propagates
+
+        def run(width):
+            def branch(state):
+                positions = self._positions(start_B, state, width)
+                _, context = self._stem(state, positions)
+                hidden, rows = self.run_blocks(
+                    segment,
+                    self._gather(state, positions),
+                    context,
+                    state.cache,
+                    start_B,
+                    active_B if propagates else None,
+                )
+                return jax.tree.map(lambda x: _pad(x, widths[-1]), (hidden, rows))
+
+            return branch
+
+        def skip(state):
+            positions = self._positions(start_B, state, widths[-1])
+            hidden = self._gather(state, positions)
+            _, context = self._stem(state, positions)
+            hidden, rows = self.project(segment, hidden, context)
+            if propagates:
+                return hidden, rows
+            # Nothing has come this far: what is written lies behind the filled part.
+            return jax.tree.map(jnp.zeros_like, (hidden, rows))
+
+        waiting_B = jnp.where(active_B, state.newest_B + 1 - start_B, 0)
+        (hidden, rows), narrowest = _in_width(widths, waiting_B, skip, run, state)
+        state = self._keep(state, start_B, hidden, active_B)
+        filled_B = jnp.where(active_B, state.newest_B + 1, start_B)
+        if propagates:  # rows that have left lack this segment's rows of their last position
+            filled_B = jnp.maximum(filled_B, state.newest_B)
+        share_B = active_B / jnp.maximum(active_B.sum(), 1)
+        width = jnp.arange(len(self.mode.widths)) == narrowest
+        return state.change(
+            cache=caches.write(state.cache, rows, start_B),
+            filled_BE=state.filled_BE.at[:, segment].set(filled_B),
+        ).count(
+            positions_BE=self._column(segment, waiting_B),
+            read_BE=self._column(segment, jnp.where(active_B, start_B, 0)),
+            passes_BEN=self._column(segment, share_B)[:, :, None] * width[None, None],
+        )
+
+    def run_blocks(self, segment, hidden_BTD, context, cache, filled_B, active_B=None):
+        """Hidden states after a segment's blocks, and all their new key and value rows.
+
+        Args:
+          active_B: the other rows hold still; all run if None.
+        """
+        rows: caches.Cache = {}
+        for i in range(*self.model.segments[segment]):
+            block, name = self.bound.backbone.blocks[str(i)], f"block/{i}"
+            deeper, rows[name] = block(hidden_BTD, context, cache[name], filled_B)
+            if active_B is not None:
+                deeper = jnp.where(active_B[:, None, None], deeper, hidden_BTD)
+            hidden_BTD = deeper
+        return hidden_BTD, rows | self._head_rows(segment, hidden_BTD, context)
+
+    def project(self, segment, hidden_BTD, context):
+        """The same for positions that skip the segment: rows projected from the state they have."""
+        rows: caches.Cache = {}
+        for i in range(*self.model.segments[segment]):
+            block = self.bound.backbone.blocks[str(i)]
+            rows[f"block/{i}"] = block.keys_values(hidden_BTD, context)
+        return hidden_BTD, rows | self._head_rows(segment, hidden_BTD, context)
+
+    def _head_rows(self, segment, hidden_BTD, context) -> caches.Cache:
+        """Rows of the block in the head behind a segment, if there is one."""
+        heads = self.bound.heads  # none in a bare backbone
+        if segment >= len(heads) or not heads[segment].has_block:
+            return {}
+        point = self.model.exits.points[segment]
+        return {f"exit/{point}": heads[segment].block.keys_values(hidden_BTD, context)}
+
+    def _consult(
+        self, state: DecodeState, exit_index: int, active_B, previous_BWD: jax.Array
+    ) -> DecodeState:
+        """Asks an exit about the newest position of the active rows; some leave with its token.
+
+        Args:
+          previous_BWD: the window before the segment in front of this exit ran.
+        """
+        policy, head = self.policy, self.bound.heads[exit_index]
+        at_newest = state.newest_B[:, None]
+        hidden_B1D = self._gather(state, at_newest)
+        _, context = self._stem(state, at_newest)
+        past = state.cache.get(f"exit/{self.model.exits.points[exit_index]}")
+        progress_B = state.progress_B
+
+        must_B = policy.overdrawn(state.account_B, self.model.exit_depths[exit_index + 1])
+        wanted_B = active_B & (policy.consults(exit_index) | must_B) & self._may_leave(state)
+        if self.mode.verified:
+            state, wanted_B = self._worthwhile(state, exit_index, wanted_B)
+        by_hidden = policy.confidence in confidences.FROM_HIDDEN
+        if by_hidden:
+            if policy.confidence == "similarity":
+                before = self._gather(state.change(hidden_BWD=previous_BWD), at_newest)
+                score_B = confidences.similarity(before, hidden_B1D)[:, 0]
+            else:
+                score_B = head.gate_score(hidden_B1D)[:, 0]
+            leaves_B = policy.leaves(exit_index, score_B, progress_B) | must_B
+            wanted_B &= leaves_B
+
+        def evaluate(state):
+            features, _ = head.features(hidden_B1D, context, past, state.newest_B)
+            logits_BC = base.logits(features[:, 0], self.tables[exit_index])
+            summary = confidences.summarize(
+                policy.tempered(exit_index, logits_BC), has_rest=self.bound.token_ids is not None
+            )
+            agreeing_B = confidences.agreeing(summary, state.predicted_B, state.agreeing_B)
+            leaving_B = wanted_B
+            if not by_hidden:
+                score_B = confidences.from_logits(policy.confidence, summary, agreeing_B)
+                leaving_B &= policy.leaves(exit_index, score_B, progress_B) | must_B
+            token_B, log_prob_B = self._draw(state, logits_BC[:, None], at_newest, True)
+            patience = (confidences.said(summary), agreeing_B)
+            return leaving_B, token_B[:, 0], log_prob_B[:, 0], patience
+
+        def skip(state):
+            zeros = jnp.zeros_like(state.newest_B)
+            patience = (state.predicted_B, state.agreeing_B)
+            return jnp.zeros_like(wanted_B), zeros, zeros.astype(jnp.float32), patience
+
+        leaving_B, token_B, log_prob_B, patience = jax.lax.cond(
+            wanted_B.any(), evaluate, skip, state
+        )
+        if self.mode.verified:
+            leaving_B &= ~self._stops(token_B)
+        predicted_B, agreeing_B = (
+            jnp.where(wanted_B, new, old)
+            for new, old in zip(patience, (state.predicted_B, state.agreeing_B), strict=True)
+        )
+        state = state.change(predicted_B=predicted_B, agreeing_B=agreeing_B).count(
+            evaluations_BE=self._column(exit_index, wanted_B.astype(jnp.int32)),
+            head_passes_BE=self._column(exit_index, wanted_B / jnp.maximum(wanted_B.sum(), 1)),
+        )
+        return self._append(
+            state,
+            leaving_B,
+            first_B=state.newest_B,
+            accepted_B=jnp.zeros_like(state.newest_B),
+            tokens_BT=token_B[:, None],
+            log_probs_BT=log_prob_B[:, None],
+            exit_index=exit_index,
+        )
+
+    def _may_leave(self, state: DecodeState) -> jax.Array:
+        """bool [B], rows where the newest position need not go all the way."""
+        may_B = jnp.ones_like(state.finished_B)
+        if not self.mode.propagates:
+            # The next position must still fit in beside those that wait.
+            may_B &= state.newest_B + 2 - state.filled_BE[:, -1] <= self.mode.pending
+        if self.mode.verified:
+            # The last token is the full model's, so that none is left unchecked when a row ends.
+            may_B &= state.newest_B + 2 < state.limit_B
+        return may_B
+
+    def _worthwhile(self, state: DecodeState, exit_index: int, wanted_B):
+        """(state, those of the wanted rows where consulting this exit has paid lately)."""
+        worth_B = state.worth_BE[:, exit_index]
+        refused_B = wanted_B & (worth_B < 0)
+        wanted_B &= ~refused_B
+        worth_B = speculate.consulted(worth_B, wanted_B, self.head_shares[exit_index])
+        worth_B = speculate.refused(worth_B, refused_B)
+        return state.change(worth_BE=state.worth_BE.at[:, exit_index].set(worth_B)), wanted_B
+
+    def conclude(self, state: DecodeState, active_B, first_B, widths) -> DecodeState:
+        """The full model's tokens after the positions from `first_B` to the newest.
+
+        Those that differ from what an exit had said there replace it and all that followed; after
+        the newest position, or the first that differs, the row gets its next token.
+
+        Args:
+          active_B: rows whose positions have passed the last block.
+          widths: how many positions may be checked at once, one compiled branch each.
+        """
+        waiting_B = jnp.where(active_B, state.newest_B + 1 - first_B, 0)
+
+        def read(width):
+            def branch(state):
+                positions = self._positions(first_B, state, width)
+                logits = self.bound.backbone.readout(self._gather(state, positions))
+                drawn = self._draw(state, logits, positions, False)
+                return jax.tree.map(lambda x: _pad(x, widths[-1]), drawn)
+
+            return branch
+
+        def skip(state):
+            zeros = jnp.zeros((len(active_B), widths[-1]), jnp.int32)
+            return zeros, zeros.astype(jnp.float32)
+
+        (tokens, log_probs), narrowest = _in_width(widths, waiting_B, skip, read, state)
+        drafted_B = jnp.maximum(waiting_B - 1, 0)
+        accepted_B = jnp.zeros_like(drafted_B)
+        if self.mode.verified and widths[-1] > 1:
+            drafts = jnp.take_along_axis(
+                state.tokens_BS, self._positions(first_B + 1, state, widths[-1] - 1), axis=1
+            )
+            accepted_B = speculate.accepted(drafts, tokens[:, :-1], drafted_B)
+            width = jnp.array(widths)[narrowest]
+            state = self._settle(state, first_B, drafted_B, accepted_B, active_B.sum(), width)
+        state = state.count(
+            evaluations_BE=self._column(self.final, waiting_B),
+            head_passes_BE=self._column(self.final, active_B / jnp.maximum(active_B.sum(), 1)),
+        )
+        return self._append(
+            state,
+            active_B,
+            first_B=first_B,
+            accepted_B=accepted_B,
+            tokens_BT=tokens,
+            log_probs_BT=log_probs,
+            exit_index=self.final,
+        )
+
+    def _append(
+        self, state, rows_B, *, first_B, accepted_B, tokens_BT, log_probs_BT, exit_index: int
+    ) -> DecodeState:
+        """Gives the rows their next token, behind the drafts that were accepted after `first_B`.
+
+        Args:
+          tokens_BT, log_probs_BT: what was drawn after each position from `first_B` on.
+        """
+        batch, width = tokens_BT.shape
+        rows = jnp.arange(batch)
+        nowhere = state.tokens_BS.shape[1]
+        newest_B = jnp.where(rows_B, first_B + accepted_B + 1, state.newest_B)
+        token_B = jnp.take_along_axis(tokens_BT, accepted_B[:, None], axis=1)[:, 0]
+        at = jnp.where(rows_B, newest_B, nowhere)
+        steps = jnp.arange(width)[None]
+        decided = rows_B[:, None] & (steps <= accepted_B[:, None])
+        decided_at = jnp.where(decided, first_B[:, None] + 1 + steps, nowhere)
+        ended_B = self._stops(token_B) | (newest_B + 1 >= state.limit_B)
+        account_B = state.account_B
+        if self.policy is not None:
+            account_B = self.policy.charged(account_B, self.model.exit_depths[exit_index])
+        return state.change(
+            tokens_BS=state.tokens_BS.at[rows, at].set(token_B, mode="drop"),
+            exit_BS=state.exit_BS.at[rows, at].set(exit_index, mode="drop"),
+            log_prob_BS=state.log_prob_BS.at[rows[:, None], decided_at].set(
+                log_probs_BT, mode="drop"
+            ),
+            newest_B=newest_B,
+            filled_BE=jnp.where(
+                rows_B[:, None],
+                jnp.minimum(state.filled_BE, newest_B[:, None]),
+                state.filled_BE,
+            ),
+            finished_B=state.finished_B | (rows_B & ended_B),
+            account_B=jnp.where(rows_B, account_B, state.account_B),
+            predicted_B=jnp.where(rows_B, -1, state.predicted_B),
+            agreeing_B=jnp.where(rows_B, 0, state.agreeing_B),
+        )
+
+    def _draw(self, state: DecodeState, logits_BTC, positions_BT, at_exit: bool):
+        """(tokens, log-probabilities at temperature 1), each [B, T], after the given positions.
+
+        A token is drawn with its own position's key, whichever head draws it.
+        """
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(state.keys_B, positions_BT + 1)
+        log_probs = jax.nn.log_softmax(logits_BTC, axis=-1)
+        ids = self.bound.token_ids if at_exit else None
+        real = logits_BTC if ids is None else logits_BTC[..., :-1]  # the rest is never drawn
+        vocab_size = self.model.config.vocab_size
+        choice = samplings.choose(keys, real, self.mode.sampling, ids, vocab_size)
+        chosen = jnp.take_along_axis(log_probs, choice[..., None], axis=-1)[..., 0]
+        return (choice if ids is None else ids[choice]), chosen
+
+    def _stops(self, token_B: jax.Array) -> jax.Array:
+        return (token_B[:, None] == self.stop_ids[None]).any(axis=1)
+
+    def _look_up(self, state: DecodeState) -> DecodeState:
+        """Appends drafts found in the text to the rows where nothing waits to be checked."""
+        worth_B = state.worth_BE[:, self.final]
+        free_B = ~state.finished_B & (state.filled_BE[:, -1] == state.newest_B)
+        worthwhile_B = free_B & (worth_B >= 0)
+        drafts, found_B = speculate.look_up(state.tokens_BS, state.newest_B, self.mode.pending - 1)
+        stops = (drafts[:, :, None] == self.stop_ids[None, None]).any(axis=-1)
+        usable = jnp.cumsum(stops, axis=1) == 0
+        # The last token is the full model's, so that none is left unchecked when a row ends.
+        positions = state.newest_B[:, None] + 1 + jnp.arange(drafts.shape[1])[None]
+        usable &= (worthwhile_B & found_B)[:, None] & (positions + 1 < state.limit_B[:, None])
+        count_B = usable.sum(axis=1)
+        worth_B = speculate.consulted(worth_B, count_B > 0, 0.0)
+        worth_B = speculate.refused(worth_B, free_B & ~worthwhile_B)
+        rows = jnp.arange(len(count_B))[:, None]
+        at = jnp.where(usable, positions, state.tokens_BS.shape[1])
+        return state.change(
+            tokens_BS=state.tokens_BS.at[rows, at].set(drafts, mode="drop"),
+            exit_BS=state.exit_BS.at[rows, at].set(self.final + 1, mode="drop"),
+            newest_B=state.newest_B + count_B,
+            worth_BE=state.worth_BE.at[:, self.final].set(worth_B),
+        )
+
+    def _settle(
+        self, state: DecodeState, first_B, drafted_B, accepted_B, rows: jax.Array, width: jax.Array
+    ) -> DecodeState:
+        """Books which drafts stood, and what that says about where they came from.
+
+        Args:
+          rows, width: int32, how many rows the pass was for, and its positions in each.
+        """
+        place = jnp.arange(self.mode.pending)[None]
+        kept = place < accepted_B[:, None]
+        dropped = ~kept & (place < drafted_B[:, None])
+        at = self._positions(first_B + 1, state, self.mode.pending)
+        source = jnp.minimum(jnp.take_along_axis(state.exit_BS, at, axis=1), self.final)
+        # In tokens of plain decoding, where a pass gives each of the B rows one: what each draft
+        # adds to this pass, as wide as it is for all rows; and what a pass of its own would have
+        # cost the row, had it shared that with as many.
+        batch, row_cost = len(drafted_B), self.mode.row_cost
+        token = (1 + row_cost * (batch - 1)) / batch
+        further = row_cost * (width - 1) * batch / jnp.maximum(drafted_B.sum(), 1) / token
+        alone = 1 / jnp.maximum(rows, 1)
+        # A draft of an exit has had a pass as deep as that; one that was looked up, none.
+        own = jnp.array([*self.depth_shares[:-1], 0.0], jnp.float32)
+        saved = jnp.where(jnp.arange(self.final + 1) < self.final, alone, 1.0)
+        worth_BE = speculate.settled(
+            state.worth_BE,
+            source,
+            kept,
+            dropped,
+            gains=(1 - own) * (saved - further),
+            losses=own + (1 - own) * further,
+        )
+        return state.change(worth_BE=worth_BE).count(
+            drafted_BW=(kept | dropped).astype(jnp.int32), accepted_BW=kept.astype(jnp.int32)
+        )
+
+    def _column(self, index: int, values_B: jax.Array) -> jax.Array:
+        """[B, E + 1]: the values in one column, zeros in the others."""
+        return values_B[:, None] * (jnp.arange(self.final + 1) == index)[None]
+
+
+def _in_width(widths: tuple[int, ...], waiting_B: jax.Array, skip, run, state: DecodeState):
+    """(result of a pass just wide enough for the positions that wait, index of that width).
+
+    Args:
+      skip: what is done with the state where no row waits.
+      run: width → what is done in a pass that wide; one compiled branch each.
+    """
+    most = waiting_B.max()
+    narrowest = jnp.searchsorted(jnp.array(widths), most)
+    branch = jnp.where(most > 0, 1 + narrowest, 0)
+    return jax.lax.switch(branch, [skip, *map(run, widths)], state), narrowest
+
+
+def _pad(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, …] → [B, length, …], zeros behind."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))

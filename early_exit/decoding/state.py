@@ -1,0 +1,212 @@
+"""What a decode is at any moment: one frozen pytree with static shapes.
+
+The one idea: how far each row's positions have come is one small table, `filled_BE`: segment e
+has keys and values of the first `filled[e]` positions. It never rises with e. Where a row stands,
+which positions wait in front of which segment, and what a rejected draft takes back all follow
+from it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from early_exit.backbones.layers import CACHE_CHUNK
+from early_exit.decoding import cache as caches
+from early_exit.decoding.mode import Mode
+from early_exit.decoding.speculate import EXIT_CREDIT, LOOKUP_CREDIT
+from early_exit.exits.multi_exit import MultiExit
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a decode has done so far, per row; E + 1 segments, and as many heads.
+
+    Attributes:
+      positions_BE: int32, positions run through each segment, the prompt's excepted.
+      read_BE: int32, cached positions that those passes have read.
+      passes_BEN: float32, passes through each segment by width (`Mode.widths`); rows that ran
+        together have a share each, so that the sum over rows is the number of passes.
+      evaluations_BE: int32, predictions asked of each head, the final readout last (the one after
+        the prompt included).
+      head_passes_BE: float32, passes through each head, shared out likewise.
+      drafted_BW, accepted_BW: int32, drafts by their place since the last verified token: how
+        many were checked by the full model, and how many it agreed with.
+    """
+
+    positions_BE: jax.Array
+    read_BE: jax.Array
+    passes_BEN: jax.Array
+    evaluations_BE: jax.Array
+    head_passes_BE: jax.Array
+    drafted_BW: jax.Array
+    accepted_BW: jax.Array
+
+    @classmethod
+    def zero(cls, batch: int, segments: int, mode: Mode) -> "Counts":
+        ints = functools.partial(jnp.zeros, dtype=jnp.int32)
+        return cls(
+            positions_BE=ints((batch, segments)),
+            read_BE=ints((batch, segments)),
+            passes_BEN=jnp.zeros((batch, segments, len(mode.widths))),
+            evaluations_BE=ints((batch, segments)),
+            head_passes_BE=jnp.zeros((batch, segments)),
+            drafted_BW=ints((batch, mode.capacity)),
+            accepted_BW=ints((batch, mode.capacity)),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything a decode needs to go on; B rows of S positions, W of them under way.
+
+    Attributes:
+      tokens_BS: int32, the prompt, then what was decoded.
+      newest_B: int32, index of the newest token.
+      prompt_B: int32, length of the prompt.
+      limit_B: int32, a row ends when it has this many tokens.
+      finished_B: bool, whether the row has met its limit or a stop token.
+      exit_BS: int32, where each token came from: index of an exit (E is the final one), E + 1 for
+        one that was looked up, −1 for the prompt.
+      log_prob_BS: float32, the token's log-probability at temperature 1, at the exit that decided
+        about it: the final one in verified decoding.
+      filled_BE: int32 [B, E + 1], positions whose keys and values each segment has.
+      hidden_BWD: the hidden states of the positions under way, as deep as they have come; the one
+        of position p lies at p mod W.
+      predicted_B, agreeing_B: int32, what the last head said, and how many before it said the same.
+      account_B: float32, blocks that a policy's budget has left over.
+      worth_BE: float32 [B, E + 1], what consulting each exit, and looking up, gains lately.
+      counts: what was done so far.
+      cache: keys and values (`decoding.cache`).
+      keys_B: a PRNG key per row; a row draws the same whatever rows stand beside it.
+    """
+
+    tokens_BS: jax.Array
+    newest_B: jax.Array
+    prompt_B: jax.Array
+    limit_B: jax.Array
+    finished_B: jax.Array
+    exit_BS: jax.Array
+    log_prob_BS: jax.Array
+    filled_BE: jax.Array
+    hidden_BWD: jax.Array
+    predicted_B: jax.Array
+    agreeing_B: jax.Array
+    account_B: jax.Array
+    worth_BE: jax.Array
+    counts: Counts
+    cache: caches.Cache
+    keys_B: jax.Array
+
+    @property
+    def stage_B(self) -> jax.Array:
+        """int32 [B], the segment that the newest position of each row waits for."""
+        return (self.filled_BE > self.newest_B[:, None]).sum(axis=1)
+
+    @property
+    def progress_B(self) -> jax.Array:
+        """float32 [B], which part of its new tokens each row has."""
+        new = self.newest_B + 1 - self.prompt_B
+        return new / (self.limit_B - self.prompt_B)
+
+    def pending_slots(self, positions: jax.Array) -> jax.Array:
+        return positions % self.hidden_BWD.shape[1]
+
+    def change(self, **fields) -> "DecodeState":
+        return dataclasses.replace(self, **fields)
+
+    def count(self, **added) -> "DecodeState":
+        """The state after adding to some of its counts."""
+        counts = {name: getattr(self.counts, name) + more for name, more in added.items()}
+        return self.change(counts=dataclasses.replace(self.counts, **counts))
+
+
+def check_prompts(
+    model: MultiExit, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+) -> None:
+    """Raises ValueError at the first prompt that cannot be decoded; see `initial_state`."""
+    for i, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty; give at least one token")
+        if new < 1:
+            raise ValueError(f"prompt {i} asks for {new} new tokens; ask for at least 1")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise ValueError(
+                f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}, but the model "
+                f"knows 0 to {model.config.vocab_size - 1}; use the model's own tokenizer"
+            )
+        if len(prompt) + new > model.config.context_length:
+            raise ValueError(
+                f"prompt {i} and its answer need {len(prompt) + new} positions but the model's "
+                f"context is {model.config.context_length}; shorten the prompt or ask for fewer "
+                "new tokens"
+            )
+
+
+def initial_state(
+    model: MultiExit,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    *,
+    mode: Mode,
+    key: jax.Array,
+    dtype=jnp.float32,
+    slots: int | None = None,
+) -> DecodeState:
+    """State for prompts of any lengths, nothing run yet.
+
+    Args:
+      max_new_tokens: at least 1; one number, or one per prompt.
+      key: a PRNG key, split over the rows, or one key per row [B].
+      slots: cache slots to allocate; by default the smallest bucket that holds the longest row.
+
+    Raises:
+      ValueError: an empty prompt, a token outside the vocabulary, no new tokens, more positions
+        than the context, or slots that do not fit.
+    """
+    batch, segments, window = len(prompts), len(model.segments), mode.capacity
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = [max_new_tokens] * batch
+    check_prompts(model, prompts, max_new_tokens)
+    limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
+    # A pass writes as many rows as it is wide, the last of them behind the newest token.
+    needed = max(limits) + window - 1
+    slots = caches.bucket(needed) if slots is None else slots
+    if slots < needed or slots % CACHE_CHUNK:
+        raise ValueError(
+            f"slots={slots} must be a multiple of {CACHE_CHUNK} that holds the longest row's "
+            f"{needed} positions"
+        )
+    points = model.exits.points if model.exits.head == "layer" else ()
+    tokens = np.zeros((batch, slots), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+
+    def zeros(*shape):
+        return jnp.zeros((batch, *shape), jnp.int32)
+
+    return DecodeState(
+        tokens_BS=jnp.array(tokens),
+        newest_B=lengths - 1,
+        prompt_B=jnp.copy(lengths),
+        limit_B=jnp.array(limits, jnp.int32),
+        finished_B=jnp.zeros(batch, bool),
+        exit_BS=jnp.full((batch, slots), -1, jnp.int32),
+        log_prob_BS=jnp.zeros((batch, slots), jnp.float32),
+        filled_BE=zeros(segments),
+        hidden_BWD=jnp.zeros((batch, window, model.config.width), dtype),
+        predicted_B=zeros() - 1,
+        agreeing_B=zeros(),
+        account_B=jnp.zeros(batch, jnp.float32),
+        # The dtype is spelt out: after a weakly typed state, the next would be another program.
+        worth_BE=jnp.full((batch, segments), EXIT_CREDIT, jnp.float32).at[:, -1].set(LOOKUP_CREDIT),
+        counts=Counts.zero(batch, segments, mode),
+        cache=caches.empty(model.config, caches.names(model.config, points), batch, slots, dtype),
+        keys_B=key if key.shape == (batch,) else jax.random.split(key, batch),
+    )

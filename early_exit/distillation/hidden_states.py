@@ -1,0 +1,296 @@
+"""Cached hidden states: what a frozen backbone made of a text, as rows to tune exits on.
+
+    STATES/about.json           backbone, text, exit points, K
+           00000.array_record   the rows of a few batches of the training stream
+           00000.json           how many, and their SHA-256
+
+The one idea: to a head, a row is its tokens, the hidden states where the head stands, and what the
+full model would have said. Behind a frozen backbone all three stay the same however often heads are
+tuned, so the backbone runs once, and batches of rows are drawn from what it left like examples:
+shuffled anew at each pass.
+
+A row holds, for T tokens, `tokens`, `documents` and `positions`, int32 [T]; for each exit point
+`hidden_<point>`, bfloat16 [T, D]; and the full model's K most probable next tokens, `teacher_ids`,
+uint16 or int32 [T, K], the most probable first, and `teacher_log_probs`, float16 [T, K].
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import numpy as safetensors
+
+from early_exit import sharding, tree
+from early_exit.backbones import base
+from early_exit.data import feed as feeds
+from early_exit.data import shards
+from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead
+from early_exit.data.transforms import Batch
+from early_exit.exits.multi_exit import MultiExit
+from early_exit.runs import assemble
+from early_exit.settings.overrides import ConfigDict
+
+# Beside the hidden states.
+ALWAYS = ("tokens", "documents", "positions", "teacher_ids", "teacher_log_probs")
+
+
+def hidden_name(point: int) -> str:
+    return f"hidden_{point}"
+
+
+def pack(row: Batch) -> bytes:
+    """A row as a record: a safetensors file with the bits of bfloat16 as uint16."""
+    bits = {
+        name: array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+        for name, array in row.items()
+    }
+    return safetensors.save({name: np.ascontiguousarray(array) for name, array in bits.items()})
+
+
+def unpack(record: bytes, points: Sequence[int]) -> Batch:
+    """The row of a record, with the hidden states at some of its exit points."""
+    arrays = safetensors.load(record)
+    row = {name: arrays[name] for name in ALWAYS}
+    for point in points:
+        row[hidden_name(point)] = arrays[hidden_name(point)].view(ml_dtypes.bfloat16)
+    return row
+
+
+# A shard is what is lost at most when filling is interrupted.
+BATCHES_IN_SHARD = 4
+# Positions whose full-vocabulary logits exist at a time.
+_ROWS = 128
+
+
+def fill(
+    config: ConfigDict,
+    folder: Path,
+    *,
+    batches: int,
+    top_k: int,
+    done: Callable[[int], None] = lambda tokens: None,
+    rank: Rank = ALONE,
+) -> None:
+    """Runs the config's backbone over the first batches of its training stream, and keeps the rows.
+
+    Makes those shards that are not there yet; of several processes each makes its own, on a mesh of
+    its own devices.
+
+    Args:
+      config: a run's. Of its exits only the points matter.
+      batches: at least how many; the last shard is filled up.
+      top_k: K, how many of the teacher's tokens are kept at each position.
+      done: called with the tokens of each batch when it is made.
+
+    Raises:
+      ValueError: settings that make no states, or not those of the states in the folder.
+      OSError: a shard cannot be written.
+    """
+    if batches < 1:
+        raise ValueError(f"batches must be at least 1, not {batches}")
+    mesh = sharding.make_mesh(config.mesh, jax.local_devices())
+    size = config.data.batch_size
+    sharding.row_rank(mesh, size)
+    pretrained, model = assemble.load_backbone(config)
+    if model.config.classifies:
+        raise ValueError("hidden states are cached for language models; this is a classifier")
+    if not model.exits.points:
+        raise ValueError("exits.points names no place whose hidden states could be cached")
+    if not 0 < top_k <= model.config.vocab_size:
+        raise ValueError(f"top_k must lie in 1…{model.config.vocab_size}, not {top_k}")
+    model = assemble.for_tuning(config, model)
+    feed = feeds.make(config, model.config, pretrained.tokenizer)
+    about = {
+        "backbone": tree.fingerprint(pretrained.params),
+        "vocabulary": _vocabulary(pretrained.tokenizer),
+        "text": feed.data_hash("train"),
+        "seed": config.seed,
+        "sequence_length": config.data.sequence_length,
+        "batch_size": size,
+        "batches_in_shard": BATCHES_IN_SHARD,
+        "points": list(model.exits.points),
+        "top_k": top_k,
+    }
+    shards.begin(folder, about)
+
+    params = base.stack_blocks(pretrained.params) if model.config.scan else pretrained.params
+    params = {"backbone": params}
+    params = sharding.place(params, sharding.shardings(params, mesh))
+    kept = functools.partial(_kept, model=model, top_k=top_k)
+    run = jax.jit(sharding.under(mesh, kept))
+
+    place = functools.partial(sharding.place_batch, mesh=mesh, rows=size)
+    tokens = size * config.data.sequence_length
+    stream = feed.training(config.seed)
+    try:
+        for number in range(math.ceil(batches / BATCHES_IN_SHARD)):
+            given = list(itertools.islice(stream, BATCHES_IN_SHARD))
+            if number % rank.count != rank.index or shards.is_finished(folder, number):
+                continue
+            made = _ahead(lambda batch: batch | run(params, place(batch)), given)
+            records = _records(made, lambda: done(tokens))
+            shards.write(folder, number, records, {"tokens": tokens * len(given)})
+    finally:
+        stream.close()
+
+
+def _kept(params: base.Params, batch: dict, *, model: MultiExit, top_k: int) -> dict:
+    """What a row holds beside the batch's own, for each row of a batch."""
+    bound = model.bind(params)
+    backbone, points = bound.backbone, model.exits.points
+    hidden, context = backbone.stem(batch)
+    *at_exits, last = bound.hidden_at_exits(hidden, context, (*points, model.config.depth))
+    final = backbone.features(last, context)
+    table = backbone.output_table()
+
+    def teacher(feature):
+        values = base.logits(feature, table)
+        best, ids = jax.lax.top_k(values, top_k)
+        return ids, best - jax.nn.logsumexp(values)
+
+    flat = sharding.by_row(final.reshape(-1, final.shape[-1]))
+    found = jax.lax.map(teacher, flat, batch_size=_ROWS)
+    ids, log_probs = (x.reshape(*final.shape[:2], top_k) for x in found)
+    narrow = jnp.uint16 if model.config.vocab_size <= 2**16 else jnp.int32
+    kept = {"teacher_ids": ids.astype(narrow), "teacher_log_probs": log_probs.astype(jnp.float16)}
+    for point, hidden in zip(points, at_exits, strict=True):
+        kept[hidden_name(point)] = hidden.astype(jnp.bfloat16)
+    return kept
+
+
+def _ahead(function: Callable, items: Sequence) -> Iterator[Any]:
+    """`map`, one item further than asked for: the device works while the host writes."""
+    waiting = None
+    for item in items:
+        coming = function(item)
+        if waiting is not None:
+            yield waiting
+        waiting = coming
+    yield waiting
+
+
+def _records(made: Iterator[dict], done: Callable[[], None]) -> Iterator[bytes]:
+    for batch in made:
+        batch = {name: np.asarray(array) for name, array in batch.items()}
+        for row in range(len(batch["tokens"])):
+            yield pack({name: array[row] for name, array in batch.items()})
+        done()
+
+
+def size(folder: Path) -> dict[str, float]:
+    """How much a cache holds: `rows`, `tokens`, `bytes` on the disk, `bytes_per_token`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `shards.Store`.
+    """
+    store = shards.Store(folder)
+    tokens = sum(shard["tokens"] for shard in store.shards.values())
+    on_disk = sum(path.stat().st_size for path in folder.glob("*.array_record"))
+    return {
+        "rows": len(store),
+        "tokens": tokens,
+        "bytes": on_disk,
+        "bytes_per_token": on_disk / tokens,
+    }
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def opened(config: ConfigDict) -> shards.Store | None:
+    """The cache that a run tunes from, if it suits the settings; None without `tune.hidden_states`.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: settings that it was not made for.
+    """
+    if not config.tune.get("hidden_states"):
+        return None
+    folder = config.tune.hidden_states
+    if config.tune.train != "exits":
+        raise ValueError(
+            f"tune.train={config.tune.train} changes the backbone, and tune.hidden_states holds "
+            "what it was; use tune.train=exits, or leave tune.hidden_states empty"
+        )
+    store = shards.Store(Path(folder))
+    cached = store.about["points"]
+    if lacking := [point for point in config.exits.points if point not in cached]:
+        raise ValueError(
+            f"{folder} has no hidden states after blocks {lacking}, only after {cached}; choose "
+            "exits.points among these, or cache others with launch.cache"
+        )
+    if config.data.sequence_length != store.about["sequence_length"]:
+        raise ValueError(
+            f"the rows of {folder} have {store.about['sequence_length']} tokens, but "
+            f"data.sequence_length={config.data.sequence_length}; set it to theirs"
+        )
+    if len(store) < config.data.batch_size:
+        raise ValueError(
+            f"{folder} has {len(store)} rows, fewer than data.batch_size="
+            f"{config.data.batch_size}; cache more with launch.cache --batches"
+        )
+    return store
+
+
+def check(config: ConfigDict, store: shards.Store, backbone: str, text: str) -> None:
+    """Raises ValueError where the cache is not of this backbone (its fingerprint) and this text."""
+    folder, about = config.tune.hidden_states, store.about
+    if about["backbone"] != backbone:
+        raise ValueError(
+            f"the states in {folder} are of a backbone with fingerprint {about['backbone'][:12]}…, "
+            f"but model.source gives {backbone[:12]}… in {config.model.dtype}; name the backbone "
+            "they are of, or cache again with launch.cache"
+        )
+    if about["text"] != text:
+        raise ValueError(
+            f"the states in {folder} are of another text than the train split of data.source="
+            f"{config.data.source}; name that text, or cache again with launch.cache"
+        )
+
+
+def training_batches(
+    store: shards.Store,
+    points: Sequence[int],
+    *,
+    batch_size: int,
+    seed: int,
+    num_threads: int = 2,
+    rank: Rank = ALONE,
+) -> TrainingBatches:
+    """Batches without end; each pass over the rows has an order of its own.
+
+    Args:
+      points: whose hidden states a batch holds.
+      batch_size: B, rows over all processes together.
+      rank: whose rows to return.
+
+    Raises:
+      ValueError: sizes that make no batches; later, a damaged record.
+    """
+    rank.check(batch_size)
+
+    def read(indices: Batch) -> Batch:
+        rows = [unpack(store[index], points) for index in indices["rows"]]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    dataset = grain.MapDataset.range(len(store)).seed(seed).shuffle().repeat().batch(batch_size)
+    dataset = dataset.map(lambda indices: {"rows": indices})
+    dataset = dataset.map(rank.rows).map(read)
+    return TrainingBatches(dataset.to_iter_dataset(read_ahead(num_threads)))
+
+
+def without_blocks(params: base.Params) -> base.Params:
+    """The frozen parameters that heads may read: the backbone's but for its blocks."""
+    around = {name: part for name, part in params["backbone"].items() if name != "blocks"}
+    return params | {"backbone": around}

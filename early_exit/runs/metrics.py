@@ -1,0 +1,186 @@
+"""What a run says while it runs: metrics files, TensorBoard, a progress bar, tables.
+
+The one idea: every write is one whole line that a killed run cannot lose, and a run that goes on
+from an earlier step first takes back the lines written after it.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+import tensorboardX
+import tqdm
+
+from early_exit.storage import files
+
+# What follows from config, data and weights; a run that was interrupted has the same lines.
+FILE = "metrics.jsonl"
+# What depends on the machine: rates and memory.
+SPEED = "speed.jsonl"
+# Without a terminal, progress is a line at a time.
+_SECONDS_BETWEEN_LINES = 30
+
+
+class MetricsWriter:
+    """Scalars by step, as lines of a file and as TensorBoard events in `tensorboard/`.
+
+    The files are `metrics.jsonl`, and `speed.jsonl` for what no other run would repeat.
+
+    A context manager. With several processes, only the first should have one.
+    """
+
+    def __init__(self, folder: str | os.PathLike, resumed_step: int | None = None):
+        """`resumed_step` is the step of the checkpoint the run goes on from; None to begin anew.
+
+        Raises OSError where the folder cannot be written to.
+        """
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files = {}
+        for name in (FILE, SPEED):
+            _drop_later_lines(folder / name, resumed_step)
+            self._files[name] = (folder / name).open("a")
+        self._events = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=0 if resumed_step is None else resumed_step + 1
+        )
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes one line, `{"step": …, name: number, …}`; null stands for NaN and infinities."""
+        self._write(FILE, step, scalars)
+
+    def write_speed(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """The same, of what depends on the machine."""
+        self._write(SPEED, step, scalars)
+
+    def _write(self, file: str, step: int, scalars: Mapping[str, Any]) -> None:
+        numbers = {name: _number(value) for name, value in scalars.items()}
+        self._files[file].write(json.dumps({"step": int(step), **numbers}) + "\n")
+        self._files[file].flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, float(value), int(step))
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def read_metrics(folder: str | os.PathLike, file: str = FILE) -> list[dict[str, Any]]:
+    """The lines of a run's file; a last line that a killed run left unfinished is left out."""
+    return [json.loads(line) for line in _whole_lines(pathlib.Path(folder) / file)]
+
+
+def _whole_lines(path: pathlib.Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _drop_later_lines(path: pathlib.Path, last_step: int | None) -> None:
+    kept = [
+        line
+        for line in _whole_lines(path)
+        if last_step is not None and json.loads(line)["step"] <= last_step
+    ]
+    with files.replacing(path) as rewritten:
+        rewritten.write_text("".join(kept))
+
+
+def _number(value: Any) -> int | float | None:
+    value = value.item() if hasattr(value, "item") else value
+    return value if math.isfinite(value) else None
+
+
+def progress(
+    total: int, unit: str = "tokens", done: int = 0, description: str = "", file: TextIO = None
+) -> tqdm.tqdm:
+    """A progress display with rate and time left: `.update(n)`, `.set_postfix_str(text)`, `with`.
+
+    On a terminal it is a bar; elsewhere (a log file, a batch job) a plain line every half minute
+    and one at the end.
+
+    Args:
+      total: of `unit`s, those already `done` by an earlier run included.
+      file: where to show it; standard error if None.
+    """
+    file = sys.stderr if file is None else file
+    common = dict(
+        total=total, initial=done, unit=f" {unit}", unit_scale=True, desc=description or None
+    )
+    if file.isatty():
+        return tqdm.tqdm(**common, file=file, dynamic_ncols=True)
+    return tqdm.tqdm(
+        **common,
+        file=_Lines(file),
+        ncols=0,  # no bar
+        mininterval=_SECONDS_BETWEEN_LINES,
+        maxinterval=math.inf,
+        miniters=1,
+    )
+
+
+class _Lines:
+    """Turns what tqdm draws over and over on one line into lines of their own."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text and text != self._last:
+            self._file.write(text + "\n")
+            self._last = text
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
+    """Rows as aligned plain text under `header`: numbers to the right, all else to the left.
+
+    Floats get three decimals, none from 1000 on, and three digits below 0.001; None is a dash.
+    """
+    rows = [list(row) for row in rows]
+    cells = [list(header), *[[_cell(value) for value in row] for row in rows]]
+    columns = list(zip(*cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [
+        all(
+            isinstance(row[i], int | float) or hasattr(row[i], "item") or row[i] is None
+            for row in rows
+        )
+        for i in range(len(columns))
+    ]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(cells, widths, right, strict=True)
+        ]
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join(
+        [line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])]
+    )
+
+
+def _cell(value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.3f}" if abs(value) >= 1e-3 or not value else f"{value:.3g}"

@@ -1,0 +1,147 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from early_exit.decoding import sampling as samplings
+from early_exit.decoding.sampling import GREEDY, Sampling
+
+choose = jax.jit(samplings.choose, static_argnames=("sampling", "vocab_size"))
+filtered = jax.jit(samplings.filtered, static_argnames="sampling")
+
+# Few lengths, and few settings below: each is a program.
+LOGITS = st.sampled_from([2, 12]).flatmap(
+    lambda length: st.lists(
+        st.integers(-40, 40).map(lambda n: n / 8), min_size=length, max_size=length
+    )
+)
+FILTERS = [
+    Sampling(temperature, top_k, top_p)
+    for temperature, top_k, top_p in [
+        (1.0, 0, 1.0),
+        (0.5, 1, 1.0),
+        (2.0, 5, 1.0),
+        (0.5, 0, 0.1),
+        (1.0, 0, 0.93),
+        (2.0, 3, 0.37),
+        (1.0, 5, 0.61),
+        (0.5, 2, 0.93),
+    ]
+]
+
+
+def kept_by_definition(logits, sampling):
+    """Indices that survive: top-k by count, then the fewest most probable that reach top_p.
+
+    Tokens as probable as the last one kept stay too: nothing tells them apart.
+    """
+    logits = np.array(logits, np.float64) / sampling.temperature
+    kept = set(range(len(logits)))
+    if sampling.top_k:
+        least = sorted(logits, reverse=True)[: sampling.top_k][-1]
+        kept = {i for i in kept if logits[i] >= least}
+    if sampling.top_p < 1:
+        weights = {i: np.exp(logits[i]) for i in kept}
+        order = sorted(kept, key=lambda i: -weights[i])
+        total, reached, last = sum(weights.values()), 0.0, None
+        for i in order:
+            if reached >= sampling.top_p - 1e-6:
+                break
+            reached += weights[i] / total
+            last = logits[i]
+        kept = {i for i in kept if logits[i] >= last}
+    return kept
+
+
+@settings(deadline=None, max_examples=200)
+@given(LOGITS, st.sampled_from(FILTERS))
+def test_filters_keep_what_their_definition_keeps(logits, sampling):
+    found = np.asarray(filtered(jnp.array([logits], jnp.float32), sampling))[0]
+    kept = kept_by_definition(logits, sampling)
+    assert set(np.flatnonzero(np.isfinite(found))) == kept and kept
+    for i in kept:
+        np.testing.assert_allclose(found[i], logits[i] / sampling.temperature, rtol=1e-6)
+
+
+def test_rows_are_filtered_and_drawn_apart():
+    logits = jax.random.normal(jax.random.key(0), (6, 30)) * 3
+    keys = jax.random.split(jax.random.key(1), 6)
+    sampling = Sampling(1.3, 5, 0.8)
+    together = choose(keys, logits, sampling, None, 30)
+    alone = [choose(keys[i : i + 1], logits[i : i + 1], sampling, None, 30)[0] for i in range(6)]
+    assert together.tolist() == [int(x) for x in alone]
+    in_a_square = choose(keys.reshape(2, 3), logits.reshape(2, 3, 30), sampling, None, 30)
+    assert in_a_square.reshape(-1).tolist() == together.tolist()
+
+
+def test_only_what_was_kept_is_drawn():
+    logits = jnp.tile(jnp.array([[2.0, 1.0, 0.0, -1.0]]), (500, 1))
+    keys = jax.random.split(jax.random.key(0), 500)
+    assert set(choose(keys, logits, Sampling(1.0, top_k=2), None, 4).tolist()) == {0, 1}
+    # Classes are filtered by their own logits, whatever tokens they stand for.
+    ids = jnp.array([7, 0, 3, 9])
+    assert set(choose(keys, logits, Sampling(1.0, top_k=2), ids, 11).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=4), Sampling(2.0, 0, 0.8)])
+def test_heads_that_say_the_same_draw_the_same_token(sampling):
+    """The same distribution with its classes in another order, and with tokens that never come."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(400, 9)) * 2, jnp.float32)
+    keys = jax.random.split(jax.random.key(1), 400)
+    ids = jnp.asarray(rng.permutation(20)[:9])
+    order = rng.permutation(9)
+    tokens = ids[choose(keys, logits, sampling, ids, 20)]
+    shuffled = ids[order][choose(keys, logits[:, order], sampling, ids[order], 20)]
+    np.testing.assert_array_equal(tokens, shuffled)
+    everything = jnp.full((400, 20), -jnp.inf).at[:, ids].set(logits)
+    np.testing.assert_array_equal(tokens, choose(keys, everything, sampling, None, 20))
+    # A nearly equal distribution gives nearly always the same: an independent draw would give
+    # another token as often as two draws from the distribution differ.
+    nearly = ids[choose(keys, logits + 0.02 * rng.normal(size=(400, 9)), sampling, ids, 20)]
+    other = jax.random.split(jax.random.key(2), 400)
+    apart = ids[choose(other, logits, sampling, ids, 20)]
+    assert (nearly != tokens).mean() < 0.05 < 0.2 < (apart != tokens).mean()
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["all", "reduced"])
+def test_draws_follow_the_distribution(reduced):
+    """χ² against jax's own draws, in two samples; those at another temperature are told apart."""
+    logits = jnp.array([1.5, 0.2, -0.5, 0.9, -2.0, 0.0])
+    ids = jnp.array([11, 3, 8, 0, 5, 2]) if reduced else None
+    count = 6000
+    keys = jax.random.split(jax.random.key(0), count)
+    spread = jnp.broadcast_to(logits, (count, 6))
+    drawn = choose(keys, spread, Sampling(0.8), ids, 12 if reduced else 6)
+
+    def p_value(temperature):
+        theirs = jax.random.categorical(jax.random.key(1), logits / temperature, shape=(count,))
+        table = [np.bincount(draws, minlength=6) for draws in (np.asarray(drawn), theirs)]
+        return stats.chi2_contingency(np.array(table)).pvalue
+
+    assert p_value(0.8) > 1e-3
+    assert p_value(1.0) < 1e-6, "the test cannot tell a wrong temperature"
+
+
+def test_greedy_takes_the_best_whatever_the_key():
+    logits = jax.random.normal(jax.random.key(0), (4, 9))
+    for seed in range(3):
+        drawn = choose(jax.random.split(jax.random.key(seed), 4), logits, GREEDY, None, 9)
+        np.testing.assert_array_equal(drawn, logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "temperature must be ≥ 0"),
+        ({"top_k": -2}, "top_k must be ≥ 0"),
+        ({"top_p": 0}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)

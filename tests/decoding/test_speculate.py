@@ -1,0 +1,166 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from early_exit import policy as policies
+from early_exit.cost.traffic import traffic
+from early_exit.decoding import speculate
+from early_exit.decoding.generate import generate
+from early_exit.decoding.mode import Mode
+
+SLOTS, COUNT = 40, 7
+look_up = jax.jit(speculate.look_up, static_argnames="count")
+
+
+def looked_up(texts, count=COUNT, rubbish=0):
+    """What is found for texts side by side, something else lying in the slots behind them."""
+    tokens = np.random.default_rng(rubbish).integers(0, 3, (len(texts), SLOTS))
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    newest = np.array([len(text) - 1 for text in texts])
+    drafts, found = look_up(jnp.asarray(tokens, jnp.int32), jnp.asarray(newest), count)
+    return [row if ok else None for row, ok in zip(drafts.tolist(), found.tolist(), strict=True)]
+
+
+def by_definition(text, count=COUNT):
+    """What follows the longest earlier match of the end of the text, the latest of several."""
+    for length in range(speculate.LONGEST_MATCH, speculate.SHORTEST_MATCH - 1, -1):
+        for end in range(len(text) - 1, length - 1, -1):
+            if text[end - length : end] == text[-length:]:
+                return list(itertools.islice(itertools.cycle(text[end:]), count))
+    return None
+
+
+# Few different tokens, so that matches are frequent; texts of one token, and full ones.
+TEXTS = st.integers(1, 3).flatmap(
+    lambda most: st.lists(st.integers(0, most), min_size=1, max_size=SLOTS)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TEXTS, min_size=4, max_size=4), st.integers(0, 9))
+def test_lookup_equals_a_search_by_definition(texts, rubbish):
+    """In every row by its own text, whatever lies in the slots behind."""
+    assert looked_up(texts, rubbish=rubbish) == [by_definition(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6, 1, 2], [3, 4, 5, 6, 1, 2, 3]),  # goes on from its start
+        ([1, 2, 8, 1, 2, 9, 1, 2], [9, 1, 2, 9, 1, 2, 9]),  # the latest of two
+        ([7, 1, 2, 8, 3, 1, 2, 9, 7, 1, 2], [8, 3, 1, 2, 9, 7, 1]),  # a longer match before it
+        ([5, 5, 5], [5] * 7),  # a match may overlap with what it matches
+        ([1, 2, 3, 4, 2], None),  # a single token is too little
+        ([1, 2, 3, 4], None),
+        ([4], None),
+    ],
+)
+def test_lookup_examples(text, expected):
+    assert looked_up([text]) == [expected]
+
+
+def test_no_match_counts_for_more_than_the_longest():
+    longest = list(range(10, 10 + speculate.LONGEST_MATCH))
+    assert looked_up([[1, *longest, 2, 0, *longest, 3, 1, *longest]]) == [[3, 1, *longest][:COUNT]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_accepted_drafts_are_those_before_the_first_wrong_one(seed):
+    rng = np.random.default_rng(seed)
+    drafts, chosen = rng.integers(0, 2, (2, 4, 5))
+    count = rng.integers(0, 6, 4)
+    expected = []
+    for row in range(4):
+        stood = 0
+        while stood < count[row] and drafts[row, stood] == chosen[row, stood]:
+            stood += 1
+        expected.append(stood)
+    assert speculate.accepted(drafts, chosen, jnp.asarray(count)).tolist() == expected
+
+
+def test_only_the_sources_of_drafts_are_credited():
+    """Three rows: both of exit 0's stand; one of exit 1's falls; none was drafted."""
+    got = speculate.settled(
+        jnp.full((3, 3), 0.25),
+        source_BW=jnp.array([[0, 0], [0, 1], [0, 0]]),
+        kept_BW=jnp.array([[True, True], [True, False], [False, False]]),
+        dropped_BW=jnp.array([[False, False], [False, True], [False, False]]),
+        gains=jnp.array([0.5, 0.125, 1.0]),
+        losses=jnp.array([0.25, 0.75, 1.0]),
+    )
+    change = np.array([[1.0, 0, 0], [0.5, -0.75, 0], [0, 0, 0]]) / speculate.MEMORY
+    np.testing.assert_allclose(got, 0.25 + change, rtol=1e-6)
+
+
+@functools.partial(jax.jit, static_argnames=("price", "gain", "loss"))
+def live(pays_N, *, price=0.04, gain=0.6, loss=0.5):
+    """Whether one source is consulted for each token, if it drafts each time, rightly or not."""
+
+    def token(worth_B, pays):
+        asked_B = worth_B >= 0
+        worth_B = speculate.consulted(worth_B, asked_B, price)
+        worth_BE = speculate.settled(
+            worth_B[:, None],
+            jnp.zeros((1, 1), jnp.int32),
+            (asked_B & pays)[:, None],
+            (asked_B & ~pays)[:, None],
+            jnp.array([gain]),
+            jnp.array([loss]),
+        )
+        return speculate.refused(worth_BE[:, 0], ~asked_B), asked_B[0]
+
+    return jax.lax.scan(token, jnp.full(1, speculate.EXIT_CREDIT), pays_N)[1]
+
+
+# What a source may lose before its running mean is below zero.
+CREDIT = speculate.EXIT_CREDIT * speculate.MEMORY
+
+
+def test_a_source_that_never_pays_costs_no_more_than_the_insurance():
+    asked = np.asarray(live(np.zeros(20000, bool)))
+    cost = 0.04 + 0.5
+    assert asked[:2].all() and asked[10000:].any()
+    assert asked.sum() * cost <= CREDIT + cost + speculate.INSURANCE * asked.size
+    # Later on, between two attempts, as many tokens as the first of them cost.
+    pauses = np.diff(np.flatnonzero(asked))[10:]
+    assert pauses.min() >= cost / speculate.INSURANCE - 1
+
+
+def test_a_source_that_pays_stays_on():
+    assert np.asarray(live(np.ones(500, bool))).all()
+    # Two of three right: 2 · 0.6 − 0.5 > 3 · 0.04.
+    assert np.asarray(live(np.arange(500) % 3 > 0)).all()
+
+
+def test_a_source_that_pays_again_comes_back():
+    pays = np.repeat([True, False, True], 600)
+    asked = np.asarray(live(pays))
+    assert asked[:600].all()
+    first, between, last = asked.reshape(3, 600)
+    assert between[-300:].mean() < 0.05 and first.all()
+    # Back with the first attempt that pays, so after one pause at the latest.
+    assert last[150:].all()
+
+
+def test_drafts_that_never_stand_cost_little_in_the_loop(tiny):
+    """The exits of a random model say what the full model does not; one draft at a time."""
+    model, params = tiny
+    mode = Mode("defer", verified=True, pending=2)
+    policy, tokens = policies.forced(2, 1), 400
+    (got,) = generate(model, params, [[7, 3, 52]], policy=policy, mode=mode, max_new_tokens=tokens)
+    asked, drafted = int(got.counts.evaluations_BE[1]), got.counts.drafted_BW.sum()
+    accepted = int(got.counts.accepted_BW.sum())
+    assert 0 < drafted <= asked and accepted < 0.2 * drafted
+    depths, heads = traffic(model, params).shares()
+    # The head, and the blocks before it once more for the token that the full model says instead.
+    spent = asked * heads[1] + (drafted - accepted) * depths[1]
+    dearest = heads[1] + depths[1] + mode.row_cost
+    assert spent <= CREDIT + dearest + speculate.INSURANCE * tokens + accepted

@@ -1,0 +1,129 @@
+import pathlib
+import runpy
+import sys
+
+import pytest
+
+from early_exit.settings.overrides import ConfigDict
+from early_exit.training import preemption
+from launch import jobs
+
+BASE = ConfigDict(
+    {"tune": {"steps": 3, "rate": 1e-3}, "exits": {"points": (2, 4), "rate": 0.5}, "text": "a"}
+)
+
+
+def runs_of(*asked, workdir):
+    def add_all(add):
+        for overrides in asked:
+            add(**overrides)
+
+    return jobs.expand(add_all, BASE, workdir)
+
+
+def test_every_run_has_its_config_and_a_folder_that_says_what_it_changes(tmp_path):
+    asked = [
+        {},
+        {"tune.steps": 5, "exits.points": [1, 3]},
+        {"tune.rate": 1e-4, "text": "a folder/or: two"},
+        {"exits.rate": 1},
+    ]
+    runs = runs_of(*asked, workdir=tmp_path)
+    assert [str(run.folder.relative_to(tmp_path)) for run in runs] == [
+        "base",
+        "steps=5,points=1-3",
+        "tune.rate=0.0001,text=a_folder_or__two",
+        "exits.rate=1",
+    ]
+    assert [run.overrides for run in runs] == asked
+    assert runs[0].config == BASE
+    assert runs[1].config.exits.points == (1, 3) and runs[1].config.tune.steps == 5
+    assert not any(run.is_finished for run in runs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_wrong_with_a_sweep_is_said_at_once(tmp_path):
+    asked = [
+        {"tune.stepz": 1, "tune.rate": "fast"},
+        {"tune.steps": 1},
+        {"tune.steps": 1},
+        {"tune.stepz": 1},
+    ]
+    with pytest.raises(ValueError, match="the sweep cannot start") as caught:
+        runs_of(*asked, workdir=tmp_path)
+    assert str(caught.value).split("\n  ")[1:] == [
+        "config has no 'tune.stepz'; did you mean 'tune.steps'?",
+        "config.tune.rate is float (0.001), not str ('fast')",
+        "steps=1: more than one run has this name",
+    ]
+    with pytest.raises(ValueError, match="adds no run"):
+        runs_of(workdir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m", "tiny"])
+def test_the_sweeps_beside_the_configs_fit_them(name, tmp_path):
+    file = runpy.run_path(pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py")
+    runs = jobs.expand(file["sweep"], file["get_config"](), tmp_path)
+    assert len({run.config.to_json() for run in runs}) == len(runs) > 1
+
+
+def job(folder, script):
+    return jobs.Job([sys.executable, "-SEc", script], folder)
+
+
+def test_a_failed_job_does_not_stop_the_next(tmp_path, capsys):
+    jobs = [
+        job(tmp_path / "a", "import sys; print('one'); sys.exit('two')"),
+        job(tmp_path / "b", "print('three')"),
+        job(tmp_path / "c", f"import sys; sys.exit({preemption.EXIT_STATUS})"),
+    ]
+    jobs.run_local(jobs)
+    texts = [each.log.read_text() for each in jobs]
+    assert [sorted(text.split()) for text in texts] == [["one", "two"], ["three"], []]
+    printed = capsys.readouterr().out
+    assert "[1/3] a: failed with status 1" in printed and "[2/3] b: finished" in printed
+    assert "[3/3] c: saved and left" in printed
+    jobs.run_local(jobs[1:2])
+    assert jobs[1].log.read_text() == "three\nthree\n"  # what an earlier start said is kept
+
+
+# Ends when `needed` have begun, and says from when to when it ran.
+MEETS = """
+import pathlib, sys, time
+began = time.monotonic()
+here, name, needed = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+(here / name).touch()
+while len(list(here.iterdir())) < needed:
+    time.sleep(0.01)
+print(began, time.monotonic())
+"""
+
+
+def test_so_many_jobs_run_at_a_time(tmp_path):
+    """The first two wait for each other, then the next two; never are there three."""
+    (met := tmp_path / "met").mkdir()
+    jobs = []
+    for name, needed in ("a", 2), ("b", 2), ("c", 4), ("d", 4):
+        command, folder = job(tmp_path / name, MEETS)
+        jobs.append(jobs.Job([*command, str(met), name, str(needed)], folder))
+    jobs.run_local(jobs, parallel=2)
+    spans = [tuple(map(float, each.log.read_text().split())) for each in jobs]
+    assert max(sum(a <= began <= b for a, b in spans) for began, _ in spans) == 2
+
+
+def test_a_sweep_that_ends_early_lets_its_jobs_save(tmp_path):
+    (met := tmp_path / "met").mkdir()
+    saves = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved')))\n"
+        "(pathlib.Path(sys.argv[1]) / 'ready').touch()\n"
+        "time.sleep(100)"
+    )
+    command, folder = job(tmp_path / "long", saves)
+    long = jobs.Job([*command, str(met)], folder)
+    command, folder = job(tmp_path / "short", MEETS)
+    short = jobs.Job([*command, str(met), "short", "2"], folder)
+    impossible = jobs.Job([str(tmp_path / "no such program")], tmp_path / "impossible")
+    with pytest.raises(FileNotFoundError, match="no such program"):
+        jobs.run_local([long, short, impossible], parallel=2)
+    assert long.log.read_text() == "saved\n"
