@@ -26,7 +26,7 @@ from early_exit.runs.metrics import progress, table
 from early_exit.training import preemption
 from launch import common, processes
 
-STATES = flags.DEFINE_string("states", None, "Folder of the cache.")
+STATES = flags.DEFINE_string("hidden_states", None, "Folder of the cache.")
 BATCHES = flags.DEFINE_integer(
     "batches", None, "At least so many batches; if absent, as many as the config tunes for."
 )
@@ -73,5 +73,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "states"])
+    flags.mark_flags_as_required(["config", "hidden_states"])
     common.run(main, on_run=False, configured=True)

@@ -27,7 +27,7 @@ from launch import common
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of a TPU slice, as v5p:4x4x8.")
 WHAT = flags.DEFINE_enum("what", "tune", ("tune", "decode"), "The program to compile.")
-MODE = flags.DEFINE_enum("mode", "lossy", tuple(mode.BY_NAME), "How to decode.")
+MODE = flags.DEFINE_enum("mode", "lossy", mode.NAMES, "How to decode.")
 ROWS = flags.DEFINE_integer("rows", 1, "Rows decoded on each share of the mesh's data × fsdp.")
 POSITIONS = flags.DEFINE_integer("positions", 2048, "Positions of each row that is decoded.")
 BLOCKS = flags.DEFINE_integer("blocks", None, "Compile a model of so many blocks, exits scaled.")
@@ -46,7 +46,7 @@ def main(argv):
         tokens, unit = config.data.batch_size * config.data.sequence_length, "step"
     else:
         rows = ROWS.value * mesh.shape["data"] * mesh.shape["fsdp"]
-        decoding_mode = mode.BY_NAME[MODE.value]
+        decoding_mode = mode.named(MODE.value)
         estimate = ahead.decoding(config, model, mesh, chip, rows, POSITIONS.value, decoding_mode)
         tokens, unit = rows, "sweep at full depth"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -1,7 +1,7 @@
 """Answers prompts with dynamic depth, each token coloured by the depth it needed.
 
     python -m launch.generate --workdir=runs/smollm2 --prompt="Write a haiku about time."
-    python -m launch.generate --workdir=runs/smollm2 --prompt="def square(x):" --raw --mode=lookup
+    python -m launch.generate --workdir=runs/smollm2 --prompt="def square(x):" --raw --mode=verified
     python -m launch.generate --workdir=runs/smollm2 --input=prompts.txt --output=answers.jsonl
 
 One prompt is answered as it is decoded; the last line counts the tokens that left at each exit. A
@@ -36,12 +36,18 @@ BATCH = flags.DEFINE_integer("batch", 8, "Prompts of --input decoded together.",
 MODE = flags.DEFINE_enum(
     "mode",
     "lossy",
-    list(modes.BY_NAME),
+    list(modes.NAMES),
     "lossy: early tokens stand, and skipped blocks get projected keys and values; deferred: they "
-    "stand, and skipped blocks are caught up with, exactly; verified: the full model checks them, "
-    "and the answer is its own; lookup: verified, and earlier text proposes tokens too.",
+    "stand, and skipped blocks are caught up with, exactly; verified: the full model checks what "
+    "--drafters propose, and the answer is its own.",
 )
-WINDOW = flags.DEFINE_integer("window", 8, "Most positions in one pass, except with lossy.")
+DRAFTERS = flags.DEFINE_multi_enum(
+    "drafters",
+    list(modes.DRAFTERS),
+    list(modes.DRAFTERS),
+    "What proposes tokens with --mode=verified: exits, or earlier text. Give it once for each.",
+)
+PENDING = flags.DEFINE_integer("pending", 8, "Most positions in one pass, except with lossy.")
 RAW = flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.")
 FULL = flags.DEFINE_bool("full", False, "Consult no exit.")
 NEW = flags.DEFINE_integer("max_new_tokens", 160, "Most tokens to answer with.", lower_bound=1)
@@ -62,8 +68,8 @@ def main(argv):
         raise ValueError("--input and --output go together")
     texts = common.read_lines(Path(INPUT.value), "prompt") if INPUT.value else None
     mode = dataclasses.replace(
-        modes.BY_NAME[MODE.value],
-        window=WINDOW.value,
+        modes.named(MODE.value, tuple(d for d in modes.DRAFTERS if d in DRAFTERS.value)),
+        pending=PENDING.value,
         sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
     )
     tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)

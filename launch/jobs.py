@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.metrics import read_metrics
-from early_exit.settings import overrides
-from early_exit.settings.overrides import ConfigDict, Overrides
+from early_exit.settings.overrides import ConfigDict, Overrides, override
 from early_exit.training import preemption
 
 _VALIDATION = r"validation/(?P<figure>\w+)/exit_(?P<exit>\d+)"
@@ -81,7 +80,7 @@ def expand(sweep: Callable, base: ConfigDict, workdir: Path) -> list[Run]:
     problems = []
     for key, value in {(key, repr(run[key])): run[key] for run in asked for key in run}.items():
         try:
-            overrides.override(base, {key[0]: value})
+            override(base, {key[0]: value})
         except (ValueError, TypeError) as error:
             problems.append(str(error))
     names = _names(asked)
@@ -90,7 +89,7 @@ def expand(sweep: Callable, base: ConfigDict, workdir: Path) -> list[Run]:
     if problems:
         raise ValueError("the sweep cannot start:\n  " + "\n  ".join(problems))
     return [
-        Run(workdir / name, overrides, overrides.override(base, overrides))
+        Run(workdir / name, overrides, override(base, overrides))
         for name, overrides in zip(names, asked, strict=True)
     ]
 

@@ -66,6 +66,7 @@ class Engine:
 
     @classmethod
     def of(cls, params: base.Params, policy, stop_ids, *, model: MultiExit, mode: Mode) -> "Engine":
+        policy = policy if mode.exits else None
         bound = model.bind(params)
         tables = () if policy is None else bound.exit_tables()
         depth_shares, head_shares = traffic(model, params).shares()

@@ -5,6 +5,8 @@ import dataclasses
 from early_exit.decoding.sampling import GREEDY, Sampling
 
 SKIPPED = ("propagate", "defer")
+# What can propose tokens to verified decoding (`decoding.drafters`).
+DRAFTERS = ("exits", "lookup")
 
 # Positions in one pass for which a branch is compiled; a pass takes the first that holds all.
 _WIDTHS = (1, 4, 8, 16, 32)
@@ -19,12 +21,12 @@ class Mode:
         state it left with (Schuster et al. 2022, CALM, §3.3). `defer`: it keeps its hidden state,
         and the next position that goes deeper takes all waiting ones along in the same pass; keys
         and values are then those of the full model.
-      verified: the tokens of exits are drafts, which the full model checks when the positions that
-        emitted them have reached its end. The answer is the full model's. Needs `defer`.
-      lookup: propose what followed the longest earlier match of the newest tokens (Saxena 2023,
-        prompt lookup decoding). Needs `verified`.
-      window: with `defer`, how many positions one pass may take; a full window forces the deep
-        pass.
+      drafters: what proposes tokens that the full model then checks; empty where early tokens
+        stand. With drafters the answer is the full model's. They need `defer`. `exits`: what an
+        exit says where its policy lets it. `lookup`: what followed the longest earlier match of
+        the newest tokens (Saxena 2023, prompt lookup decoding).
+      pending: with `defer`, how many positions of a row may wait for their deeper blocks, and so
+        the most in one pass; where no more may wait, the deep pass is made.
       row_cost: what one more position costs in a pass, relative to the pass with one: how verified
         decoding weighs whether drafts pay. 0.1 is measured for SmolLM2-135M on two cores
         (`experiments/decoding_speed`).
@@ -32,9 +34,8 @@ class Mode:
     """
 
     skipped: str = "propagate"
-    verified: bool = False
-    lookup: bool = False
-    window: int = 8
+    drafters: tuple[str, ...] = ()
+    pending: int = 8
     row_cost: float = 0.1
     sampling: Sampling = GREEDY
 
@@ -43,21 +44,45 @@ class Mode:
             raise ValueError(
                 f"skipped blocks can be handled by {' or '.join(SKIPPED)}, not {self.skipped!r}"
             )
-        if self.verified and self.skipped != "defer":
+        known = [name for name in DRAFTERS if name in self.drafters]
+        if known != list(self.drafters):
+            raise ValueError(
+                f"drafters={self.drafters} must be some of {', '.join(DRAFTERS)}, in this order"
+            )
+        if self.drafters and self.propagates:
             raise ValueError(
                 "verified decoding needs the full model's keys and values; use skipped='defer'"
             )
-        if self.lookup and not self.verified:
-            raise ValueError("lookup proposes tokens that nobody has checked; use verified=True")
         if not 2 <= self.pending <= _WIDTHS[-1]:
-            raise ValueError(f"window must be 2 to {_WIDTHS[-1]} positions, not {self.pending}")
-        if self.row_cost < 0:
-            raise ValueError(f"row_cost must be ≥ 0, not {self.row_cost}")
+            raise ValueError(f"pending must be 2 to {_WIDTHS[-1]} positions, not {self.pending}")
+        if not 0 <= self.row_cost < float("inf"):
+            raise ValueError(f"row_cost must be a number ≥ 0, not {self.row_cost}")
 
     @property
     def propagates(self) -> bool:
         """Whether skipped blocks get projected keys and values, and nothing waits."""
         return self.skipped == "propagate"
+
+    @property
+    def verified(self) -> bool:
+        """Whether the full model checks what was proposed, so that the answer is its own."""
+        return bool(self.drafters)
+
+    @property
+    def lookup(self) -> bool:
+        return "lookup" in self.drafters
+
+    @property
+    def exits(self) -> bool:
+        """Whether exits are consulted: for tokens that stand, or for drafts."""
+        return not self.drafters or "exits" in self.drafters
+
+    @property
+    def name(self) -> str:
+        """What the mode is called everywhere: `lossy`, `deferred`, `verified: exits + lookup`."""
+        if self.drafters:
+            return f"verified: {' + '.join(self.drafters)}"
+        return "lossy" if self.propagates else "deferred"
 
     @property
     def capacity(self) -> int:
@@ -81,8 +106,27 @@ class Mode:
         return self.widths if self.lookup or (exits and segment) else (1,)
 
 
+def verified(*drafters: str) -> Mode:
+    """Decoding in which the full model checks what these drafters propose."""
+    return Mode("defer", drafters)
+
+
 LOSSY = Mode()
-DEFERRED = Mode(skipped="defer")
-VERIFIED = Mode(skipped="defer", verified=True)
-LOOKUP = Mode(skipped="defer", verified=True, lookup=True)
-BY_NAME = {"lossy": LOSSY, "deferred": DEFERRED, "verified": VERIFIED, "lookup": LOOKUP}
+DEFERRED = Mode("defer")
+VERIFIED = verified(*DRAFTERS)
+NAMES = ("lossy", "deferred", "verified")
+
+
+def named(name: str, drafters: tuple[str, ...] = DRAFTERS) -> Mode:
+    """`lossy`, `deferred`, or `verified` by some drafters.
+
+    Raises:
+      ValueError: no such mode, or no such drafters.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown mode {name!r}; choose one of {', '.join(NAMES)}")
+    if name != "verified":
+        return LOSSY if name == "lossy" else DEFERRED
+    if not drafters:
+        raise ValueError(f"verified decoding needs drafters: some of {', '.join(DRAFTERS)}")
+    return verified(*drafters)

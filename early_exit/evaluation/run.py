@@ -17,7 +17,7 @@ from early_exit.data import feed as feeds
 from early_exit.data import sources
 from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import LOOKUP, LOSSY, Mode
+from early_exit.decoding.mode import LOSSY, VERIFIED, Mode
 from early_exit.evaluation import exits, tradeoff
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
@@ -88,7 +88,7 @@ def evaluate(tuned: Tuned) -> dict:
         cases[name] = fitted, LOSSY
         epsilons[name] = epsilon
     # Lossless: the surest exits and the text itself propose, the full model decides.
-    cases["verified"] = cases[name][0], LOOKUP
+    cases["verified"] = cases[name][0], VERIFIED
     epsilons["verified"] = None
     prompts = cut_prompts(tuned, settings.prompts, settings.prompt_tokens)
     rows, generations = tradeoff.compare(

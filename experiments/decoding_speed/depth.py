@@ -74,8 +74,13 @@ def main(argv):
 
     def modelled(name):
         (answer,) = turns.answers[name]
+        mode = modes[name]
         return traffic(model, params).bytes_read(
-            answer.counts, answer.exits[1:], modes[name], factors(modes[name])
+            answer.counts,
+            answer.exits[1:],
+            propagates=mode.propagates,
+            verifies=mode.verified,
+            factors=factors(mode),
         )
 
     rows = []

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import LOOKUP, LOSSY, VERIFIED
+from early_exit.decoding.mode import LOSSY, VERIFIED, verified
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from experiments import bars
@@ -50,9 +50,9 @@ def main(argv):
     full = answers(None, LOSSY)
     rows, differences = [], []
     for name, policy_, mode in (
-        ("exits", policy, VERIFIED),
-        ("lookup", None, LOOKUP),
-        ("both", policy, LOOKUP),
+        ("exits", policy, verified("exits")),
+        ("lookup", policy, verified("lookup")),
+        ("both", policy, VERIFIED),
     ):
         equal = 0
         drafts = np.zeros(2, int)

@@ -83,7 +83,13 @@ def bytes_of(tiny, policy, mode, factors=None):
     (got,) = generate(model, params, [PROMPT], policy=policy, mode=mode, max_new_tokens=7)
     if factors is None:
         return got.bytes_read
-    return traffic(model, params).bytes_read(got.counts, got.exits[1:], mode, factors)
+    return read(traffic(model, params), got, mode, factors)
+
+
+def read(of, got, mode, factors):
+    """Bytes by the cost model, after the first token."""
+    how = {"propagates": mode.propagates, "verifies": mode.verified}
+    return of.bytes_read(got.counts, got.exits[1:], **how, factors=factors)
 
 
 def read_at(position, blocks):
@@ -125,13 +131,10 @@ def test_bytes_of_deferred_exits_are_counted_by_hand(tiny, factor):
 def test_a_check_of_drafts_reads_as_wide_as_the_last_segment(tiny):
     """Verified decoding: the readout takes all the positions of the pass."""
     model, params = tiny
-    mode, policy = Mode("defer", verified=True, pending=3), policies.forced(2, 0)
+    mode, policy = Mode("defer", ("exits",), pending=3), policies.forced(2, 0)
     (got,) = generate(model, params, [PROMPT], policy=policy, mode=mode, max_new_tokens=7)
     of_widths = (np.array(factors) for factors in ([1, 1], [1, 2]))
-    plain, wide = (
-        traffic(model, params).bytes_read(got.counts, got.exits[1:], mode, factors)
-        for factors in of_widths
-    )
+    plain, wide = (read(traffic(model, params), got, mode, factors) for factors in of_widths)
     checks = got.counts.passes_BEN[:, 1]
     assert checks[0] == 0 < checks[2]
     assert wide - plain == pytest.approx(checks @ [2 * BLOCKS, 2 * BLOCKS, 2 * BLOCKS + READOUT])

@@ -16,7 +16,7 @@ from conftest import build
 from early_exit import policy as policies
 from early_exit.backbones.decoder import DecoderConfig
 from early_exit.decoding.generate import Decoder, generate
-from early_exit.decoding.mode import BY_NAME, Mode
+from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, verified
 from early_exit.decoding.sampling import Sampling
 
 # Blocks of a program are what it takes to compile it, so most tests have few.
@@ -36,8 +36,11 @@ PROMPT = [7, 3, 52, 11, 29]
 SMALL_PROMPT = [7, 3, 19, 11, 2]  # in the small vocabulary
 REPEATING = [5, 9, 31, 2] * 6
 # Few widths, so that there is less to compile.
-MODES = {name: dataclasses.replace(mode, pending=4) for name, mode in BY_NAME.items()}
-LOSSY, DEFERRED, VERIFIED, LOOKUP = MODES.values()
+MODES = {
+    mode.name: dataclasses.replace(mode, pending=4)
+    for mode in (LOSSY, DEFERRED, verified("exits"), verified("lookup"), VERIFIED)
+}
+LOSSY, DEFERRED, BY_EXITS, BY_LOOKUP, VERIFIED = MODES.values()
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
 
@@ -137,13 +140,13 @@ PROGRAMS = [
     ("mlp", 12, "similarity", 3.0, None, "deferred", 2, TOP_K),
     ("layer", 0, "entropy", None, 2.0, "deferred", 6, TOP_P),
     ("norm", 12, "gate", 3.0, 2.0, "deferred", 3, Sampling()),
-    ("mlp", 0, "margin", None, None, "verified", 5, TEMPERATE),
-    ("layer", 12, "max_prob", 3.0, 2.0, "verified", 2, TOP_K),
-    ("norm", 0, "gate", None, 2.0, "verified", 3, TOP_P),
-    ("mlp", 12, "patience", None, None, "lookup", 4, TEMPERATE),
-    ("layer", 0, "similarity", None, 2.0, "lookup", 6, Sampling()),
-    ("norm", 12, "entropy", 3.0, None, "lookup", 2, TOP_P),
-    ("mlp", 0, "margin", 3.0, 2.0, "lookup", 3, TOP_K),
+    ("mlp", 0, "margin", None, None, "verified: exits", 5, TEMPERATE),
+    ("layer", 12, "max_prob", 3.0, 2.0, "verified: exits", 2, TOP_K),
+    ("norm", 0, "gate", None, 2.0, "verified: exits", 3, TOP_P),
+    ("mlp", 12, "patience", None, None, "verified: exits + lookup", 4, TEMPERATE),
+    ("layer", 0, "similarity", None, 2.0, "verified: exits + lookup", 6, Sampling()),
+    ("norm", 12, "entropy", 3.0, None, "verified: exits + lookup", 2, TOP_P),
+    ("mlp", 0, "margin", 3.0, 2.0, "verified: exits + lookup", 3, TOP_K),
 ]
 # What a program is run on; no example compiles anything.
 DATA = st.fixed_dictionaries(
@@ -300,7 +303,7 @@ def test_a_backbone_alone_decodes(tiny):
 
 
 @pytest.mark.parametrize(
-    ("mode", "temperature"), [(LOSSY, 0.0), (DEFERRED, 0.9), (VERIFIED, 0.9), (LOOKUP, 0.0)]
+    ("mode", "temperature"), [(LOSSY, 0.0), (DEFERRED, 0.9), (BY_EXITS, 0.9), (VERIFIED, 0.0)]
 )
 def test_rows_of_a_batch_equal_rows_alone(tiny, mixed, mode, temperature):
     model, params = tiny
@@ -382,7 +385,7 @@ def test_allocated_cache_does_not_change_the_answer(tiny, mixed):
     np.testing.assert_array_equal(small.tokens, large.tokens)
 
 
-@pytest.mark.parametrize("mode", [LOSSY, LOOKUP], ids=["lossy", "lookup"])
+@pytest.mark.parametrize("mode", [LOSSY, VERIFIED], ids=["lossy", "verified"])
 def test_long_prompts_and_answers_cross_chunks(tiny, mode):
     """Prefill runs in chunks of 64, attention reads the cache in chunks of 128."""
     rng = np.random.default_rng(0)
@@ -417,7 +420,7 @@ def test_sampling_draws_from_the_right_distribution(tiny, mode):
     """χ² of the second draw of many rows: the exit's own distribution, or the full model's."""
     model, params = tiny
     rows, temperature = 4000, 2.0
-    mode = Mode(mode.skipped, mode.verified, pending=2, sampling=Sampling(temperature))
+    mode = Mode(mode.skipped, mode.drafters, pending=2, sampling=Sampling(temperature))
     batch = run(model, params, [PROMPT] * rows, policies.forced(2, 0), 3, mode=mode)
     if mode.verified:
         assert 0 < sum(row.counts.accepted_BW.sum() for row in batch) < rows

@@ -8,19 +8,19 @@ import pytest
 from early_exit import policy as policies
 from early_exit.decoding import decode as programs
 from early_exit.decoding.generate import Decoder, generate, stream
-from early_exit.decoding.mode import DEFERRED, LOOKUP, LOSSY, Mode
+from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode
 from early_exit.decoding.sampling import Sampling
 
 PROMPTS = [[7, 3, 52, 11, 29], [1], list(range(30)), [5, 9, 31, 2] * 6, [60, 0, 60]]
 LENGTHS = [9, 21, 1, 16, 12]
 # As few modes as will do: each is a program for each number of rows.
-SAMPLED, SAMPLED_LOOKUP = (
-    dataclasses.replace(mode, pending=4, sampling=Sampling(0.9)) for mode in (LOSSY, LOOKUP)
+SAMPLED, SAMPLED_VERIFIED = (
+    dataclasses.replace(mode, pending=4, sampling=Sampling(0.9)) for mode in (LOSSY, VERIFIED)
 )
 
 
 @pytest.mark.parametrize(
-    "mode", [LOSSY, SAMPLED, SAMPLED_LOOKUP], ids=["lossy", "sampled", "sampled lookup"]
+    "mode", [LOSSY, SAMPLED, SAMPLED_VERIFIED], ids=["lossy", "sampled", "sampled verified"]
 )
 def test_a_queue_answers_like_a_batch(tiny, mixed, mode):
     """Each row that has ended gives its place to the next prompt, with the prompt's own noise."""
@@ -83,8 +83,8 @@ def test_a_bad_prompt_is_refused_before_anything_runs(tiny, monkeypatch, batch):
 
 @pytest.mark.parametrize(
     "mode",
-    [LOSSY, dataclasses.replace(DEFERRED, pending=4), SAMPLED_LOOKUP],
-    ids=["lossy", "deferred", "sampled lookup"],
+    [LOSSY, dataclasses.replace(DEFERRED, pending=4), SAMPLED_VERIFIED],
+    ids=["lossy", "deferred", "sampled verified"],
 )
 def test_figures_of_an_answer_fit_together(tiny, mixed, mode):
     model, params = tiny
@@ -132,7 +132,12 @@ def test_streaming_gives_the_same_tokens_and_compiles_nothing_new(tiny, mixed):
 def test_streaming_shows_only_what_has_been_checked(tiny):
     repeating = PROMPTS[3:4]
     (whole,) = generate(*tiny, repeating, policy=None, max_new_tokens=30)
-    settings = {"policy": policies.forced(2, 0), "max_new_tokens": 30, "mode": LOOKUP, "portion": 1}
+    settings = {
+        "policy": policies.forced(2, 0),
+        "max_new_tokens": 30,
+        "mode": VERIFIED,
+        "portion": 1,
+    }
     compiled = set()
     for rows in stream(*tiny, repeating, **settings):
         tokens = rows[0].tokens.tolist()
@@ -174,10 +179,12 @@ def test_slots_that_do_not_fit_are_refused(tiny, slots):
     ("fields", "message"),
     [
         ({"skipped": "recompute"}, "propagate or defer, not 'recompute'"),
-        ({"verified": True}, "use skipped='defer'"),
-        ({"skipped": "defer", "lookup": True}, "use verified=True"),
-        ({"skipped": "defer", "window": 1}, "window must be 2 to 32 positions, not 1"),
-        ({"row_cost": -1}, "row_cost must be ≥ 0, not -1"),
+        ({"drafters": ("exits",)}, "use skipped='defer'"),
+        ({"skipped": "defer", "drafters": ("lookup", "exits")}, "exits, lookup, in this order"),
+        ({"skipped": "defer", "drafters": ("n-grams",)}, "must be some of exits, lookup"),
+        ({"skipped": "defer", "pending": 1}, "pending must be 2 to 32 positions, not 1"),
+        ({"row_cost": -1}, "row_cost must be a number ≥ 0, not -1"),
+        ({"row_cost": float("nan")}, "row_cost must be a number ≥ 0, not nan"),
     ],
 )
 def test_modes_that_make_no_sense_are_refused(fields, message):

@@ -11,13 +11,13 @@ import pytest
 from conftest import TINY, build
 from early_exit import policy as policies
 from early_exit.decoding.decode import decode, prefill
-from early_exit.decoding.mode import DEFERRED, LOOKUP, LOSSY
+from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED
 from early_exit.decoding.state import initial_state
 
 SLOTS = 512
 # Segments of one block and of two.
 CONFIG, POINTS = dataclasses.replace(TINY, depth=4), (1, 3)
-MODES = {"lossy": LOSSY, "deferred": DEFERRED, "lookup": LOOKUP}
+MODES = {"lossy": LOSSY, "deferred": DEFERRED, "verified": VERIFIED}
 STOP_IDS = jnp.array([-1])
 
 
@@ -44,15 +44,15 @@ def compiled(stage, mode, head, batch, confidence=None, slots=SLOTS):
 # Every mode with one row and with several, every kind of head, both kinds of confidence.
 PROGRAMS = [
     ("prefill", "lossy", "mlp", 1),
-    ("prefill", "lookup", "layer", 3),
+    ("prefill", "verified", "layer", 3),
     ("decode", "lossy", "mlp", 1, None),
     ("decode", "lossy", "mlp", 1, "similarity"),
     ("decode", "lossy", "layer", 3, "max_prob"),
     ("decode", "deferred", "layer", 1, "patience"),
     ("decode", "deferred", "mlp", 3, "gate"),
-    ("decode", "lookup", "mlp", 1, None),
-    ("decode", "lookup", "layer", 1, "max_prob"),
-    ("decode", "lookup", "layer", 3, "max_prob"),
+    ("decode", "verified", "mlp", 1, None),
+    ("decode", "verified", "layer", 1, "max_prob"),
+    ("decode", "verified", "layer", 3, "max_prob"),
 ]
 
 
@@ -82,7 +82,7 @@ def test_temporary_memory_does_not_grow_with_the_allocated_cache(program):
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < one_cache_array
 
 
-@pytest.mark.parametrize(("mode", "batch"), [("lossy", 1), ("deferred", 3), ("lookup", 3)])
+@pytest.mark.parametrize(("mode", "batch"), [("lossy", 1), ("deferred", 3), ("verified", 3)])
 def test_decoding_lowers_for_every_platform(mode, batch):
     model, params, state = arguments("layer", batch, MODES[mode])
     static = {"model": model, "mode": MODES[mode]}

@@ -153,7 +153,7 @@ def test_a_source_that_pays_again_comes_back():
 def test_drafts_that_never_stand_cost_little_in_the_loop(tiny):
     """The exits of a random model say what the full model does not; one draft at a time."""
     model, params = tiny
-    mode = Mode("defer", verified=True, pending=2)
+    mode = Mode("defer", ("exits",), pending=2)
     policy, tokens = policies.forced(2, 1), 400
     (got,) = generate(model, params, [[7, 3, 52]], policy=policy, mode=mode, max_new_tokens=tokens)
     asked, drafted = int(got.counts.evaluations_BE[1]), got.counts.drafted_BW.sum()

@@ -4,7 +4,7 @@ import numpy as np
 
 from early_exit import policy as policies
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import LOOKUP, LOSSY
+from early_exit.decoding.mode import LOSSY, VERIFIED
 from early_exit.evaluation import tradeoff
 
 PROMPTS = [[7, 3, 52, 11, 29], [1, 2, 3]]
@@ -34,22 +34,22 @@ def test_rows_count_what_was_decoded(tiny):
             "full": (None, LOSSY),
             "always": (policies.forced(2, 0), LOSSY),
             "never": (policies.never(2), LOSSY),
-            "lookup": (policies.forced(2, 0), dataclasses.replace(LOOKUP, pending=4)),
+            "verified": (policies.forced(2, 0), dataclasses.replace(VERIFIED, pending=4)),
         },
         new_tokens=9,
         rounds=1,
     )
     full, always, never, lookup = rows
-    assert [row["policy"] for row in rows] == ["full", "always", "never", "lookup"]
+    assert [row["policy"] for row in rows] == ["full", "always", "never", "verified"]
     assert full["speedup"] == 1.0
     assert full["agreement"] == never["agreement"] == 1.0
     assert (full["mean_depth"], always["mean_depth"], never["mean_depth"]) == (6, 2, 6)
     assert always["exit_shares"] == [1, 0, 0, 0] and never["exit_shares"] == [0, 0, 1, 0]
     # Verified: the full model's own answer, though some of it was proposed elsewhere.
     assert lookup["agreement"] == 1.0
-    for a, b in zip(generations["lookup"], generations["full"], strict=True):
+    for a, b in zip(generations["verified"], generations["full"], strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
-    proposed = np.concatenate([g.exits[1:] for g in generations["lookup"]])
+    proposed = np.concatenate([g.exits[1:] for g in generations["verified"]])
     np.testing.assert_allclose(lookup["exit_shares"], [(proposed == e).mean() for e in range(4)])
     expected = np.concatenate(
         [

@@ -136,7 +136,7 @@ def test_generate_answers_a_file_losslessly(run, launch, tmp_path):
     lines = [json.dumps({"prompt": text, "id": 7}, ensure_ascii=False) for text in prompts]
     given.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     raw = [f"--workdir={run.folder}", "--raw", "--max_new_tokens=24"]
-    flags = [f"--input={given}", f"--output={answers}", "--mode=lookup"]
+    flags = [f"--input={given}", f"--output={answers}", "--mode=verified"]
     printed = succeeded(launch("generate", *raw, *flags))
     assert printed.splitlines()[-1] == str(answers)
     assert [path.name for path in answers.parent.iterdir()] == ["answers.jsonl"]
@@ -198,8 +198,8 @@ def test_generate_answers_the_lines_of_a_text_file(run, launch, tmp_path):
         (["--input={file}"], "--input and --output go together"),
         (["--prompt=a", "--output={out}"], "--input and --output go together"),
         (["--input={file}.txt", "--output={out}"], "No such file.*prompts.jsonl.txt"),
-        (["--prompt=a", "--mode=quick"], "value should be one of <lossy|deferred|verified|lookup>"),
-        (["--prompt=a", "--window=1"], "window must be 2 to 32 positions, not 1"),
+        (["--prompt=a", "--mode=quick"], "value should be one of <lossy|deferred|verified>"),
+        (["--prompt=a", "--pending=1"], "pending must be 2 to 32 positions, not 1"),
     ],
 )
 def test_generate_refuses_what_it_cannot_answer(launch, tmp_path, flags, message):

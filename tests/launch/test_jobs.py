@@ -72,19 +72,19 @@ def job(folder, script):
 
 
 def test_a_failed_job_does_not_stop_the_next(tmp_path, capsys):
-    jobs = [
+    started = [
         job(tmp_path / "a", "import sys; print('one'); sys.exit('two')"),
         job(tmp_path / "b", "print('three')"),
         job(tmp_path / "c", f"import sys; sys.exit({preemption.EXIT_STATUS})"),
     ]
-    jobs.run_local(jobs)
-    texts = [each.log.read_text() for each in jobs]
+    jobs.run_local(started)
+    texts = [each.log.read_text() for each in started]
     assert [sorted(text.split()) for text in texts] == [["one", "two"], ["three"], []]
     printed = capsys.readouterr().out
     assert "[1/3] a: failed with status 1" in printed and "[2/3] b: finished" in printed
     assert "[3/3] c: saved and left" in printed
-    jobs.run_local(jobs[1:2])
-    assert jobs[1].log.read_text() == "three\nthree\n"  # what an earlier start said is kept
+    jobs.run_local(started[1:2])
+    assert started[1].log.read_text() == "three\nthree\n"  # what an earlier start said is kept
 
 
 # Ends when `needed` have begun, and says from when to when it ran.
@@ -102,12 +102,12 @@ print(began, time.monotonic())
 def test_so_many_jobs_run_at_a_time(tmp_path):
     """The first two wait for each other, then the next two; never are there three."""
     (met := tmp_path / "met").mkdir()
-    jobs = []
+    started = []
     for name, needed in ("a", 2), ("b", 2), ("c", 4), ("d", 4):
         command, folder = job(tmp_path / name, MEETS)
-        jobs.append(jobs.Job([*command, str(met), name, str(needed)], folder))
-    jobs.run_local(jobs, parallel=2)
-    spans = [tuple(map(float, each.log.read_text().split())) for each in jobs]
+        started.append(jobs.Job([*command, str(met), name, str(needed)], folder))
+    jobs.run_local(started, parallel=2)
+    spans = [tuple(map(float, each.log.read_text().split())) for each in started]
     assert max(sum(a <= began <= b for a, b in spans) for began, _ in spans) == 2
 
 

@@ -42,7 +42,7 @@ def test_lines_are_json_and_keep_integers_and_precision(tmp_path):
 
 def test_a_line_is_on_disk_when_write_returns(tmp_path):
     script = (
-        "import os, sys; from early_exit import metrics\n"
+        "import os, sys; from early_exit.runs import metrics\n"
         "metrics.MetricsWriter(sys.argv[1]).write(1, {'loss': 2.0}); os._exit(9)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)])

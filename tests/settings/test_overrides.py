@@ -78,7 +78,7 @@ def test_override_changes_only_what_it_names_and_only_in_a_copy():
 
 
 @pytest.mark.parametrize(
-    "overrides, error, message",
+    "given, error, message",
     [
         ({"tune.learning_rat": 1e-3}, ValueError, "did you mean 'tune.learning_rate'"),
         ({"learning_rate": 1e-3}, ValueError, "no 'learning_rate'; did you mean 'tune.learning"),
@@ -90,9 +90,9 @@ def test_override_changes_only_what_it_names_and_only_in_a_copy():
         ({"exits.points": 6}, TypeError, "config.exits.points is tuple"),
     ],
 )
-def test_override_refuses_unknown_keys_and_other_types(overrides, error, message):
+def test_override_refuses_unknown_keys_and_other_types(given, error, message):
     with pytest.raises(error, match=message):
-        overrides.override(base(), overrides)
+        overrides.override(base(), given)
 
 
 def test_tuples_survive_json():
