@@ -14,7 +14,7 @@ FLOORS = (
     ("training",),
     ("distillation", "evaluation", "report"),
     ("runs", "decoding", "classifying"),
-    ("calibration", "cost"),
+    ("calibration", "cost", "consult"),
     ("exits", "losses", "policy", "pretrained"),
     ("backbones", "confidence"),
     ("data", "sharding"),

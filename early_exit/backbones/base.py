@@ -1,7 +1,8 @@
 """The contract every pretrained network fulfils, and the border between NNX and plain pytrees.
 
 The one idea: a network is `stem → block 1 … block L → readout`, and any code that stops it
-half-way, runs it in pieces or puts heads between the pieces needs nothing else. Outside
+half-way, runs it in pieces or puts heads between the pieces needs nothing else. Decoding needs one
+thing more of a language model: blocks that run against a past (`CachedBlock`). Outside
 `backbones/` and `exits/` a model is a hashable graph definition and a dict of arrays.
 """
 
@@ -19,6 +20,35 @@ from early_exit import tree
 Params = dict[str, Any]
 # Slash-joined path of a running statistic → float32 [C], a batch's.
 Moments = dict[str, jax.Array]
+# What a block leaves for later positions to look at, such as keys and values: each [B, T, K, d] for
+# new positions, [B, K, S, d] in a cache of S slots.
+Rows = tuple[jax.Array, ...]
+
+
+class CachedBlock(nnx.Module):
+    """A block of a language model that decodes: it runs new positions against earlier ones.
+
+    It only reads the past, and returns the new positions' rows; the caller stores them.
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        hidden_BTD: jax.Array,
+        context: Any,
+        past: Rows | None = None,
+        past_length_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, Rows]:
+        """Hidden states → (hidden states after the block, the new positions' rows).
+
+        Args:
+          past: a cache, read up to `past_length_B` slots in each row; None for no past. New
+            position t of row b is the one that slot past_length[b] + t will hold.
+        """
+
+    @abc.abstractmethod
+    def keys_values(self, hidden_BTD: jax.Array, context: Any) -> Rows:
+        """The new positions' rows alone, as if the block had been given these hidden states."""
 
 
 class Backbone(nnx.Module):
@@ -41,6 +71,10 @@ class Backbone(nnx.Module):
         Blocks count from 1, so `start=0` is the stem's output and `stop=depth` the last block's.
         Composing segments gives the full forward pass.
         """
+
+    def cached_block(self, index: int) -> CachedBlock:
+        """Block `index` (from 0) of a network that `decodes`."""
+        return self.blocks[str(index)]
 
     def stem_training(self, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Any, Moments]:
         """Like `stem` where it is trained: networks with running statistics return a batch's."""
@@ -98,6 +132,8 @@ class BackboneConfig(abc.ABC):
       reads: what its stem takes, `tokens` or `images`.
       classifies: whether it tells classes apart, one prediction for a whole input; a language model
         predicts at every position.
+      decodes: whether its blocks are `CachedBlock`s, so that it can be decoded from; it has a
+        `context_length` then.
       head_kinds: the exit heads that it can carry (see `exits.heads`).
       grid_width: of the features of heads of the kind `grid`.
       scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
@@ -109,6 +145,7 @@ class BackboneConfig(abc.ABC):
     num_classes: int
     reads: ClassVar[str] = "tokens"
     classifies: ClassVar[bool]
+    decodes: ClassVar[bool] = False
     head_kinds: ClassVar[tuple[str, ...]]
     drops_blocks: ClassVar[bool] = False
     grid_width = 0
@@ -120,6 +157,10 @@ class BackboneConfig(abc.ABC):
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The least that the stem takes, as shapes: one token, or one image of a usual size."""
         return {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+
+    def cached_rows(self, index: int) -> tuple[tuple[int, int], ...]:
+        """(K, d) of each array that block `index` (from 0) leaves of a position; see `Rows`."""
+        raise NotImplementedError
 
     def at(self, point: int) -> "BackboneConfig":
         """What describes heads after block `point`: itself, unless width changes with depth."""

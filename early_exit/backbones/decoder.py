@@ -1,9 +1,7 @@
 """The one decoder: causal language models described by a frozen config.
 
 The one idea: families differ by a few independent choices (norm, positions, biases, what follows
-what), not by classes. Beside the `Backbone` contract, its blocks have the two calls that cached
-decoding needs: a block runs new positions against a read-only cache and returns their keys and
-values, or (`keys_values`) returns only those.
+what), not by classes.
 """
 
 import dataclasses
@@ -16,9 +14,6 @@ from flax import nnx
 
 from early_exit import sharding
 from early_exit.backbones import base, layers, rotary
-
-# Keys and values of one block: each [B, K, S, d] in a cache, [B, T, K, d] for new positions.
-KeyValue = tuple[jax.Array, jax.Array]
 
 NORMS = ("rms", "layer")
 # What a backward pass computes again instead of keeping it: nothing, all but the products with
@@ -83,6 +78,7 @@ class DecoderConfig(base.BackboneConfig):
     remat: str = "none"
 
     classifies: ClassVar[bool] = False
+    decodes: ClassVar[bool] = True
     drops_blocks: ClassVar[bool] = True
     head_kinds: ClassVar[tuple[str, ...]] = ("embedding", "norm", "mlp", "layer")
 
@@ -129,6 +125,9 @@ class DecoderConfig(base.BackboneConfig):
     def window_of(self, block: int) -> int | None:
         """The window of a block (from 0); None if it sees everything."""
         return None if block in self.full_blocks else self.window
+
+    def cached_rows(self, index: int) -> tuple[tuple[int, int], ...]:
+        return ((self.kv_heads, self.head_dim),) * 2
 
     def build(self, rngs: nnx.Rngs) -> "Decoder":
         return Decoder(self, rngs=rngs)
@@ -202,7 +201,7 @@ class Attention(nnx.Module):
         bias = c.attention_output_bias
         self.output = _linear(c, inner, c.width, bias, residual=True, rngs=rngs)
 
-    def keys_values(self, x_BTD: jax.Array, context: Context) -> KeyValue:
+    def keys_values(self, x_BTD: jax.Array, context: Context) -> base.Rows:
         shape = (*x_BTD.shape[:2], self.config.kv_heads, self.config.head_dim)
         key = self.key(x_BTD).reshape(shape)
         if self.config.qk_norm:
@@ -241,7 +240,7 @@ class MLP(nnx.Module):
         return self.down(activation(self.up(x)))
 
 
-class Block(nnx.Module):
+class Block(base.CachedBlock):
     """One pre-norm transformer block."""
 
     def __init__(self, config: DecoderConfig, window: int | None, *, rngs: nnx.Rngs):
@@ -255,16 +254,16 @@ class Block(nnx.Module):
         self,
         hidden_BTD: jax.Array,
         context: Context,
-        past: KeyValue | None = None,
+        past: base.Rows | None = None,
         past_length_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValue]:
+    ) -> tuple[jax.Array, base.Rows]:
         """Hidden states → (hidden states, keys and values of the new positions)."""
         mixed, rows = self.attention(self.attention_norm(hidden_BTD), context, past, past_length_B)
         mixed = sharding.by_row(hidden_BTD + mixed)
         read = hidden_BTD if self.parallel else mixed
         return sharding.by_row(mixed + self.mlp(self.mlp_norm(read))), rows
 
-    def keys_values(self, hidden_BTD: jax.Array, context: Context) -> KeyValue:
+    def keys_values(self, hidden_BTD: jax.Array, context: Context) -> base.Rows:
         """Only what later positions will look at; the block itself is not run."""
         return self.attention.keys_values(self.attention_norm(hidden_BTD), context)
 

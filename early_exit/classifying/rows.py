@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import confidence as confidences
+from early_exit import consult
 from early_exit.backbones import base
+from early_exit.consult import Said
 from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.policy import ExitPolicy
 
@@ -30,14 +31,13 @@ class Rows:
       context: what the stem made beside them for the blocks.
       earlier: float32 [rows, C], the logits of each head passed; None where no other head reads
         them.
-      predicted, agreeing: int32 [rows], what the last head said, and how many before it the same.
+      said: what the exits passed have said, [rows].
     """
 
     hidden: jax.Array
     context: Any
     earlier: tuple[jax.Array | None, ...]
-    predicted: jax.Array
-    agreeing: jax.Array
+    said: Said
 
 
 @jax.tree_util.register_dataclass
@@ -78,8 +78,7 @@ class _Network:
 
     def start(self, inputs: Mapping[str, jax.Array]) -> Rows:
         hidden, context = self.bound.backbone.stem(inputs)
-        nothing = jnp.zeros(len(hidden), jnp.int32)
-        return Rows(hidden, context, (), nothing - 1, nothing)
+        return Rows(hidden, context, (), Said.nothing((len(hidden),)))
 
     def advance(self, rows: Rows, segment: int) -> Rows:
         start, stop = self.model.segments[segment]
@@ -96,7 +95,7 @@ class _Network:
         if self.policy.confidence == "gate":
             score = jax.lax.cond(
                 needed,
-                lambda: self.bound.heads[e].gate_score(rows.hidden, rows.context),
+                lambda: self._hidden_score(rows, e),
                 lambda: jnp.full(len(rows.hidden), -jnp.inf),
             )
             needed = everyone | self._leaves(e, score).any()
@@ -111,36 +110,39 @@ class _Network:
 
         nothing = jnp.zeros((len(rows.hidden), self.model.config.num_classes))
         own, answer = jax.lax.cond(needed, ask, lambda: (nothing, nothing))
-        answers, agreeing = self._answers(rows, e, answer, score)
+        answers, said = self._answers(rows, e, answer, score)
         rows = dataclasses.replace(
             rows,
             earlier=(*rows.earlier, own if chained else None),
-            predicted=answers.labels,
-            agreeing=agreeing,
+            said=said,
         )
         return rows, dataclasses.replace(answers, leaves=self._leaves(e, answers.scores))
 
     def conclude(self, rows: Rows) -> Answers:
         """The final exit's answers."""
         score = None
-        if self.policy.confidence == "gate":  # which the final exit has not
-            score = jnp.full(len(rows.hidden), -jnp.inf)
+        if self.policy.confidence == "gate":
+            score = self._hidden_score(rows, self.final)
         answer = self.bound.backbone.readout(rows.hidden, rows.context)
         answers, _ = self._answers(rows, self.final, answer, score)
         return dataclasses.replace(answers, abstained=self.policy.abstains(answers.scores))
+
+    def _hidden_score(self, rows: Rows, e: int) -> jax.Array:
+        return consult.hidden_score(
+            self.policy.confidence, self.bound, e, rows.hidden, rows.hidden, rows.context
+        )
 
     def _leaves(self, e: int, score: jax.Array) -> jax.Array:
         return self.policy.leaves(e, score, jnp.zeros_like(score))
 
     def _answers(self, rows: Rows, e: int, logits: jax.Array, score: jax.Array | None):
-        """(the answers that logits [b, C] give, how many heads in a row gave them)."""
-        logits = self.policy.tempered(e, logits)
-        summary = confidences.summarize(logits)
-        agreeing = confidences.agreeing(summary, rows.predicted, rows.agreeing)
+        """(the answers that logits [b, C] give, what has been said with them)."""
+        summary, said = consult.hear(logits, rows.said, e, self.policy)
         if score is None:
-            score = confidences.from_logits(self.policy.confidence, summary, agreeing)
+            score = consult.score(self.policy.confidence, summary, said)
         yes = jnp.ones(len(logits), bool)
-        return Answers(summary.prediction, score, jax.nn.softmax(logits), ~yes, yes), agreeing
+        probabilities = jax.nn.softmax(self.policy.tempered(e, logits))
+        return Answers(summary.prediction, score, probabilities, ~yes, yes), said
 
 
 @functools.partial(jax.jit, static_argnames=("model", "segment"), donate_argnames="beyond")

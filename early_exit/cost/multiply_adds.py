@@ -109,7 +109,7 @@ def _multiply_adds(jaxpr, again: bool = True) -> int:
     return total
 
 
-def _cost(function: Callable, params: base.Params, *args) -> Cost:
+def cost_of(function: Callable, params: base.Params, *args) -> Cost:
     """Of `function(params, *args)`: only the parameters that it uses are read."""
     traced = jax.make_jaxpr(function)(params, *args).jaxpr
     used = {
@@ -141,7 +141,7 @@ def backbone(
         return base.merge(definition, params).stem(inputs)
 
     inputs = config.example_inputs() if inputs is None else inputs
-    first = _cost(stem, params, inputs)
+    first = cost_of(stem, params, inputs)
     if not first.multiply_adds:  # a look-up reads rows of its tables, not the tables
         first = Cost()
     hidden, context = jax.eval_shape(stem, params, inputs)
@@ -157,7 +157,7 @@ def backbone(
                 return network.run_blocks(hidden, index, index + 1, context)
 
             out = jax.eval_shape(block, params, hidden, context)
-            known[like] = _cost(block, params, hidden, context), out
+            known[like] = cost_of(block, params, hidden, context), out
         cost, hidden = known[like]
         blocks.append(cost)
         shapes.append(hidden)
@@ -165,7 +165,7 @@ def backbone(
     def readout(params, hidden, context):
         return base.merge(definition, params).readout(hidden, context)
 
-    last = _cost(readout, params, hidden, context) if config.num_classes else Cost()
+    last = cost_of(readout, params, hidden, context) if config.num_classes else Cost()
     return BackboneCost(first, tuple(blocks), last, tuple(shapes), context)
 
 
@@ -192,7 +192,7 @@ def head(
         return found
 
     everything = {"head": params, "table": table}
-    cost = _cost(call, everything, of.hidden[point - 1], of.context, earlier)
+    cost = cost_of(call, everything, of.hidden[point - 1], of.context, earlier)
     return cost, tree.count(params)
 
 

@@ -6,10 +6,14 @@ says what more positions in one pass add.
 """
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 
 from early_exit import tree
+from early_exit.backbones import base
+from early_exit.cost.multiply_adds import cost_of
 from early_exit.exits.multi_exit import MultiExit
 
 
@@ -71,27 +75,55 @@ class Traffic:
         return float(total)
 
 
-def traffic(model: MultiExit, params) -> Traffic:
+def traffic(model: MultiExit, params: base.Params) -> Traffic:
     """What decoding with these parameters reads, arrays or their shapes."""
-    backbone, segments = params["backbone"], model.segments
-    blocks = [backbone["blocks"][str(i)] for i in range(model.config.depth)]
-    projections = [[block["attention"][name] for name in ("key", "value")] for block in blocks]
-    table = backbone["embedding" if model.config.tied else "output"]["embedding"]
-    position = 2 * model.config.kv_heads * model.config.head_dim * table.dtype.itemsize
+    leaves = tree.flatten({name: params[name] for name in ("backbone", "exits") if name in params})
+    shapes = tuple((path, x.shape, x.dtype) for path, x in leaves.items())
+    return _traffic(model, shapes, "exits" in params)
+
+
+@functools.lru_cache(maxsize=64)  # every program asks
+def _traffic(model: MultiExit, leaves: tuple, has_exits: bool) -> Traffic:
+    config, segments = model.config, model.segments
+    params = tree.unflatten({path: jax.ShapeDtypeStruct(*rest) for path, *rest in leaves})
+    backbone, bare = params["backbone"], {"backbone": params["backbone"]}
+    blocks = [backbone["blocks"][str(i)] for i in range(config.depth)]
+
+    def network(params):
+        return model.bind(params).backbone
+
+    stem = jax.eval_shape(lambda params, x: network(params).stem(x), bare, config.example_inputs())
+    hidden, context = stem
+
+    def read_by(function) -> int:
+        return cost_of(function, bare, hidden, context).bytes
+
+    @functools.cache
+    def projections(i: int) -> int:
+        return read_by(lambda params, *x: network(params).cached_block(i).keys_values(*x))
+
+    first = {}  # blocks of the same shapes read the same, and tracing is slow
+    alike = [first.setdefault(str(tree.flatten(block)), i) for i, block in enumerate(blocks)]
+    dtype = jax.tree.leaves(backbone)[0].dtype
+    position = [
+        sum(heads * size for heads, size in config.cached_rows(i)) * dtype.itemsize
+        for i in range(config.depth)
+    ]
 
     shared = 0
     if model.exits.output == "shared":
-        rows = model.exits.classes or model.config.vocab_size
-        shared = rows * model.config.width * table.dtype.itemsize
+        table = jax.eval_shape(lambda params: network(params).output_table(), bare)
+        rows = model.exits.classes or len(table)
+        shared = rows * table.shape[1] * table.dtype.itemsize
+    own = params.get("exits", {})  # heads that share everything have no leaves
     heads = [
-        tree.size_in_bytes(params["exits"][str(point)]) + shared
+        tree.size_in_bytes(own.get(str(point), {})) + shared if has_exits else 0
         for point in model.exits.points
-        if "exits" in params
-    ] or [0] * len(model.exits.points)
-    readout = tree.size_in_bytes((backbone["final_norm"], table))
+    ]
+    readout = read_by(lambda params, *x: network(params).readout(*x))
     return Traffic(
         segments=np.array([tree.size_in_bytes(blocks[a:b]) for a, b in segments]),
         heads=np.array([*heads, readout]),
-        propagated=np.array([tree.size_in_bytes(projections[a:b]) for a, b in segments]),
-        cached=np.array([(b - a) * position for a, b in segments]),
+        propagated=np.array([sum(projections(i) for i in alike[a:b]) for a, b in segments]),
+        cached=np.array([sum(position[a:b]) for a, b in segments]),
     )

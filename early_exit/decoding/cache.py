@@ -2,29 +2,31 @@
 
     {"block/0": (key, value), …, "exit/12": (key, value)}      each [B, K, S, d]
 
-Blocks inside heads (`layer` heads) cache too, under the exit's name. S is a bucket: a multiple of
-the chunk in which attention reads, so that few programs are compiled.
+Blocks inside heads (`layer` heads) cache too, under the exit's name. What a block leaves of a
+position is its own to say (`BackboneConfig.cached_rows`). S is a bucket: a multiple of the chunk
+in which attention reads, so that few programs are compiled.
 """
 
 import jax
 import jax.numpy as jnp
 
-from early_exit.backbones.decoder import DecoderConfig
+from early_exit.backbones import base
 from early_exit.backbones.layers import CACHE_CHUNK
 
-Cache = dict[str, tuple[jax.Array, jax.Array]]
+Cache = dict[str, base.Rows]
 
 
-def names(config: DecoderConfig, block_head_points: tuple[int, ...]) -> list[str]:
-    """Every cached block: the backbone's, then those of heads after `block_head_points`."""
-    blocks = [f"block/{i}" for i in range(config.depth)]
-    return blocks + [f"exit/{point}" for point in block_head_points]
-
-
-def empty(config: DecoderConfig, entries: list[str], batch: int, slots: int, dtype) -> Cache:
-    """A cache of zeros, [batch, kv_heads, slots, head_dim] each."""
-    shape = (batch, config.kv_heads, slots, config.head_dim)
-    return {name: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for name in entries}
+def empty(
+    config: base.BackboneConfig, block_head_points: tuple[int, ...], batch: int, slots: int, dtype
+) -> Cache:
+    """A cache of zeros for the backbone's blocks, and for those of heads after some exit points."""
+    rows = {f"block/{i}": config.cached_rows(i) for i in range(config.depth)}
+    # A head's block is like the last one.
+    rows |= {f"exit/{point}": config.cached_rows(config.depth - 1) for point in block_head_points}
+    return {
+        name: tuple(jnp.zeros((batch, heads, slots, size), dtype) for heads, size in shapes)
+        for name, shapes in rows.items()
+    }
 
 
 def write(cache: Cache, rows: Cache, start_B: jax.Array) -> Cache:

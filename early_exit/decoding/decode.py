@@ -37,16 +37,16 @@ def prefill(
     batch = state.tokens_BS.shape[0]
 
     def chunk(index, carry):
-        cache, last_BD = carry
+        cache, at_end = carry
         start = index * PREFILL_CHUNK
         tokens = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, PREFILL_CHUNK, axis=1)
         positions = jnp.broadcast_to((start + jnp.arange(PREFILL_CHUNK))[None], tokens.shape)
         hidden, context = engine.bound.backbone.stem({"tokens": tokens, "positions": positions})
-        filled_B = jnp.full(batch, start)
+        filled_B, reached = jnp.full(batch, start), {}
         for segment in range(len(model.segments)):
             # Always true. All that reads the cache stands in a branch: outside one, XLA copies a
             # cache that is written later.
-            hidden, rows = jax.lax.cond(
+            hidden, rows, taps = jax.lax.cond(
                 start < state.prompt_B.max(),
                 lambda hidden, segment=segment, cache=cache: engine.run_blocks(
                     segment, hidden, context, cache, filled_B
@@ -55,19 +55,27 @@ def prefill(
                 hidden,
             )
             cache = caches.write(cache, rows, filled_B)
+            reached |= taps
         offset = state.newest_B - start
         here = (offset >= 0) & (offset < PREFILL_CHUNK)
-        at_end = hidden[jnp.arange(batch), jnp.clip(offset, 0, PREFILL_CHUNK - 1)]
-        return cache, jnp.where(here[:, None], at_end, last_BD)
+        reached["hidden"] = hidden
+        last = jnp.clip(offset, 0, PREFILL_CHUNK - 1)
+        return cache, {
+            name: jnp.where(here[:, None], x[jnp.arange(batch), last], at_end[name])
+            for name, x in reached.items()
+        }
 
     chunks = (state.prompt_B.max() + PREFILL_CHUNK - 1) // PREFILL_CHUNK
-    last_BD = jnp.zeros_like(state.hidden_BWD[:, 0])
-    cache, last_BD = jax.lax.fori_loop(0, chunks, chunk, (state.cache, last_BD))
-    rows = jnp.arange(batch)
+    pending = state.taps | {"hidden": state.hidden_BWD}
+    at_end = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), pending)
+    cache, at_end = jax.lax.fori_loop(0, chunks, chunk, (state.cache, at_end))
+    rows, slots = jnp.arange(batch), state.pending_slots(state.newest_B)
+    pending = {name: x.at[rows, slots].set(at_end[name]) for name, x in pending.items()}
     state = state.change(
         cache=cache,
         filled_BE=jnp.broadcast_to(state.prompt_B[:, None], state.filled_BE.shape),
-        hidden_BWD=state.hidden_BWD.at[rows, state.pending_slots(state.newest_B)].set(last_BD),
+        hidden_BWD=pending.pop("hidden"),
+        taps=pending,
     )
     return engine.conclude(state, ~state.finished_B, state.newest_B, widths=(1,))
 

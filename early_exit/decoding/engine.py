@@ -23,12 +23,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from early_exit import confidence as confidences
 from early_exit.backbones import base
+from early_exit.consult import Said
 from early_exit.cost.traffic import traffic
 from early_exit.decoding import cache as caches
+from early_exit.decoding import drafters
 from early_exit.decoding import sampling as samplings
-from early_exit.decoding import speculate
+from early_exit.decoding.drafters import base as drafting
 from early_exit.decoding.mode import Mode
 from early_exit.decoding.state import DecodeState
 from early_exit.exits.multi_exit import Bound, MultiExit
@@ -48,6 +49,8 @@ class Engine:
     Attributes:
       model, mode: static.
       bound: the model with its parameters.
+      drafters: what proposes tokens, in the order in which they are asked.
+      taps: blocks (1-based) whose output they read.
       tables: the heads' output matrices; none without a policy.
       policy: when positions leave; None for the full model without any exit.
       stop_ids: int32 [n], tokens that end a row.
@@ -58,6 +61,8 @@ class Engine:
     model: MultiExit
     mode: Mode
     bound: Bound
+    drafters: tuple[drafting.Drafter, ...]
+    taps: tuple[int, ...]
     tables: tuple[jax.Array, ...]
     policy: ExitPolicy | None
     stop_ids: jax.Array
@@ -68,9 +73,19 @@ class Engine:
     def of(cls, params: base.Params, policy, stop_ids, *, model: MultiExit, mode: Mode) -> "Engine":
         policy = policy if mode.exits else None
         bound = model.bind(params)
-        tables = () if policy is None else bound.exit_tables()
         depth_shares, head_shares = traffic(model, params).shares()
-        return cls(model, mode, bound, tables, policy, stop_ids, depth_shares, head_shares)
+        return cls(
+            model=model,
+            mode=mode,
+            bound=bound,
+            drafters=drafters.of(mode, exits=policy is not None),
+            taps=drafters.taps(model, mode),
+            tables=() if policy is None else bound.exit_tables(),
+            policy=policy,
+            stop_ids=stop_ids,
+            depth_shares=depth_shares,
+            head_shares=head_shares,
+        )
 
     @property
     def final(self) -> int:
@@ -79,19 +94,20 @@ class Engine:
 
     def step(self, state: DecodeState) -> DecodeState:
         """Every segment in turn, if it is the one to run, for the rows that wait in front of it."""
-        if self.mode.lookup:
-            state = self._look_up(state)
+        for drafter in self.drafters:
+            state = drafter.propose(self, state)
         state = self._embed(state)
         for segment in range(self.final + 1):
             active_B = self._chosen(state, segment)
-            previous_BWD, start_B = state.hidden_BWD, state.filled_BE[:, segment]
+            before_BWD, start_B = state.hidden_BWD, state.filled_BE[:, segment]
             state = self._advance(state, segment, active_B)
             if segment == self.final:
                 widths = self._widths(segment) if self.mode.verified else (1,)
                 first_B = start_B if self.mode.verified else state.newest_B
                 state = self.conclude(state, active_B, first_B, widths)
-            elif self.policy is not None:
-                state = self._consult(state, segment, active_B, previous_BWD)
+            else:
+                for drafter in self.drafters:
+                    state = drafter.after_segment(self, state, segment, active_B, before_BWD)
         return state
 
     def _widths(self, segment: int) -> tuple[int, ...]:
@@ -110,16 +126,16 @@ class Engine:
         crowd_E = weight_B @ stages * DEEPER ** jnp.arange(self.final + 1)
         return waiting & (jnp.argmax(crowd_E) == segment)
 
-    def _positions(self, first_B: jax.Array, state: DecodeState, width: int) -> jax.Array:
+    def positions(self, first_B: jax.Array, state: DecodeState, width: int) -> jax.Array:
         """int32 [B, width], positions from `first_B` on; the newest again where they run out."""
         return jnp.minimum(first_B[:, None] + jnp.arange(width)[None], state.newest_B[:, None])
 
-    def _gather(self, state: DecodeState, positions_BT: jax.Array) -> jax.Array:
-        """Hidden states [B, T, D] of positions under way."""
+    def gather(self, kept_BWD: jax.Array, state: DecodeState, positions_BT: jax.Array):
+        """[B, T, D] of positions under way: of `state.hidden_BWD`, or of one of its taps."""
         slots = state.pending_slots(positions_BT)
-        return jnp.take_along_axis(state.hidden_BWD, slots[:, :, None], axis=1)
+        return jnp.take_along_axis(kept_BWD, slots[:, :, None], axis=1)
 
-    def _keep(self, state: DecodeState, first_B, hidden_BTD, rows_B) -> DecodeState:
+    def _keep(self, state: DecodeState, first_B, hidden_BTD, rows_B, taps=None) -> DecodeState:
         """The state with new hidden states of the positions from `first_B` to the newest."""
         width = hidden_BTD.shape[1]
         positions = first_B[:, None] + jnp.arange(width)[None]
@@ -127,19 +143,24 @@ class Engine:
         nowhere = state.hidden_BWD.shape[1]
         slots = jnp.where(counts, state.pending_slots(positions), nowhere)
         rows = jnp.arange(len(rows_B))[:, None]
+
+        def stored(kept_BWD, new_BTD):
+            return kept_BWD.at[rows, slots].set(new_BTD, mode="drop")
+
+        new_taps = {name: stored(state.taps[name], new) for name, new in (taps or {}).items()}
         return state.change(
-            hidden_BWD=state.hidden_BWD.at[rows, slots].set(hidden_BTD, mode="drop")
+            hidden_BWD=stored(state.hidden_BWD, hidden_BTD), taps=state.taps | new_taps
         )
 
-    def _stem(self, state: DecodeState, positions_BT: jax.Array):
+    def stem(self, state: DecodeState, positions_BT: jax.Array):
         """Embedded tokens at some positions, and the context for blocks there."""
         tokens = jnp.take_along_axis(state.tokens_BS, positions_BT, axis=1)
         return self.bound.backbone.stem({"tokens": tokens, "positions": positions_BT})
 
     def _embed(self, state: DecodeState) -> DecodeState:
-        """Puts the tokens that wait in front of the first segment into the window."""
+        """Puts the tokens that wait in front of the first segment among the positions under way."""
         first_B = state.filled_BE[:, 0]
-        embedded, _ = self._stem(state, self._positions(first_B, state, self._widths(0)[-1]))
+        embedded, _ = self.stem(state, self.positions(first_B, state, self._widths(0)[-1]))
         return self._keep(state, first_B, embedded, ~state.finished_B & (state.stage_B == 0))
 
     def _advance(self, state: DecodeState, segment: int, active_B: jax.Array) -> DecodeState:
@@ -149,33 +170,31 @@ class Engine:
 
         def run(width):
             def branch(state):
-                positions = self._positions(start_B, state, width)
-                _, context = self._stem(state, positions)
-                hidden, rows = self.run_blocks(
+                positions = self.positions(start_B, state, width)
+                _, context = self.stem(state, positions)
+                found = self.run_blocks(
                     segment,
-                    self._gather(state, positions),
+                    self.gather(state.hidden_BWD, state, positions),
                     context,
                     state.cache,
                     start_B,
                     active_B if propagates else None,
                 )
-                return jax.tree.map(lambda x: _pad(x, widths[-1]), (hidden, rows))
+                return jax.tree.map(lambda x: _pad(x, widths[-1]), found)
 
             return branch
 
         def skip(state):
-            positions = self._positions(start_B, state, widths[-1])
-            hidden = self._gather(state, positions)
-            _, context = self._stem(state, positions)
-            hidden, rows = self.project(segment, hidden, context)
-            if propagates:
-                return hidden, rows
-            # Nothing has come this far: what is written lies behind the filled part.
-            return jax.tree.map(jnp.zeros_like, (hidden, rows))
+            positions = self.positions(start_B, state, widths[-1])
+            hidden = self.gather(state.hidden_BWD, state, positions)
+            _, context = self.stem(state, positions)
+            found = self.project(segment, hidden, context)
+            # Without it nothing has come this far: what is written lies behind the filled part.
+            return found if propagates else jax.tree.map(jnp.zeros_like, found)
 
         waiting_B = jnp.where(active_B, state.newest_B + 1 - start_B, 0)
-        (hidden, rows), narrowest = _in_width(widths, waiting_B, skip, run, state)
-        state = self._keep(state, start_B, hidden, active_B)
+        (hidden, rows, taps), narrowest = _in_width(widths, waiting_B, skip, run, state)
+        state = self._keep(state, start_B, hidden, active_B, taps)
         filled_B = jnp.where(active_B, state.newest_B + 1, start_B)
         if propagates:  # rows that have left lack this segment's rows of their last position
             filled_B = jnp.maximum(filled_B, state.newest_B)
@@ -185,33 +204,39 @@ class Engine:
             cache=caches.write(state.cache, rows, start_B),
             filled_BE=state.filled_BE.at[:, segment].set(filled_B),
         ).count(
-            positions_BE=self._column(segment, waiting_B),
-            read_BE=self._column(segment, jnp.where(active_B, start_B, 0)),
-            passes_BEN=self._column(segment, share_B)[:, :, None] * width[None, None],
+            positions_BE=self.column(segment, waiting_B),
+            read_BE=self.column(segment, jnp.where(active_B, start_B, 0)),
+            passes_BEN=self.column(segment, share_B)[:, :, None] * width[None, None],
         )
 
     def run_blocks(self, segment, hidden_BTD, context, cache, filled_B, active_B=None):
-        """Hidden states after a segment's blocks, and all their new key and value rows.
+        """(hidden states after a segment's blocks, their new key and value rows, those of `taps`).
 
         Args:
           active_B: the other rows hold still; all run if None.
         """
         rows: caches.Cache = {}
+        taps = {}
         for i in range(*self.model.segments[segment]):
-            block, name = self.bound.backbone.blocks[str(i)], f"block/{i}"
+            name = f"block/{i}"
+            block = self.bound.backbone.cached_block(i)
             deeper, rows[name] = block(hidden_BTD, context, cache[name], filled_B)
             if active_B is not None:
                 deeper = jnp.where(active_B[:, None, None], deeper, hidden_BTD)
             hidden_BTD = deeper
-        return hidden_BTD, rows | self._head_rows(segment, hidden_BTD, context)
+            if i + 1 in self.taps:
+                taps[str(i + 1)] = hidden_BTD
+        return hidden_BTD, rows | self._head_rows(segment, hidden_BTD, context), taps
 
     def project(self, segment, hidden_BTD, context):
         """The same for positions that skip the segment: rows projected from the state they have."""
-        rows: caches.Cache = {}
-        for i in range(*self.model.segments[segment]):
-            block = self.bound.backbone.blocks[str(i)]
-            rows[f"block/{i}"] = block.keys_values(hidden_BTD, context)
-        return hidden_BTD, rows | self._head_rows(segment, hidden_BTD, context)
+        blocks = range(*self.model.segments[segment])
+        rows = {
+            f"block/{i}": self.bound.backbone.cached_block(i).keys_values(hidden_BTD, context)
+            for i in blocks
+        }
+        taps = {str(i + 1): hidden_BTD for i in blocks if i + 1 in self.taps}
+        return hidden_BTD, rows | self._head_rows(segment, hidden_BTD, context), taps
 
     def _head_rows(self, segment, hidden_BTD, context) -> caches.Cache:
         """Rows of the block in the head behind a segment, if there is one."""
@@ -220,98 +245,6 @@ class Engine:
             return {}
         point = self.model.exits.points[segment]
         return {f"exit/{point}": heads[segment].block.keys_values(hidden_BTD, context)}
-
-    def _consult(
-        self, state: DecodeState, exit_index: int, active_B, previous_BWD: jax.Array
-    ) -> DecodeState:
-        """Asks an exit about the newest position of the active rows; some leave with its token.
-
-        Args:
-          previous_BWD: the window before the segment in front of this exit ran.
-        """
-        policy, head = self.policy, self.bound.heads[exit_index]
-        at_newest = state.newest_B[:, None]
-        hidden_B1D = self._gather(state, at_newest)
-        _, context = self._stem(state, at_newest)
-        past = state.cache.get(f"exit/{self.model.exits.points[exit_index]}")
-        progress_B = state.progress_B
-
-        must_B = policy.overdrawn(state.account_B, self.model.exit_depths[exit_index + 1])
-        wanted_B = active_B & (policy.consults(exit_index) | must_B) & self._may_leave(state)
-        if self.mode.verified:
-            state, wanted_B = self._worthwhile(state, exit_index, wanted_B)
-        by_hidden = policy.confidence in confidences.FROM_HIDDEN
-        if by_hidden:
-            if policy.confidence == "similarity":
-                before = self._gather(state.change(hidden_BWD=previous_BWD), at_newest)
-                score_B = confidences.similarity(before, hidden_B1D)[:, 0]
-            else:
-                score_B = head.gate_score(hidden_B1D)[:, 0]
-            leaves_B = policy.leaves(exit_index, score_B, progress_B) | must_B
-            wanted_B &= leaves_B
-
-        def evaluate(state):
-            features, _ = head.features(hidden_B1D, context, past, state.newest_B)
-            logits_BC = base.logits(features[:, 0], self.tables[exit_index])
-            summary = confidences.summarize(
-                policy.tempered(exit_index, logits_BC), has_rest=self.bound.token_ids is not None
-            )
-            agreeing_B = confidences.agreeing(summary, state.predicted_B, state.agreeing_B)
-            leaving_B = wanted_B
-            if not by_hidden:
-                score_B = confidences.from_logits(policy.confidence, summary, agreeing_B)
-                leaving_B &= policy.leaves(exit_index, score_B, progress_B) | must_B
-            token_B, log_prob_B = self._draw(state, logits_BC[:, None], at_newest, True)
-            patience = (confidences.said(summary), agreeing_B)
-            return leaving_B, token_B[:, 0], log_prob_B[:, 0], patience
-
-        def skip(state):
-            zeros = jnp.zeros_like(state.newest_B)
-            patience = (state.predicted_B, state.agreeing_B)
-            return jnp.zeros_like(wanted_B), zeros, zeros.astype(jnp.float32), patience
-
-        leaving_B, token_B, log_prob_B, patience = jax.lax.cond(
-            wanted_B.any(), evaluate, skip, state
-        )
-        if self.mode.verified:
-            leaving_B &= ~self._stops(token_B)
-        predicted_B, agreeing_B = (
-            jnp.where(wanted_B, new, old)
-            for new, old in zip(patience, (state.predicted_B, state.agreeing_B), strict=True)
-        )
-        state = state.change(predicted_B=predicted_B, agreeing_B=agreeing_B).count(
-            evaluations_BE=self._column(exit_index, wanted_B.astype(jnp.int32)),
-            head_passes_BE=self._column(exit_index, wanted_B / jnp.maximum(wanted_B.sum(), 1)),
-        )
-        return self._append(
-            state,
-            leaving_B,
-            first_B=state.newest_B,
-            accepted_B=jnp.zeros_like(state.newest_B),
-            tokens_BT=token_B[:, None],
-            log_probs_BT=log_prob_B[:, None],
-            exit_index=exit_index,
-        )
-
-    def _may_leave(self, state: DecodeState) -> jax.Array:
-        """bool [B], rows where the newest position need not go all the way."""
-        may_B = jnp.ones_like(state.finished_B)
-        if not self.mode.propagates:
-            # The next position must still fit in beside those that wait.
-            may_B &= state.newest_B + 2 - state.filled_BE[:, -1] <= self.mode.pending
-        if self.mode.verified:
-            # The last token is the full model's, so that none is left unchecked when a row ends.
-            may_B &= state.newest_B + 2 < state.limit_B
-        return may_B
-
-    def _worthwhile(self, state: DecodeState, exit_index: int, wanted_B):
-        """(state, those of the wanted rows where consulting this exit has paid lately)."""
-        worth_B = state.worth_BE[:, exit_index]
-        refused_B = wanted_B & (worth_B < 0)
-        wanted_B &= ~refused_B
-        worth_B = speculate.consulted(worth_B, wanted_B, self.head_shares[exit_index])
-        worth_B = speculate.refused(worth_B, refused_B)
-        return state.change(worth_BE=state.worth_BE.at[:, exit_index].set(worth_B)), wanted_B
 
     def conclude(self, state: DecodeState, active_B, first_B, widths) -> DecodeState:
         """The full model's tokens after the positions from `first_B` to the newest.
@@ -327,9 +260,11 @@ class Engine:
 
         def read(width):
             def branch(state):
-                positions = self._positions(first_B, state, width)
-                logits = self.bound.backbone.readout(self._gather(state, positions))
-                drawn = self._draw(state, logits, positions, False)
+                positions = self.positions(first_B, state, width)
+                logits = self.bound.backbone.readout(
+                    self.gather(state.hidden_BWD, state, positions)
+                )
+                drawn = self.draw(state, logits, positions, False)
                 return jax.tree.map(lambda x: _pad(x, widths[-1]), drawn)
 
             return branch
@@ -343,16 +278,18 @@ class Engine:
         accepted_B = jnp.zeros_like(drafted_B)
         if self.mode.verified and widths[-1] > 1:
             drafts = jnp.take_along_axis(
-                state.tokens_BS, self._positions(first_B + 1, state, widths[-1] - 1), axis=1
+                state.tokens_BS, self.positions(first_B + 1, state, widths[-1] - 1), axis=1
             )
-            accepted_B = speculate.accepted(drafts, tokens[:, :-1], drafted_B)
+            accepted_B = drafting.accepted(drafts, tokens[:, :-1], drafted_B)
             width = jnp.array(widths)[narrowest]
-            state = self._settle(state, first_B, drafted_B, accepted_B, active_B.sum(), width)
+            state = drafting.booked(
+                self, state, first_B, drafted_B, accepted_B, rows=active_B.sum(), width=width
+            )
         state = state.count(
-            evaluations_BE=self._column(self.final, waiting_B),
-            head_passes_BE=self._column(self.final, active_B / jnp.maximum(active_B.sum(), 1)),
+            evaluations_BE=self.column(self.final, waiting_B),
+            head_passes_BE=self.column(self.final, active_B / jnp.maximum(active_B.sum(), 1)),
         )
-        return self._append(
+        state = self.append(
             state,
             active_B,
             first_B=first_B,
@@ -361,8 +298,11 @@ class Engine:
             log_probs_BT=log_probs,
             exit_index=self.final,
         )
+        for drafter in self.drafters:
+            state = drafter.settle(self, state, active_B, accepted_B)
+        return state
 
-    def _append(
+    def append(
         self, state, rows_B, *, first_B, accepted_B, tokens_BT, log_probs_BT, exit_index: int
     ) -> DecodeState:
         """Gives the rows their next token, behind the drafts that were accepted after `first_B`.
@@ -379,7 +319,7 @@ class Engine:
         steps = jnp.arange(width)[None]
         decided = rows_B[:, None] & (steps <= accepted_B[:, None])
         decided_at = jnp.where(decided, first_B[:, None] + 1 + steps, nowhere)
-        ended_B = self._stops(token_B) | (newest_B + 1 >= state.limit_B)
+        ended_B = self.stops(token_B) | (newest_B + 1 >= state.limit_B)
         account_B = state.account_B
         if self.policy is not None:
             account_B = self.policy.charged(account_B, self.model.exit_depths[exit_index])
@@ -397,11 +337,10 @@ class Engine:
             ),
             finished_B=state.finished_B | (rows_B & ended_B),
             account_B=jnp.where(rows_B, account_B, state.account_B),
-            predicted_B=jnp.where(rows_B, -1, state.predicted_B),
-            agreeing_B=jnp.where(rows_B, 0, state.agreeing_B),
+            said=Said.nothing(rows_B.shape).where(rows_B, state.said),
         )
 
-    def _draw(self, state: DecodeState, logits_BTC, positions_BT, at_exit: bool):
+    def draw(self, state: DecodeState, logits_BTC, positions_BT, at_exit: bool):
         """(tokens, log-probabilities at temperature 1), each [B, T], after the given positions.
 
         A token is drawn with its own position's key, whichever head draws it.
@@ -415,68 +354,10 @@ class Engine:
         chosen = jnp.take_along_axis(log_probs, choice[..., None], axis=-1)[..., 0]
         return (choice if ids is None else ids[choice]), chosen
 
-    def _stops(self, token_B: jax.Array) -> jax.Array:
+    def stops(self, token_B: jax.Array) -> jax.Array:
         return (token_B[:, None] == self.stop_ids[None]).any(axis=1)
 
-    def _look_up(self, state: DecodeState) -> DecodeState:
-        """Appends drafts found in the text to the rows where nothing waits to be checked."""
-        worth_B = state.worth_BE[:, self.final]
-        free_B = ~state.finished_B & (state.filled_BE[:, -1] == state.newest_B)
-        worthwhile_B = free_B & (worth_B >= 0)
-        drafts, found_B = speculate.look_up(state.tokens_BS, state.newest_B, self.mode.pending - 1)
-        stops = (drafts[:, :, None] == self.stop_ids[None, None]).any(axis=-1)
-        usable = jnp.cumsum(stops, axis=1) == 0
-        # The last token is the full model's, so that none is left unchecked when a row ends.
-        positions = state.newest_B[:, None] + 1 + jnp.arange(drafts.shape[1])[None]
-        usable &= (worthwhile_B & found_B)[:, None] & (positions + 1 < state.limit_B[:, None])
-        count_B = usable.sum(axis=1)
-        worth_B = speculate.consulted(worth_B, count_B > 0, 0.0)
-        worth_B = speculate.refused(worth_B, free_B & ~worthwhile_B)
-        rows = jnp.arange(len(count_B))[:, None]
-        at = jnp.where(usable, positions, state.tokens_BS.shape[1])
-        return state.change(
-            tokens_BS=state.tokens_BS.at[rows, at].set(drafts, mode="drop"),
-            exit_BS=state.exit_BS.at[rows, at].set(self.final + 1, mode="drop"),
-            newest_B=state.newest_B + count_B,
-            worth_BE=state.worth_BE.at[:, self.final].set(worth_B),
-        )
-
-    def _settle(
-        self, state: DecodeState, first_B, drafted_B, accepted_B, rows: jax.Array, width: jax.Array
-    ) -> DecodeState:
-        """Books which drafts stood, and what that says about where they came from.
-
-        Args:
-          rows, width: int32, how many rows the pass was for, and its positions in each.
-        """
-        place = jnp.arange(self.mode.pending)[None]
-        kept = place < accepted_B[:, None]
-        dropped = ~kept & (place < drafted_B[:, None])
-        at = self._positions(first_B + 1, state, self.mode.pending)
-        source = jnp.minimum(jnp.take_along_axis(state.exit_BS, at, axis=1), self.final)
-        # In tokens of plain decoding, where a pass gives each of the B rows one: what each draft
-        # adds to this pass, as wide as it is for all rows; and what a pass of its own would have
-        # cost the row, had it shared that with as many.
-        batch, row_cost = len(drafted_B), self.mode.row_cost
-        token = (1 + row_cost * (batch - 1)) / batch
-        further = row_cost * (width - 1) * batch / jnp.maximum(drafted_B.sum(), 1) / token
-        alone = 1 / jnp.maximum(rows, 1)
-        # A draft of an exit has had a pass as deep as that; one that was looked up, none.
-        own = jnp.array([*self.depth_shares[:-1], 0.0], jnp.float32)
-        saved = jnp.where(jnp.arange(self.final + 1) < self.final, alone, 1.0)
-        worth_BE = speculate.settled(
-            state.worth_BE,
-            source,
-            kept,
-            dropped,
-            gains=(1 - own) * (saved - further),
-            losses=own + (1 - own) * further,
-        )
-        return state.change(worth_BE=worth_BE).count(
-            drafted_BW=(kept | dropped).astype(jnp.int32), accepted_BW=kept.astype(jnp.int32)
-        )
-
-    def _column(self, index: int, values_B: jax.Array) -> jax.Array:
+    def column(self, index: int, values_B: jax.Array) -> jax.Array:
         """[B, E + 1]: the values in one column, zeros in the others."""
         return values_B[:, None] * (jnp.arange(self.final + 1) == index)[None]
 

@@ -16,6 +16,7 @@ import numpy as np
 from early_exit.backbones import base
 from early_exit.cost.traffic import traffic
 from early_exit.decoding import cache as caches
+from early_exit.decoding import drafters
 from early_exit.decoding.decode import decode, prefill
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.decoding.state import Counts, DecodeState, check_prompts, initial_state
@@ -31,10 +32,10 @@ class Generation:
 
     Attributes:
       tokens: int32 [n], the new tokens, a stop token included.
-      exits: int32 [n], index of the exit each came from; E is the final one, E + 1 the text
-        itself (a token that was looked up). The first token comes out of the prefill, at full
+      exits: int32 [n], index of the exit each came from; E is the final one, and what lies beyond
+        marks another drafter (`drafters.places`). The first token comes out of the prefill, at full
         depth.
-      depths: int [n], blocks run to propose each; 0 for one that was looked up.
+      depths: int [n], blocks run to propose each; 0 for one drafted without any.
       log_probs: float32 [n], at temperature 1: the full model's in verified decoding, otherwise
         those of the exit it left at.
       layer_tokens: blocks run after the prefill, summed over positions.
@@ -112,7 +113,7 @@ class Decoder:
         """What every row of a state has so far; in verified decoding, what has been checked."""
         state = jax.device_get(dataclasses.replace(state, cache={}, keys_B=None, hidden_BWD=None))
         settled_B = state.filled_BE[:, -1] if self.mode.verified else state.newest_B
-        depths = np.append(self.model.exit_depths, 0)
+        depths = np.pad(self.model.exit_depths, (0, len(drafters.BY_NAME)))  # of drafts: 0
         generations = []
         for row, (prompt, settled) in enumerate(zip(state.prompt_B, settled_B, strict=True)):
             new = slice(prompt, settled + 1)

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from early_exit.decoding import drafters
 from early_exit.decoding.sampling import GREEDY, Sampling
 
 SKIPPED = ("propagate", "defer")
-# What can propose tokens to verified decoding (`decoding.drafters`).
-DRAFTERS = ("exits", "lookup")
+# What can propose tokens to verified decoding.
+DRAFTERS = tuple(drafters.BY_NAME)
 
 # Positions in one pass for which a branch is compiled; a pass takes the first that holds all.
 _WIDTHS = (1, 4, 8, 16, 32)
@@ -44,10 +45,10 @@ class Mode:
             raise ValueError(
                 f"skipped blocks can be handled by {' or '.join(SKIPPED)}, not {self.skipped!r}"
             )
-        known = [name for name in DRAFTERS if name in self.drafters]
-        if known != list(self.drafters):
+        known = tuple(drafters.BY_NAME)
+        if [name for name in known if name in self.drafters] != list(self.drafters):
             raise ValueError(
-                f"drafters={self.drafters} must be some of {', '.join(DRAFTERS)}, in this order"
+                f"drafters={self.drafters} must be some of {', '.join(known)}, in this order"
             )
         if self.drafters and self.propagates:
             raise ValueError(
@@ -69,8 +70,9 @@ class Mode:
         return bool(self.drafters)
 
     @property
-    def lookup(self) -> bool:
-        return "lookup" in self.drafters
+    def drafts_ahead(self) -> bool:
+        """Whether tokens are proposed before a pass: several may meet the first segment at once."""
+        return any(name != "exits" for name in self.drafters)
 
     @property
     def exits(self) -> bool:
@@ -101,9 +103,8 @@ class Mode:
           segment: index of the segment.
           exits: whether positions can leave early at all.
         """
-        # Positions wait for each other in front of deeper segments; the first one sees several at
-        # once only where they were looked up.
-        return self.widths if self.lookup or (exits and segment) else (1,)
+        # Positions wait for each other in front of deeper segments.
+        return self.widths if self.drafts_ahead or (exits and segment) else (1,)
 
 
 def verified(*drafters: str) -> Mode:

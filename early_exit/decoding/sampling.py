@@ -21,8 +21,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be ≥ 0, not {self.temperature}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a number ≥ 0, not {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be ≥ 0, not {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -30,11 +30,19 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# Temperatures nearer to zero, or to infinity, are their limits in float32.
+_LEAST = 2.0**-125
 
 
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [..., C] after temperature, then top-k, then top-p; −inf where dropped."""
-    logits = logits / sampling.temperature
+    """Logits [..., C] after temperature, then top-k, then top-p; −inf where dropped.
+
+    They are relative to the largest, so that none overflows: near temperature 0 the largest alone
+    is left, as greedy decoding has it.
+    """
+    below = logits - logits.max(axis=-1, keepdims=True)
+    # Beyond these, the number or its reciprocal would be flushed to zero.
+    logits = below / min(max(sampling.temperature, _LEAST), 1 / _LEAST)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -9,15 +9,17 @@ from it.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from early_exit.backbones.layers import CACHE_CHUNK
+from early_exit.consult import Said
 from early_exit.decoding import cache as caches
+from early_exit.decoding import drafters
 from early_exit.decoding.mode import Mode
-from early_exit.decoding.speculate import EXIT_CREDIT, LOOKUP_CREDIT
 from early_exit.exits.multi_exit import MultiExit
 
 
@@ -71,16 +73,19 @@ class DecodeState:
       prompt_B: int32, length of the prompt.
       limit_B: int32, a row ends when it has this many tokens.
       finished_B: bool, whether the row has met its limit or a stop token.
-      exit_BS: int32, where each token came from: index of an exit (E is the final one), E + 1 for
-        one that was looked up, −1 for the prompt.
+      exit_BS: int32, where each token came from: index of an exit (E is the final one), the mark of
+        another drafter (`drafters.base.Drafter`), −1 for the prompt.
       log_prob_BS: float32, the token's log-probability at temperature 1, at the exit that decided
         about it: the final one in verified decoding.
       filled_BE: int32 [B, E + 1], positions whose keys and values each segment has.
       hidden_BWD: the hidden states of the positions under way, as deep as they have come; the one
         of position p lies at p mod W.
-      predicted_B, agreeing_B: int32, what the last head said, and how many before it said the same.
+      taps: by block (1-based, as text), its output at the positions under way, kept like
+        `hidden_BWD`: those blocks that a drafter reads.
+      kept: by drafter, what it keeps for each row.
+      said: what the exits asked so far have said of the newest position, [B].
       account_B: float32, blocks that a policy's budget has left over.
-      worth_BE: float32 [B, E + 1], what consulting each exit, and looking up, gains lately.
+      worth_BN: float32 [B, N], what asking each source of drafts has gained lately, by its mark.
       counts: what was done so far.
       cache: keys and values (`decoding.cache`).
       keys_B: a PRNG key per row; a row draws the same whatever rows stand beside it.
@@ -95,10 +100,11 @@ class DecodeState:
     log_prob_BS: jax.Array
     filled_BE: jax.Array
     hidden_BWD: jax.Array
-    predicted_B: jax.Array
-    agreeing_B: jax.Array
+    taps: dict[str, jax.Array]
+    kept: dict[str, Any]
+    said: Said
     account_B: jax.Array
-    worth_BE: jax.Array
+    worth_BN: jax.Array
     counts: Counts
     cache: caches.Cache
     keys_B: jax.Array
@@ -169,13 +175,13 @@ def initial_state(
       ValueError: an empty prompt, a token outside the vocabulary, no new tokens, more positions
         than the context, or slots that do not fit.
     """
-    batch, segments, window = len(prompts), len(model.segments), mode.capacity
+    batch, segments = len(prompts), len(model.segments)
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * batch
     check_prompts(model, prompts, max_new_tokens)
     limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
     # A pass writes as many rows as it is wide, the last of them behind the newest token.
-    needed = max(limits) + window - 1
+    needed = max(limits) + mode.capacity - 1
     slots = caches.bucket(needed) if slots is None else slots
     if slots < needed or slots % CACHE_CHUNK:
         raise ValueError(
@@ -187,6 +193,9 @@ def initial_state(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+
+    def pending():
+        return jnp.zeros((batch, mode.capacity, model.config.width), dtype)
 
     def zeros(*shape):
         return jnp.zeros((batch, *shape), jnp.int32)
@@ -200,13 +209,15 @@ def initial_state(
         exit_BS=jnp.full((batch, slots), -1, jnp.int32),
         log_prob_BS=jnp.zeros((batch, slots), jnp.float32),
         filled_BE=zeros(segments),
-        hidden_BWD=jnp.zeros((batch, window, model.config.width), dtype),
-        predicted_B=zeros() - 1,
-        agreeing_B=zeros(),
+        hidden_BWD=pending(),
+        taps={str(block): pending() for block in drafters.taps(model, mode)},
+        kept={
+            name: drafters.BY_NAME[name].start(model, batch, slots, dtype) for name in mode.drafters
+        },
+        said=Said.nothing((batch,)),
         account_B=jnp.zeros(batch, jnp.float32),
-        # The dtype is spelt out: after a weakly typed state, the next would be another program.
-        worth_BE=jnp.full((batch, segments), EXIT_CREDIT, jnp.float32).at[:, -1].set(LOOKUP_CREDIT),
+        worth_BN=jnp.tile(drafters.credits(segments - 1), (batch, 1)),
         counts=Counts.zero(batch, segments, mode),
-        cache=caches.empty(model.config, caches.names(model.config, points), batch, slots, dtype),
+        cache=caches.empty(model.config, points, batch, slots, dtype),
         keys_B=key if key.shape == (batch,) else jax.random.split(key, batch),
     )

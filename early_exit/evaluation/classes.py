@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from early_exit import confidence as confidences
+from early_exit import consult
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 
@@ -29,24 +30,21 @@ def score_batch(
     labels = batch["labels"]
     scores = {name: [] for name in model.confidences}
     logits, predictions, losses, softened = [], [], [], []
-    predicted, agreeing = jnp.full_like(labels, -1), jnp.zeros_like(labels)
+    said = consult.Said.nothing(labels.shape)
     states = bound.hidden_at_exits(hidden, context, model.exit_depths.tolist())
     for e, hidden in enumerate(states):
-        gate = jnp.full(labels.shape, -jnp.inf)  # the final exit has none
         if e < len(bound.heads):
             logits.append(bound.exit_logits(e, hidden, context, logits))
             answer = bound.answer(logits)
-            if model.exits.gate:
-                gate = bound.heads[e].gate_score(hidden, context)
         else:
             answer = bound.backbone.readout(hidden, context)
-        summary = confidences.summarize(answer)
-        agreeing = confidences.agreeing(summary, predicted, agreeing)
-        predicted = summary.prediction
-        for name in scores:
-            score = gate if name == "gate" else confidences.from_logits(name, summary, agreeing)
-            scores[name].append(score)
-        predictions.append(predicted)
+        summary, said = consult.hear(answer, said, e)
+        for name, values in scores.items():
+            if name in confidences.FROM_LOGITS:
+                values.append(consult.score(name, summary, said))
+            else:
+                values.append(consult.hidden_score(name, bound, e, hidden, hidden, context))
+        predictions.append(summary.prediction)
         of_label = jnp.take_along_axis(answer, labels[:, None], axis=-1)[:, 0]
         losses.append(jax.nn.logsumexp(answer, axis=-1) - of_label)
         softened.append(confidences.soften(answer) if soften else {})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import confidence as confidences
-from early_exit import sharding
+from early_exit import consult, sharding
 from early_exit.backbones import base
 from early_exit.calibration.records import Records, Softened
 from early_exit.calibration.thresholds import coverage_at
@@ -88,8 +88,8 @@ def score_batch(
 
     tables = (*bound.exit_tables(), bound.backbone.output_table())
     tokens, losses, softened = [], [], []
-    scores = {name: [] for name in confidences.NAMES if name != "gate" or model.exits.gate}
-    predicted, agreeing = jnp.full_like(labels, -1), jnp.zeros_like(labels)
+    scores = {name: [] for name in model.confidences}
+    said = consult.Said.nothing(labels.shape)
     for e, (before, after) in enumerate(zip((hidden, *at_exits), at_exits, strict=False)):
         final = e == len(bound.heads)
         if final:
@@ -101,14 +101,13 @@ def score_batch(
         losses.append(loss)
         softened.append(softer)
         summary = dataclasses.replace(summary, prediction=token)  # the classes of heads may differ
-        agreeing = confidences.agreeing(summary, predicted, agreeing)
-        predicted = confidences.said(summary)
-        for name in confidences.FROM_LOGITS:
-            scores[name].append(confidences.from_logits(name, summary, agreeing))
-        scores["similarity"].append(confidences.similarity(before, after).reshape(-1))
-        if model.exits.gate:
-            gate = jnp.full(labels.shape, -jnp.inf) if final else bound.heads[e].gate_score(after)
-            scores["gate"].append(gate.reshape(-1))
+        said = said.then(summary)
+        for name, values in scores.items():
+            if name in confidences.FROM_LOGITS:
+                values.append(consult.score(name, summary, said))
+            else:
+                by_hidden = consult.hidden_score(name, bound, e, before, after)
+                values.append(by_hidden.reshape(-1))
     return {
         "scores": {name: jnp.stack(values) for name, values in scores.items()},
         "predictions": jnp.stack(tokens),

@@ -32,7 +32,8 @@ def test_weights_are_counted_as_by_hand(head, output, classes):
     got = traffic(model, params)
     assert got.segments.tolist() == [4 * BLOCK, 12 * BLOCK, 8 * BLOCK]
     assert got.heads.tolist() == [4 * (PARTS[head] + rows)] * 2 + [4 * (D + TABLE)]
-    assert got.propagated.tolist() == [4 * 2 * PROJECTION * blocks for blocks in (1, 3, 2)]
+    # Both projections, and the norm before them.
+    assert got.propagated.tolist() == [4 * SKIPPED * blocks for blocks in (1, 3, 2)]
     assert got.cached.tolist() == [4 * POSITION * blocks for blocks in (1, 3, 2)]
     assert got.full == 4 * (6 * BLOCK + D + TABLE)
     depths, heads = got.shares()
@@ -72,6 +73,7 @@ def test_a_model_without_heads_costs_its_backbone(tiny):
 
 
 PROMPT = [7, 3, 52, 11, 29]
+SKIPPED = 2 * PROJECTION + D  # and the norm before them
 HEAD = 4 * (PARTS["mlp"] + TABLE)
 READOUT = 4 * (D + TABLE)
 BLOCKS = 4 * BLOCK
@@ -106,7 +108,7 @@ def test_bytes_of_the_full_model_are_counted_by_hand(tiny):
 
 def test_bytes_of_propagated_exits_are_counted_by_hand(tiny):
     """Every token reads two blocks, the head, and the projections of the four blocks skipped."""
-    projections = 4 * 4 * 2 * PROJECTION
+    projections = 4 * 4 * SKIPPED
     expected = sum(2 * BLOCKS + HEAD + projections + read_at(5 + n, 2) for n in range(6))
     assert bytes_of(tiny, policies.forced(2, 0), Mode()) == pytest.approx(expected, rel=1e-6)
 

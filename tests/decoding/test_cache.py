@@ -8,7 +8,7 @@ from early_exit.decoding import cache
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_rows_are_stored_where_each_batch_row_ends(batch):
-    store = cache.empty(TINY, cache.names(TINY, (2,)), batch, 256, jnp.float32)
+    store = cache.empty(TINY, (2,), batch, 256, jnp.float32)
     assert list(store) == [*(f"block/{i}" for i in range(6)), "exit/2"]
     rows = np.random.default_rng(0).normal(size=(2, batch, 3, 2, 6)).astype(np.float32)
     starts = np.array([5, 0, 253])[:batch]

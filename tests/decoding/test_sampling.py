@@ -63,7 +63,38 @@ def test_filters_keep_what_their_definition_keeps(logits, sampling):
     kept = kept_by_definition(logits, sampling)
     assert set(np.flatnonzero(np.isfinite(found))) == kept and kept
     for i in kept:
-        np.testing.assert_allclose(found[i], logits[i] / sampling.temperature, rtol=1e-6)
+        below = (logits[i] - max(logits)) / sampling.temperature
+        np.testing.assert_allclose(found[i], below, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "scale"),
+    [(1e-45, 1e-3), (1e-40, 1.0), (1e-38, 1e4), (4e-38, 1.0), (1e-30, 1e-3), (1e-3, 1.0)],
+)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.4), (3, 1e-9)])
+def test_near_zero_a_temperature_is_greedy(temperature, scale, top_k, top_p):
+    """With any filter, where the gaps between logits are large beside it."""
+    logits = scale * jnp.array([[1.0, -3.0, 7.0, 2.0, 6.5], [0.0, -1.0, -9.0, -2.0, -1.5]])
+    keys = jax.random.split(jax.random.key(3), 2)
+    drawn = choose(keys, logits, Sampling(temperature, top_k, top_p), None, 5)
+    assert drawn.tolist() == choose(keys, logits, GREEDY, None, 5).tolist() == [2, 0]
+
+
+def test_near_infinity_a_temperature_is_uniform():
+    """Also where logits are as large as float32 has them."""
+    logits = jnp.array([3e38, -3e38, 0.0, 1.0])
+    found = np.asarray(filtered(logits[None], Sampling(1e30)))[0]
+    assert np.isfinite(found[[0, 2, 3]]).all()
+    found = np.asarray(filtered(logits[None, 2:], Sampling(1e38)))[0]
+    np.testing.assert_allclose(found, 0, atol=1e-6)
+
+
+def test_masked_logits_are_never_drawn_at_any_temperature():
+    logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, -1.0]])
+    for temperature in (1e-45, 0.7, 1e38):
+        keys = jax.random.split(jax.random.key(0), 50)
+        drawn = choose(keys, jnp.tile(logits, (50, 1)), Sampling(temperature), None, 4)
+        assert set(drawn.tolist()) <= {1, 3}
 
 
 def test_rows_are_filtered_and_drawn_apart():
@@ -136,7 +167,9 @@ def test_greedy_takes_the_best_whatever_the_key():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1}, "temperature must be ≥ 0"),
+        ({"temperature": -1}, "temperature must be a number ≥ 0"),
+        ({"temperature": float("nan")}, "temperature must be a number ≥ 0, not nan"),
+        ({"temperature": float("inf")}, "temperature must be a number ≥ 0, not inf"),
         ({"top_k": -2}, "top_k must be ≥ 0"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),

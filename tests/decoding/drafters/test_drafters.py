@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from early_exit import policy as policies
 from early_exit.cost.traffic import traffic
-from early_exit.decoding import speculate
+from early_exit.decoding.drafters import BY_NAME, base, lookup
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import Mode
 
 SLOTS, COUNT = 40, 7
-look_up = jax.jit(speculate.look_up, static_argnames="count")
+look_up = jax.jit(lookup.look_up, static_argnames="count")
 
 
 def looked_up(texts, count=COUNT, rubbish=0):
@@ -30,7 +30,7 @@ def looked_up(texts, count=COUNT, rubbish=0):
 
 def by_definition(text, count=COUNT):
     """What follows the longest earlier match of the end of the text, the latest of several."""
-    for length in range(speculate.LONGEST_MATCH, speculate.SHORTEST_MATCH - 1, -1):
+    for length in range(lookup.LONGEST_MATCH, lookup.SHORTEST_MATCH - 1, -1):
         for end in range(len(text) - 1, length - 1, -1):
             if text[end - length : end] == text[-length:]:
                 return list(itertools.islice(itertools.cycle(text[end:]), count))
@@ -67,7 +67,7 @@ def test_lookup_examples(text, expected):
 
 
 def test_no_match_counts_for_more_than_the_longest():
-    longest = list(range(10, 10 + speculate.LONGEST_MATCH))
+    longest = list(range(10, 10 + lookup.LONGEST_MATCH))
     assert looked_up([[1, *longest, 2, 0, *longest, 3, 1, *longest]]) == [[3, 1, *longest][:COUNT]]
 
 
@@ -83,12 +83,12 @@ def test_accepted_drafts_are_those_before_the_first_wrong_one(seed):
         while stood < count[row] and drafts[row, stood] == chosen[row, stood]:
             stood += 1
         expected.append(stood)
-    assert speculate.accepted(drafts, chosen, jnp.asarray(count)).tolist() == expected
+    assert base.accepted(drafts, chosen, jnp.asarray(count)).tolist() == expected
 
 
 def test_only_the_sources_of_drafts_are_credited():
     """Three rows: both of exit 0's stand; one of exit 1's falls; none was drafted."""
-    got = speculate.settled(
+    got = base.settled(
         jnp.full((3, 3), 0.25),
         source_BW=jnp.array([[0, 0], [0, 1], [0, 0]]),
         kept_BW=jnp.array([[True, True], [True, False], [False, False]]),
@@ -96,7 +96,7 @@ def test_only_the_sources_of_drafts_are_credited():
         gains=jnp.array([0.5, 0.125, 1.0]),
         losses=jnp.array([0.25, 0.75, 1.0]),
     )
-    change = np.array([[1.0, 0, 0], [0.5, -0.75, 0], [0, 0, 0]]) / speculate.MEMORY
+    change = np.array([[1.0, 0, 0], [0.5, -0.75, 0], [0, 0, 0]]) / base.MEMORY
     np.testing.assert_allclose(got, 0.25 + change, rtol=1e-6)
 
 
@@ -106,8 +106,8 @@ def live(pays_N, *, price=0.04, gain=0.6, loss=0.5):
 
     def token(worth_B, pays):
         asked_B = worth_B >= 0
-        worth_B = speculate.consulted(worth_B, asked_B, price)
-        worth_BE = speculate.settled(
+        worth_B = base.asked(worth_B, asked_B, price)
+        worth_BE = base.settled(
             worth_B[:, None],
             jnp.zeros((1, 1), jnp.int32),
             (asked_B & pays)[:, None],
@@ -115,23 +115,23 @@ def live(pays_N, *, price=0.04, gain=0.6, loss=0.5):
             jnp.array([gain]),
             jnp.array([loss]),
         )
-        return speculate.refused(worth_BE[:, 0], ~asked_B), asked_B[0]
+        return base.passed_over(worth_BE[:, 0], ~asked_B), asked_B[0]
 
-    return jax.lax.scan(token, jnp.full(1, speculate.EXIT_CREDIT), pays_N)[1]
+    return jax.lax.scan(token, jnp.full(1, BY_NAME["exits"].credit), pays_N)[1]
 
 
 # What a source may lose before its running mean is below zero.
-CREDIT = speculate.EXIT_CREDIT * speculate.MEMORY
+CREDIT = BY_NAME["exits"].credit * base.MEMORY
 
 
 def test_a_source_that_never_pays_costs_no_more_than_the_insurance():
     asked = np.asarray(live(np.zeros(20000, bool)))
     cost = 0.04 + 0.5
     assert asked[:2].all() and asked[10000:].any()
-    assert asked.sum() * cost <= CREDIT + cost + speculate.INSURANCE * asked.size
+    assert asked.sum() * cost <= CREDIT + cost + base.INSURANCE * asked.size
     # Later on, between two attempts, as many tokens as the first of them cost.
     pauses = np.diff(np.flatnonzero(asked))[10:]
-    assert pauses.min() >= cost / speculate.INSURANCE - 1
+    assert pauses.min() >= cost / base.INSURANCE - 1
 
 
 def test_a_source_that_pays_stays_on():
@@ -163,4 +163,4 @@ def test_drafts_that_never_stand_cost_little_in_the_loop(tiny):
     # The head, and the blocks before it once more for the token that the full model says instead.
     spent = asked * heads[1] + (drafted - accepted) * depths[1]
     dearest = heads[1] + depths[1] + mode.row_cost
-    assert spent <= CREDIT + dearest + speculate.INSURANCE * tokens + accepted
+    assert spent <= CREDIT + dearest + base.INSURANCE * tokens + accepted

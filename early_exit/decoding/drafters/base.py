@@ -1,0 +1,202 @@
+"""What a drafter is: a source of tokens that the full model has not chosen.
+
+The one idea: a draft is a token at a position whose blocks have not all run, no more. It waits
+with the others, the next full pass takes it along, and only the engine says whether it stood. So a
+drafter decides how good its tokens are, never what the answer is, and knows nothing of segments,
+caches or batches but what it is handed.
+
+Whether a drafter is asked depends on what it gained: its `worth`, in tokens of plain decoding.
+"""
+
+import abc
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from early_exit.decoding.engine import Engine
+    from early_exit.decoding.state import DecodeState
+    from early_exit.exits.multi_exit import MultiExit
+
+# A drafter is asked while its `worth`, a running mean of what asking it gained, is not negative.
+MEMORY = 32  # times asked over which the mean runs
+INSURANCE = 0.005  # per token, back to one that is not asked: what trying again may cost
+
+
+class Drafter(abc.ABC):
+    """One source of drafts.
+
+    Attributes:
+      name: what `Mode.drafters` calls it.
+      place: 0 for the exits; of each other drafter a number of its own, from 1 on. It marks the
+        drafts in `DecodeState.exit_BS`: exits by their index 0 … E − 1, the full model by E, other
+        drafters by E + `place`.
+      credit: its worth at the start; times MEMORY, what an answer may lose to a drafter that gives
+        it nothing.
+    """
+
+    name: str
+    place: int
+    credit: float
+
+    def taps(self, model: "MultiExit") -> tuple[int, ...]:
+        """Blocks (1-based) whose output it reads. The engine keeps them in `DecodeState.taps`."""
+        return ()
+
+    def start(self, model: "MultiExit", batch: int, slots: int, dtype) -> Any:
+        """What it keeps for each row, a pytree of [B, …]; it lies in `DecodeState.kept`.
+
+        No array twice: they are donated from call to call.
+        """
+        return ()
+
+    def propose(self, engine: "Engine", state: "DecodeState") -> "DecodeState":
+        """Before a pass: appends drafts to rows where nothing waits (`free`), by `drafted`."""
+        return state
+
+    def after_segment(
+        self, engine: "Engine", state: "DecodeState", segment: int, active_B: jax.Array, before_BWD
+    ) -> "DecodeState":
+        """After a segment but the last: gives rows their next token, by `Engine.append`.
+
+        Args:
+          active_B: bool, rows whose newest position has just passed the segment.
+          before_BWD: the hidden states of the positions under way before it did.
+        """
+        return state
+
+    def settle(
+        self, engine: "Engine", state: "DecodeState", rows_B: jax.Array, accepted_B: jax.Array
+    ) -> "DecodeState":
+        """After a check: told how many drafts stood in each of the rows that were checked.
+
+        The row's newest token is the full model's then, and `taps` are exact up to the position
+        before it.
+        """
+        return state
+
+
+def free(state: "DecodeState") -> jax.Array:
+    """bool [B], rows that go on and where nothing waits but the newest token."""
+    return ~state.finished_B & (state.filled_BE[:, -1] == state.newest_B)
+
+
+def draftable(engine: "Engine", state: "DecodeState", drafts_BT: jax.Array) -> jax.Array:
+    """bool [B, T], which of the tokens may be drafted behind the newest one.
+
+    None that ends the row: its last token is left to the full model, so that none is unchecked.
+    """
+    stops = (drafts_BT[:, :, None] == engine.stop_ids[None, None]).any(axis=-1)
+    positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BT.shape[1])[None]
+    return (jnp.cumsum(stops, axis=1) == 0) & (positions + 1 < state.limit_B[:, None])
+
+
+def drafted(
+    engine: "Engine", state: "DecodeState", drafts_BT, usable_BT, drafter: Drafter
+) -> "DecodeState":
+    """The state with drafts behind the newest token of rows that are `free`.
+
+    Args:
+      drafts_BT: int32 [B, T], T below `Mode.pending`.
+      usable_BT: bool, which of them, from the first on; not beyond `draftable`.
+    """
+    rows = jnp.arange(len(drafts_BT))[:, None]
+    positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BT.shape[1])[None]
+    at = jnp.where(usable_BT, positions, state.tokens_BS.shape[1])
+    mark = engine.final + drafter.place
+    return state.change(
+        tokens_BS=state.tokens_BS.at[rows, at].set(drafts_BT, mode="drop"),
+        exit_BS=state.exit_BS.at[rows, at].set(mark, mode="drop"),
+        newest_B=state.newest_B + usable_BT.sum(axis=1),
+    )
+
+
+def accepted(drafts_BW: jax.Array, chosen_BW: jax.Array, drafted_B: jax.Array) -> jax.Array:
+    """How many drafts stand, int32 [B]: those before the first that the full model did not choose.
+
+    The full model's token at a position is drawn with that position's own key, whether or not there
+    was a draft; a draft stands if it equals that token. So verified decoding gives, draw for draw,
+    what plain decoding gives. (For a draft x this accepts with the probability p(x) that
+    speculative sampling prescribes for a certain draft, q(x) = 1: Leviathan et al. 2023, §2.3.)
+
+    Args:
+      drafts_BW: the drafted tokens, of which the first `drafted_B` count.
+      chosen_BW: what the full model chose in the same places.
+    """
+    stands = (drafts_BW == chosen_BW) & (jnp.arange(drafts_BW.shape[1])[None] < drafted_B[:, None])
+    return jnp.cumprod(stands.astype(jnp.int32), axis=1).sum(axis=1)
+
+
+def asked(worth_B: jax.Array, rows_B: jax.Array, price: float) -> jax.Array:
+    """A source's worth after it was asked, at some price, in the given rows."""
+    return jnp.where(rows_B, worth_B - (worth_B + price) / MEMORY, worth_B)
+
+
+def passed_over(worth_B: jax.Array, rows_B: jax.Array) -> jax.Array:
+    """A source's worth after it was not asked in the given rows: so that it comes back."""
+    return jnp.where(rows_B, worth_B + INSURANCE / MEMORY, worth_B)
+
+
+def settled(
+    worth_BN: jax.Array,
+    source_BW: jax.Array,
+    kept_BW: jax.Array,
+    dropped_BW: jax.Array,
+    gains: jax.Array,
+    losses: jax.Array,
+) -> jax.Array:
+    """Every source's worth after the full model has checked its drafts.
+
+    Args:
+      source_BW: which source each draft came from.
+      kept_BW, dropped_BW: bool, drafts that stand and drafts that do not.
+      gains, losses: [N], what a draft of each source gains or costs.
+    """
+    is_source = source_BW[:, :, None] == jnp.arange(worth_BN.shape[1])[None, None]
+    outcome = kept_BW[:, :, None] * gains[None, None] - dropped_BW[:, :, None] * losses[None, None]
+    return worth_BN + jnp.where(is_source, outcome, 0).sum(axis=1) / MEMORY
+
+
+def booked(
+    engine: "Engine",
+    state: "DecodeState",
+    first_B: jax.Array,
+    drafted_B: jax.Array,
+    accepted_B: jax.Array,
+    *,
+    rows: jax.Array,
+    width: jax.Array,
+) -> "DecodeState":
+    """Books which drafts stood, and what that says about where they came from.
+
+    Args:
+      rows, width: int32, how many rows the pass was for, and its positions in each.
+    """
+    place = jnp.arange(engine.mode.pending)[None]
+    kept = place < accepted_B[:, None]
+    dropped = ~kept & (place < drafted_B[:, None])
+    at = engine.positions(first_B + 1, state, engine.mode.pending)
+    source = jnp.take_along_axis(state.exit_BS, at, axis=1)
+    # In tokens of plain decoding, where a pass gives each of the B rows one: what each draft
+    # adds to this pass, as wide as it is for all rows; and what a pass of its own would have
+    # cost the row, had it shared that with as many.
+    batch, row_cost = len(drafted_B), engine.mode.row_cost
+    token = (1 + row_cost * (batch - 1)) / batch
+    further = row_cost * (width - 1) * batch / jnp.maximum(drafted_B.sum(), 1) / token
+    alone = 1 / jnp.maximum(rows, 1)
+    # A draft of an exit has had a pass as deep as that; one made before the pass, none.
+    is_exit = jnp.arange(state.worth_BN.shape[1]) < engine.final
+    own = jnp.where(is_exit, jnp.resize(jnp.array(engine.depth_shares), is_exit.shape), 0)
+    saved = jnp.where(is_exit, alone, 1.0)
+    worth_BN = settled(
+        state.worth_BN,
+        source,
+        kept,
+        dropped,
+        gains=(1 - own) * (saved - further),
+        losses=own + (1 - own) * further,
+    )
+    return state.change(worth_BN=worth_BN).count(
+        drafted_BW=(kept | dropped).astype(jnp.int32), accepted_BW=kept.astype(jnp.int32)
+    )
