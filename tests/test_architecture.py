@@ -32,6 +32,7 @@ ONLY = {
         "scipy",
         "early_exit.confidence",
         "early_exit.policy",
+        "early_exit.settings",
         "early_exit.storage",
     },
 }

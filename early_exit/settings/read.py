@@ -10,13 +10,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
 from ml_collections import config_dict
 
 from early_exit.settings.fields import Section, SettingsError, checked, hints, rules
+from early_exit.settings.overrides import ConfigDict, Overrides
 from early_exit.settings.sections import Settings
-
-ConfigDict = ml_collections.ConfigDict
 
 # Section by name, in order; what stands at the top itself is under "".
 SECTIONS: dict[str, type[Section]] = {"": Settings} | {
@@ -75,6 +73,19 @@ def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(given.get(section), dict) and name in given[section]:
             given.setdefault(new_section, {})[new_name] = given[section].pop(name)
     return given
+
+
+def changed(settings: Settings, overrides: Overrides) -> Settings:
+    """The same with others at dotted names, as in `{"tune.steps": 3, "exits.points": (2,)}`.
+
+    Raises:
+      SettingsError: as `read`.
+    """
+    given = as_dict(settings)
+    for name, value in overrides.items():
+        section, _, key = name.rpartition(".")
+        (given.setdefault(section, {}) if section else given)[key] = value
+    return read(given)
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from early_exit.evaluation import exits as evaluation
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.runs.metrics import MetricsWriter, progress
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.sections import Settings
 from early_exit.training import bad_batch, pace, plan, preemption
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
 
 
-def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
+def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
     """Tunes the exits of the config's model; returns a row per exit on the validation split.
 
     Jointly with the backbone, or a backbone alone, where the config says so (`tune.train`). Goes
@@ -149,7 +149,7 @@ class Run:
         reduced heads, the tokens they can predict.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path):
+    def __init__(self, config: Settings, workdir: Path):
         self.config = config
         self.schedule = optimizers.learning_rate(config.tune)
         self.optimizer = optimizers.make_optimizer(config.tune)
