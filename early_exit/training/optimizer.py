@@ -5,7 +5,16 @@ import functools
 import jax
 import optax
 
+from early_exit import tree
+from early_exit.backbones import base
 from early_exit.settings.sections import TuneSettings
+
+# What decays, by its path, whatever its shape: stacked blocks (`model.scan`) have norms of [L, D].
+# The first match decides.
+DECAYS = (
+    (r"(^|/)(kernel|embedding)$", True),
+    (r"", False),
+)
 
 
 def learning_rate(tune: TuneSettings) -> optax.Schedule:
@@ -20,24 +29,29 @@ def learning_rate(tune: TuneSettings) -> optax.Schedule:
 
 
 def make_optimizer(tune: TuneSettings) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or SGD with momentum; matrices decay, norms do not.
+    """Clip by global norm, then AdamW or SGD with momentum; matrices decay, all else does not.
 
     A backbone that is trained learns at `backbone_rate` times the heads' rate.
     """
     rate = learning_rate(tune)
     if tune.optimizer == "adamw":
-        rule = optax.adamw(rate, tune.b1, tune.b2, weight_decay=tune.weight_decay, mask=_wide)
+        rule = optax.adamw(rate, tune.b1, tune.b2, weight_decay=tune.weight_decay, mask=decays)
     else:
         rule = optax.chain(
-            optax.add_decayed_weights(tune.weight_decay, _wide),
+            optax.add_decayed_weights(tune.weight_decay, decays),
             optax.sgd(rate, momentum=tune.b1, nesterov=True),
         )
     slower = optax.stateless(functools.partial(_scale_backbone, tune.backbone_rate))
     return optax.chain(optax.clip_by_global_norm(tune.clip_norm), rule, slower)
 
 
-def _wide(params):
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+def decays(params: base.Params) -> base.Params:
+    """A tree like `params` of bools: whether each array is drawn towards 0 by weight decay.
+
+    Kernels (of convolutions, too) and embeddings are; norms, biases and statistics are not.
+    """
+    kept = [tree.match(DECAYS, path) for path in tree.flatten(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), kept)
 
 
 def _scale_backbone(rate: float, updates, params):

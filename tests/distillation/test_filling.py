@@ -190,10 +190,6 @@ def test_a_run_from_states_resumes_bit_equal_and_is_a_run(config, cache, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"tune.train": "all"},
-            "tune.train=all changes the backbone, and tune.hidden_states",
-        ),
         ({"exits.points": (1, 2, 5)}, r"no hidden states after blocks \[1, 5\], only after \[2, 4"),
         ({"data.sequence_length": 64}, "have 32 tokens, but data.sequence_length=64; set it"),
         ({"data.batch_size": 64}, "has 32 rows, fewer than data.batch_size=64; cache more"),
