@@ -38,6 +38,7 @@ from early_exit.runs import checkpoint
 from early_exit.settings import read
 from early_exit.settings.sections import Settings
 from early_exit.storage import files
+from early_exit.streams import stream
 
 CHECKPOINTS = "checkpoints"
 POLICY = "policy.json"
@@ -186,7 +187,7 @@ def _drawn(
         if path in given and given[path].shape == leaf.shape
     }
     if len(kept) < len(wanted):
-        key, dtype = jax.random.key(config.seed), jnp.dtype(config.model.dtype)
+        key, dtype = stream(config.seed, "network"), jnp.dtype(config.model.dtype)
         kept = tree.flatten(base.init(network, key, dtype)) | kept
     return Pretrained(network, tree.unflatten(kept), tokenizer, config.model.source)
 
@@ -288,7 +289,8 @@ def _checkpointed(workdir: Path, config: Settings):
         raise FileNotFoundError(f"no checkpoint in {workdir}; let launch.tune finish a save")
     saved = checkpoint.metadata(checkpoints, step)
     pretrained, model = load_backbone(config)
-    check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
+    if config.tune.train == "exits":  # or the checkpoint has the backbone, too
+        check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
     trained = checkpoint.restore(checkpoints, {"params": abstract_trained(config, model)}, step)
     params = jax.tree.map(lambda x: x.astype(config.model.dtype), trained[0]["params"])
     if "backbone" in params and config.model.scan:

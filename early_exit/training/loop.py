@@ -23,6 +23,7 @@ from early_exit.runs import assemble, checkpoint
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.runs.metrics import MetricsWriter, progress
 from early_exit.settings.sections import Settings
+from early_exit.streams import stream
 from early_exit.training import bad_batch, pace, plan, preemption
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
@@ -181,7 +182,7 @@ class Run:
             read = {point - 1 for point in (*self.model.exits.points, self.model.config.depth)}
             backbone = base.unstack_blocks(backbone, read)
         exits = self.model.init_exits(
-            jax.random.key(self.config.seed),
+            stream(self.config.seed, "heads"),
             backbone,
             self.config.exits.init,
             self.frozen.get("token_ids"),
@@ -259,7 +260,8 @@ class Run:
         backbone = tree.fingerprint(loaded, sharding.fetch)
         if checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
             saved = checkpoint.metadata(workdir / CHECKPOINTS)
-            assemble.check_fingerprint(saved["backbone"], backbone, workdir)
+            if self.config.tune.train == "exits":  # or the checkpoint has the backbone, too
+                assemble.check_fingerprint(saved["backbone"], backbone, workdir)
             return saved
         token_ids = []
         if self.config.exits.classes:
