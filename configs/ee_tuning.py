@@ -1,12 +1,12 @@
-"""The recipe of EE-Tuning (Pan et al. 2024, §3.1) for a large decoder; the base of its configs.
+"""The recipe of EE-Tuning (Pan et al. 2024, §3.1) for a large decoder; what its configs share.
 
 Eight exits with norm and feed-forward heads behind a frozen backbone, 1.3 billion tokens. The
 backbone is in bfloat16, and its blocks run in a loop. Without a `source` of weights there are only
 its shapes: enough to compile everything for a pod, and to see what that costs.
 """
 
-from configs import smollm2_135m
-from early_exit.settings.overrides import ConfigDict, override, parse_arg
+from early_exit.settings.overrides import ConfigDict, parse_arg
+from early_exit.settings.read import defaults
 
 
 def settings(arg: str | None, *, new: dict, tensor: int) -> ConfigDict:
@@ -29,35 +29,34 @@ def settings(arg: str | None, *, new: dict, tensor: int) -> ConfigDict:
         batch_size=16,
         sequence_length=2048,
     )
-    config = override(
-        smollm2_135m.get_config(),
-        {
-            "exits.points": arg.points,
-            "exits.head": arg.head,
-            "exits.classes": 0,
-            "data.source": arg.data,
-            "data.sequence_length": arg.sequence_length,
-            "data.batch_size": arg.batch_size,
-            "mesh.data": -1,
-            "mesh.fsdp": 1,
-            "mesh.tensor": tensor,
-            "tune.train": arg.train,
-            "tune.loss": arg.loss,
-            "tune.steps": arg.steps,
-            "tune.learning_rate": 1e-4,
-            "tune.warmup_steps": min(100, arg.steps - 1),
-            "tune.checkpoint_every": 1000,
-            "tune.validate_every": 1000,
+    return defaults(
+        model={
+            "source": arg.source,
+            "dtype": "bfloat16",
+            "new": {} if arg.source else {"family": "decoder"} | new,
+            "scan": True,
+            "remat": "block" if arg.train == "all" else "none",
         },
+        exits={"points": arg.points, "head": arg.head},
+        data={
+            "source": arg.data,
+            "sequence_length": arg.sequence_length,
+            "batch_size": arg.batch_size,
+        },
+        mesh={"tensor": tensor},
+        tune={
+            "train": arg.train,
+            "loss": arg.loss,
+            "steps": arg.steps,
+            "learning_rate": 1e-4,
+            "backbone_rate": 0.03,
+            "warmup_steps": min(100, arg.steps - 1),
+            "b2": 0.95,
+            "checkpoint_every": 1000,
+            "validate_every": 1000,
+        },
+        evaluate={"epsilons": (0.8, 0.9, 0.95), "questions": ("What is a list in Python?",)},
     )
-    config.model = {
-        "source": arg.source,
-        "dtype": "bfloat16",
-        "new": {} if arg.source else {"family": "decoder"} | new,
-        "scan": True,
-        "remat": "block" if arg.train == "all" else "none",
-    }
-    return config
 
 
 def eighths(depth: int) -> tuple[int, ...]:

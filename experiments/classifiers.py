@@ -4,6 +4,7 @@ The one idea: training takes long and is done only where it is missing; what is 
 anew, in minutes, as often as wanted.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from early_exit.policy import ExitPolicy
 from early_exit.report import plots
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.assemble import Tuned
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.read import changed
+from early_exit.settings.sections import Settings
 from early_exit.training.loop import tune
 from experiments import bars
 
@@ -32,7 +34,7 @@ STEP = 0.25  # blocks, from budget to budget
 Family = Callable[[Records, str], Iterator[ExitPolicy]]
 
 
-def trained(config: ConfigDict, folder: Path) -> Tuned:
+def trained(config: Settings, folder: Path) -> Tuned:
     """The run in that folder, trained to its end first if it is not."""
     if checkpoint.latest_step(folder / assemble.CHECKPOINTS) != config.tune.steps:
         print(f"training {folder}: {config.tune.steps} steps", flush=True)
@@ -77,7 +79,8 @@ def measured(
       family: what the curve goes through.
     """
     if ROUNDS.value or bars.QUICK.value:
-        tuned.config.evaluate.rounds = ROUNDS.value or 1
+        config = changed(tuned.config, {"evaluate.rounds": ROUNDS.value or 1})
+        tuned = dataclasses.replace(tuned, config=config)
     curve = family(run.records_of(tuned), policy.confidence)
     results = run_classifier.measure(tuned, {CHOSEN: policy}, baselines, curve)
     print("\n\n".join(run_classifier.tables(results)))

@@ -35,9 +35,9 @@ TOP_K = flags.DEFINE_integer("top_k", 64, "Tokens of the full model's kept at ea
 
 def main(argv):
     common.no_arguments(argv)
+    config, folder = common.settings(), Path(STATES.value)
     processes.initialize()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
-    config, folder = common.CONFIG.value, Path(STATES.value)
     batches = config.tune.steps if BATCHES.value is None else BATCHES.value
     rank = Rank(jax.process_index(), jax.process_count())
     numbers = range(math.ceil(batches / hidden_states.BATCHES_IN_SHARD))

@@ -10,6 +10,8 @@ third looks for the best that 15 blocks per position buy. What is not given is t
 records.npz and policy.json.
 """
 
+import dataclasses
+
 from absl import flags
 
 from early_exit.calibration import certify, methods, risk
@@ -39,9 +41,9 @@ SETTINGS = (
 
 def main(argv):
     common.no_arguments(argv)
-    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
+    tuned = assemble.load_tuned(common.workdir(), common.settings())
     given = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
-    policy, records = run.calibrate(tuned, run.settings_of(tuned.config, **given))
+    policy, records = run.calibrate(tuned, dataclasses.replace(tuned.config.calibrate, **given))
     stated = policy.provenance
     rows = [
         (row["exit"], row["agreement"], row["coverage"], share, float(threshold))

@@ -58,7 +58,7 @@ def main(argv):
     common.no_arguments(argv)
     if (INPUT.value is None) == (SPLIT.value is None):
         raise ValueError("give either --input or --split")
-    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
+    tuned = assemble.load_tuned(common.workdir(), common.settings())
     model = tuned.model
     if not model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a language model; use launch.generate")

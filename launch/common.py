@@ -13,6 +13,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from early_exit.settings.read import read
+from early_exit.settings.sections import Settings
 from early_exit.storage.packages import cache_folder
 from early_exit.training import preemption
 
@@ -28,6 +30,15 @@ EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError)
 
 def workdir() -> Path:
     return Path(WORKDIR.value)
+
+
+def settings() -> Settings | None:
+    """Those of --config and its flags, checked; None without the flag.
+
+    Raises:
+      SettingsError: they make no run.
+    """
+    return None if CONFIG.value is None else read(CONFIG.value)
 
 
 def no_arguments(argv: list[str]) -> None:

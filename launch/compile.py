@@ -37,8 +37,8 @@ SECONDS_PER_DAY = 86_400
 
 def main(argv):
     common.no_arguments(argv)
-    config = common.CONFIG.value
-    devices, chip = ahead.topology(TOPOLOGY.value, config.mesh.get("slices", 1))
+    config = common.settings()
+    devices, chip = ahead.topology(TOPOLOGY.value, config.mesh.slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     model = ahead.model_of(config, BLOCKS.value)
     if WHAT.value == "tune":

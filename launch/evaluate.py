@@ -24,7 +24,7 @@ BASELINE = flags.DEFINE_list(
 
 def main(argv):
     common.no_arguments(argv)
-    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
+    tuned = assemble.load_tuned(common.workdir(), common.settings())
     if tuned.model.config.classifies:
         results = run_classifier.evaluate(tuned, [Path(folder) for folder in BASELINE.value])
         print("\n\n".join(run_classifier.tables(results)))

@@ -24,7 +24,7 @@ def main(argv):
     folder = Path(TO.value)
     if folder.exists():  # before a model is loaded for nothing
         raise FileExistsError(f"{folder} exists already; name a new folder")
-    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
+    tuned = assemble.load_tuned(common.workdir(), common.settings())
     assemble.export(tuned, folder, exits_only=EXITS_ONLY.value)
     sizes = [(path.name, f"{path.stat().st_size / 1e6:.3f}") for path in sorted(folder.iterdir())]
     print(table(sizes, header=("file", "MB")))

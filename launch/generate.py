@@ -72,7 +72,7 @@ def main(argv):
         pending=PENDING.value,
         sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
     )
-    tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
+    tuned = assemble.load_tuned(common.workdir(), common.settings())
     settings = {
         "policy": None if FULL.value else assemble.load_policy(tuned),
         "mode": mode,

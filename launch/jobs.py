@@ -7,7 +7,6 @@ and it does not matter what started it.
 
 import collections
 import dataclasses
-import json
 import re
 import subprocess
 import time
@@ -17,7 +16,10 @@ from typing import Any, NamedTuple
 
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.metrics import read_metrics
+from early_exit.settings.fields import SettingsError
 from early_exit.settings.overrides import ConfigDict, Overrides, override
+from early_exit.settings.read import read
+from early_exit.settings.sections import Settings
 from early_exit.training import preemption
 
 _VALIDATION = r"validation/(?P<figure>\w+)/exit_(?P<exit>\d+)"
@@ -41,19 +43,18 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a sweep: its folder, what it overrides, and the config that this makes."""
+    """One run of a sweep: its folder, what it overrides, and the settings that this makes."""
 
     folder: Path
     overrides: Overrides
-    config: ConfigDict
+    config: Settings
 
     @property
     def is_finished(self) -> bool:
         """Whether the folder holds the end of a run with exactly these settings."""
         if checkpoint.latest_step(self.folder / assemble.CHECKPOINTS) != self.config.tune.steps:
             return False
-        settings = assemble.load_config(self.folder).to_json()
-        return json.loads(settings) == json.loads(self.config.to_json())
+        return assemble.load_config(self.folder) == self.config
 
     def results(self) -> list[dict[str, Any]]:
         """A row per exit on the validation text, after the last step: overrides and figures."""
@@ -70,8 +71,8 @@ def expand(sweep: Callable, base: ConfigDict, workdir: Path) -> list[Run]:
     """The runs that `sweep(add)` adds to `base`, each in its own folder of `workdir`.
 
     Raises:
-      ValueError: no run, two runs of one name, or overrides that `base` does not take (unknown
-        keys, other types); all are listed.
+      ValueError: no run, two runs of one name, overrides that `base` does not take (unknown keys,
+        other types), or settings that make no run; all are listed.
     """
     asked: list[Overrides] = []
     sweep(lambda **overrides: asked.append(overrides))
@@ -86,12 +87,15 @@ def expand(sweep: Callable, base: ConfigDict, workdir: Path) -> list[Run]:
     names = _names(asked)
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     problems += [f"{name}: more than one run has this name" for name in twice]
+    runs = []
+    for name, overrides in zip(names, asked, strict=True) if not problems else ():
+        try:
+            runs.append(Run(workdir / name, overrides, read(override(base, overrides))))
+        except SettingsError as error:
+            problems += [f"{name}: {problem}" for problem in error.problems]
     if problems:
         raise ValueError("the sweep cannot start:\n  " + "\n  ".join(problems))
-    return [
-        Run(workdir / name, overrides, override(base, overrides))
-        for name, overrides in zip(names, asked, strict=True)
-    ]
+    return runs
 
 
 def _names(asked: Sequence[Overrides]) -> list[str]:

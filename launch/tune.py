@@ -24,9 +24,9 @@ PROFILE = flags.DEFINE_string(
 
 def main(argv):
     common.no_arguments(argv)
-    profile = steps_of(PROFILE.value)
+    config, profile = common.settings(), steps_of(PROFILE.value)
     processes.initialize()
-    rows = tune(common.CONFIG.value, common.workdir(), profile)
+    rows = tune(config, common.workdir(), profile)
     if jax.process_index():
         return
     print(table([row.values() for row in rows], header=list(rows[0])))

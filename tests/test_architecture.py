@@ -18,7 +18,7 @@ FLOORS = (
     ("exits", "losses", "policy", "pretrained"),
     ("backbones", "confidence"),
     ("data", "sharding"),
-    ("settings", "storage", "tree"),
+    ("settings", "storage", "streams", "tree"),
 )
 # Beside the standard library, these rooms import nothing but this.
 ONLY = {
@@ -32,6 +32,7 @@ ONLY = {
         "scipy",
         "early_exit.confidence",
         "early_exit.policy",
+        "early_exit.settings",
         "early_exit.storage",
     },
 }

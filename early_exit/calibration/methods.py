@@ -12,51 +12,13 @@ import numpy as np
 from early_exit.calibration import budget, certify, drift, rejection, temperature, thresholds
 from early_exit.calibration.records import Records
 from early_exit.policy import ExitPolicy
+from early_exit.settings.sections import CalibrateSettings
 
 BUDGETED = (*budget.METHODS, "joint")
 NAMES = ("epsilon", *certify.METHODS, *BUDGETED)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is asked (config section `calibrate`).
-
-    Attributes:
-      method: `epsilon`, those who leave agree with the full model at a rate ≥ ε on the records;
-        `ltt`, `clopper_pearson`, `ucb`, risk ≤ α with probability 1 − δ (`certify`); `eero`,
-        `eero_tight`, `geometric`, `search`, mean cost ≤ budget (`budget`); `joint`, the same with
-        a view to the answers that will be withheld (`rejection`), by `abstain` or `reject_risk`.
-      confidence: the score to threshold.
-      epsilon: of that method.
-      alpha, delta, risk, among, unit: of those with a guarantee; δ also of `reject_risk`.
-      design: share of groups on which these choose what to test on the others.
-      budget: mean cost per position, in `costs`: `blocks` or `multiply_adds`.
-      against: what is a good answer to those who have a budget: `agreement` or `label`.
-      temperature: whether each head gets one (`temperature`).
-      abstain: share of positions that may stay without an answer; None for none.
-      reject_risk: share of wrong answers at most, with probability 1 − δ; None for any.
-      seed: of what is drawn at random.
-    """
-
-    method: str = "epsilon"
-    confidence: str = "max_prob"
-    epsilon: float = 0.95
-    alpha: float = 0.05
-    delta: float = 0.1
-    risk: str = "disagreement"
-    among: str = "all"
-    unit: str = "group"
-    design: float = 0.3
-    budget: float | None = None
-    costs: str = "blocks"
-    against: str = "agreement"
-    temperature: bool = False
-    abstain: float | None = None
-    reject_risk: float | None = None
-    seed: int = 0
-
-
-def fit(records: Records, settings: Settings) -> ExitPolicy:
+def fit(records: Records, settings: CalibrateSettings) -> ExitPolicy:
     """The policy that keeps what is asked; its provenance says how well, and on what.
 
     With temperatures, it says under `temperature` what they do to the calibration error and, as
@@ -65,8 +27,6 @@ def fit(records: Records, settings: Settings) -> ExitPolicy:
     Raises:
       ValueError: unknown names, values out of range, or too few groups.
     """
-    if settings.method not in NAMES:
-        raise ValueError(f"unknown method {settings.method!r}; choose one of {', '.join(NAMES)}")
     if settings.method in BUDGETED and settings.budget is None:
         raise ValueError(f"{settings.method} spends a budget; give one, in {settings.costs}")
     design = tested = answered = records
@@ -123,7 +83,7 @@ def described(policy: ExitPolicy) -> str:
     return method
 
 
-def _fit(design: Records, tested: Records, settings: Settings) -> ExitPolicy:
+def _fit(design: Records, tested: Records, settings: CalibrateSettings) -> ExitPolicy:
     if settings.method == "epsilon":
         return thresholds.fit(tested, settings.confidence, settings.epsilon)
     if settings.method in budget.METHODS:

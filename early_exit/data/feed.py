@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from early_exit.data import examples, excerpts, inputs, labelled, pipeline, sources
 from early_exit.data.stream import ALONE, Rank, TrainingBatches
 from early_exit.data.transforms import Batch
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.sections import DataSettings, Settings
 
 
 class Network(Protocol):
@@ -49,7 +49,7 @@ class Feed(Protocol):
         """SHA-256 (hex) of a split."""
 
 
-def make(config: ConfigDict, network: Network, tokenizer: Any) -> Feed:
+def make(config: Settings, network: Network, tokenizer: Any) -> Feed:
     """The feed of a run for such a network."""
     if not network.classifies:
         return TextFeed(config.data, tokenizer)
@@ -60,7 +60,7 @@ def make(config: ConfigDict, network: Network, tokenizer: Any) -> Feed:
 class TextFeed:
     """Documents, packed into rows."""
 
-    data: ConfigDict
+    data: DataSettings
     tokenizer: Any
     unit: str = "tokens"
 
@@ -108,7 +108,7 @@ class ExampleFeed:
       ValueError: on use, data with another number of classes than the network's.
     """
 
-    data: ConfigDict
+    data: DataSettings
     network: Network
     tokenizer: Any
     unit: str = "examples"
@@ -157,7 +157,7 @@ class ExampleFeed:
             return inputs.image_inputs(
                 data.mean,
                 data.std,
-                size=tuple(data.image_size) or None,
+                size=data.image_size or None,
                 channels=3 if self.network.channels == 3 else None,
                 augment=data.augment,
             )

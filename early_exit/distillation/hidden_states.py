@@ -38,7 +38,7 @@ from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead
 from early_exit.data.transforms import Batch
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.runs import assemble
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.sections import Settings
 
 # Beside the hidden states.
 ALWAYS = ("tokens", "documents", "positions", "teacher_ids", "teacher_log_probs")
@@ -73,7 +73,7 @@ _ROWS = 128
 
 
 def fill(
-    config: ConfigDict,
+    config: Settings,
     folder: Path,
     *,
     batches: int,
@@ -208,21 +208,16 @@ def _vocabulary(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def opened(config: ConfigDict) -> shards.Store | None:
+def opened(config: Settings) -> shards.Store | None:
     """The cache that a run tunes from, if it suits the settings; None without `tune.hidden_states`.
 
     Raises:
       FileNotFoundError: nothing there.
       ValueError: settings that it was not made for.
     """
-    if not config.tune.get("hidden_states"):
-        return None
     folder = config.tune.hidden_states
-    if config.tune.train != "exits":
-        raise ValueError(
-            f"tune.train={config.tune.train} changes the backbone, and tune.hidden_states holds "
-            "what it was; use tune.train=exits, or leave tune.hidden_states empty"
-        )
+    if not folder:
+        return None
     store = shards.Store(Path(folder))
     cached = store.about["points"]
     if lacking := [point for point in config.exits.points if point not in cached]:
@@ -243,7 +238,7 @@ def opened(config: ConfigDict) -> shards.Store | None:
     return store
 
 
-def check(config: ConfigDict, store: shards.Store, backbone: str, text: str) -> None:
+def check(config: Settings, store: shards.Store, backbone: str, text: str) -> None:
     """Raises ValueError where the cache is not of this backbone (its fingerprint) and this text."""
     folder, about = config.tune.hidden_states, store.about
     if about["backbone"] != backbone:

@@ -22,7 +22,7 @@ from early_exit.evaluation import exits, tradeoff
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
 from early_exit.runs.assemble import Tuned
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.sections import CalibrateSettings
 from early_exit.storage import files
 
 
@@ -48,22 +48,11 @@ def records_of(tuned: Tuned, *, soften: bool = False) -> Records:
     return records
 
 
-def settings_of(config: ConfigDict, **changes) -> methods.Settings:
-    """What the config's section `calibrate` asks for, but for the `changes`.
-
-    Raises:
-      ValueError: a setting that there is not.
-    """
-    asked = {name: value for name, value in config.calibrate.items() if name != "batches"}
-    try:
-        return methods.Settings(**asked | changes)
-    except TypeError as error:
-        raise ValueError(f"calibrate has no such setting: {error}") from error
-
-
-def calibrate(tuned: Tuned, settings: methods.Settings | None = None) -> tuple[ExitPolicy, Records]:
+def calibrate(
+    tuned: Tuned, settings: CalibrateSettings | None = None
+) -> tuple[ExitPolicy, Records]:
     """Fits a policy, as the settings (or the config's) ask, and saves it as `policy.json`."""
-    settings = settings_of(tuned.config) if settings is None else settings
+    settings = tuned.config.calibrate if settings is None else settings
     records = records_of(tuned, soften=settings.temperature)
     policy = methods.fit(records, settings)
     policies.save(policy, tuned.workdir / assemble.POLICY)

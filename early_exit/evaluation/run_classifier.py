@@ -6,7 +6,6 @@ seen, and beside smaller networks without exits, the other way to pay less for a
 
 import base64
 import io
-import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -203,18 +202,18 @@ def _check(baseline: Tuned, tuned: Tuned) -> None:
             f"{baseline.workdir} has exits after blocks {baseline.model.exits.points}; a baseline "
             "is a network without exits (exits.points=())"
         )
-    theirs, ours = (json.loads(of.config.data.to_json()) for of in (baseline, tuned))
     for name in _SAME:
-        if theirs.get(name) != ours.get(name):
+        theirs, ours = (getattr(of.config.data, name) for of in (baseline, tuned))
+        if theirs != ours:
             raise ValueError(
-                f"{baseline.workdir} was trained with data.{name}={theirs.get(name)}, but "
-                f"{tuned.workdir} with {ours.get(name)}; they cannot be compared"
+                f"{baseline.workdir} was trained with data.{name}={theirs}, but {tuned.workdir} "
+                f"with {ours}; they cannot be compared"
             )
 
 
 def _described(tuned: Tuned) -> dict:
     model, config = tuned.model, tuned.config
-    new = dict(config.model.get("new") or {})
+    new = dict(config.model.new)
     return {
         # A network made anew is named by what it was made of.
         "source": config.model.source or f"{new.pop('family')} ({_listed(new)})",

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.load import Pretrained, load
 from early_exit.runs import checkpoint
-from early_exit.settings import overrides
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings import read
+from early_exit.settings.sections import Settings
 from early_exit.storage import files
+from early_exit.streams import stream
 
 CHECKPOINTS = "checkpoints"
 POLICY = "policy.json"
@@ -63,7 +64,7 @@ class Tuned:
     model: MultiExit
     params: base.Params
     tokenizer: Any
-    config: ConfigDict
+    config: Settings
     workdir: Path
     metadata: dict[str, Any]
 
@@ -81,20 +82,14 @@ class Tuned:
         return chat.prompt(self.tokenizer, question)
 
 
-def exit_config(config: ConfigDict) -> ExitConfig:
-    return ExitConfig(
-        points=tuple(config.exits.points),
-        head=config.exits.head,
-        output=config.exits.output,
-        classes=config.exits.classes,
-        gate=config.exits.gate,
-        cascade=config.exits.get("cascade", False),
-        ensemble=config.exits.get("ensemble", False),
-    )
+def exit_config(config: Settings) -> ExitConfig:
+    """What the config's exits are made of."""
+    names = [field.name for field in dataclasses.fields(ExitConfig)]
+    return ExitConfig(**{name: getattr(config.exits, name) for name in names})
 
 
 def load_backbone(
-    config: ConfigDict, shardings: Callable[[base.Params], Any] | None = None
+    config: Settings, shardings: Callable[[base.Params], Any] | None = None
 ) -> tuple[Pretrained, MultiExit]:
     """The network that the config's exits are attached to, and the multi-exit model of both.
 
@@ -111,14 +106,12 @@ def load_backbone(
         fit it.
     """
     model, dtype = config.model, jnp.dtype(config.model.dtype)
-    source, new = model.source, model.get("new")
-    if bool(source) == bool(new):
-        raise ValueError("give either model.source, where weights are, or model.new")
-    if new:
-        network = _new(new)
+    source = model.source
+    if model.new:
+        network = _new(model.new)
         if network.reads != "images":
             raise ValueError(
-                f"a {new['family']} reads text, and a new one has no tokenizer for it; "
+                f"a {model.new['family']} reads text, and a new one has no tokenizer for it; "
                 "give model.source, where weights are"
             )
         pretrained = _drawn(network, {}, config, None)
@@ -128,11 +121,8 @@ def load_backbone(
         pretrained = Pretrained(tuned.model.config, backbone, tuned.tokenizer, source)
     else:
         pretrained = load(source, dtype, shardings)
-    if changes := model.get("changes"):
-        try:
-            changed = dataclasses.replace(pretrained.config, **changes)
-        except TypeError as error:
-            raise ValueError(f"model.changes do not fit the network: {error}") from error
+    if model.changes:
+        changed = _changed(pretrained.config, model.changes)
         pretrained = _drawn(changed, pretrained.params, config, pretrained.tokenizer)
     if shardings is not None:
         params = sharding.place(pretrained.params, shardings(pretrained.params))
@@ -140,21 +130,20 @@ def load_backbone(
     return pretrained, MultiExit(pretrained.config, exit_config(config))
 
 
-def abstract_model(config: ConfigDict) -> MultiExit:
+def abstract_model(config: Settings) -> MultiExit:
     """The multi-exit model that `load_backbone` would give; reads headers at most, no weights.
 
     Raises:
       ValueError: as `load_backbone`.
     """
-    source, new = config.model.source, config.model.get("new")
-    if new:
-        network = _new(new)
+    source = config.model.source
+    if config.model.new:
+        network = _new(config.model.new)
     elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
         network = abstract_model(load_config(Path(source))).config
     else:
         network = describe(source).config
-    network = dataclasses.replace(network, **config.model.get("changes", {}))
-    return MultiExit(network, exit_config(config))
+    return MultiExit(_changed(network, config.model.changes), exit_config(config))
 
 
 # Networks that can be made anew, by the name in `model.new.family`.
@@ -166,7 +155,7 @@ FAMILIES = {
 }
 
 
-def _new(settings: ConfigDict) -> base.BackboneConfig:
+def _new(settings: Mapping[str, Any]) -> base.BackboneConfig:
     settings = dict(settings)
     family = settings.pop("family", None)
     if family not in FAMILIES:
@@ -179,8 +168,15 @@ def _new(settings: ConfigDict) -> base.BackboneConfig:
         raise ValueError(f"model.new does not describe a {family}: {error}") from error
 
 
+def _changed(network: base.BackboneConfig, changes: Mapping[str, Any]) -> base.BackboneConfig:
+    try:
+        return dataclasses.replace(network, **changes)
+    except TypeError as error:
+        raise ValueError(f"model.changes do not fit the network: {error}") from error
+
+
 def _drawn(
-    network: base.BackboneConfig, params: base.Params, config: ConfigDict, tokenizer: Any
+    network: base.BackboneConfig, params: base.Params, config: Settings, tokenizer: Any
 ) -> Pretrained:
     """`network` with those of `params` that it has, and the others drawn from the config's seed."""
     _, abstract = base.abstract(network.build)
@@ -191,12 +187,12 @@ def _drawn(
         if path in given and given[path].shape == leaf.shape
     }
     if len(kept) < len(wanted):
-        key, dtype = jax.random.key(config.seed), jnp.dtype(config.model.dtype)
+        key, dtype = stream(config.seed, "network"), jnp.dtype(config.model.dtype)
         kept = tree.flatten(base.init(network, key, dtype)) | kept
     return Pretrained(network, tree.unflatten(kept), tokenizer, config.model.source)
 
 
-def save_config(config: ConfigDict, workdir: Path) -> None:
+def save_config(config: Settings, workdir: Path) -> None:
     """Writes the run's config; a folder that holds a run must hold one with the same heads.
 
     Raises:
@@ -211,11 +207,11 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         with files.replacing(path) as partial:  # another process may be reading
-            partial.write_text(config.to_json(indent=2) + "\n")
+            partial.write_text(read.to_json(config), encoding="utf-8")
 
 
-def _check_same_run(config: ConfigDict, workdir: Path) -> None:
-    before, after = (json.loads(c.to_json()) for c in (load_config(workdir), config))
+def _check_same_run(config: Settings, workdir: Path) -> None:
+    before, after = (read.as_dict(c) for c in (load_config(workdir), config))
     changed = [
         difference
         for section in TUNED_BY
@@ -237,21 +233,32 @@ def _differences(before: dict, after: dict, prefix: str = ""):
             yield f"{prefix}{name}: {old} → {new}"
 
 
-def load_config(workdir: Path) -> ConfigDict:
+def load_config(workdir: Path) -> Settings:
     """The config that a run, or what it was exported to, was tuned with.
 
     Raises:
       FileNotFoundError: no run in that folder.
+      ValueError: a file that is damaged, or has settings that there are not.
     """
     if artefact.is_in(workdir):
-        return overrides.ConfigDict(artefact.describe(workdir).config)
-    path = workdir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no run in {workdir} ({path} is missing); start with launch.tune")
-    return overrides.ConfigDict(json.loads(path.read_text()))
+        path, text = workdir / artefact.DESCRIPTION, json.dumps(artefact.describe(workdir).config)
+    else:
+        path = workdir / "config.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no run in {workdir} ({path} is missing); start with launch.tune"
+            )
+        text = path.read_text(encoding="utf-8")
+    try:
+        return read.read_saved(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds settings that this version does not take: {error}\nCorrect them in that "
+            "file, or use the version of early_exit that wrote it"
+        ) from error
 
 
-def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
+def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
     """The tuned model of a run, from its newest checkpoint, or of what it was exported to.
 
     Args:
@@ -266,8 +273,8 @@ def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
         config = load_config(workdir)
     else:
         _check_same_run(config, workdir)
-    read = _exported if artefact.is_in(workdir) else _checkpointed
-    model, params, tokenizer, provenance = read(workdir, config)
+    load_from = _exported if artefact.is_in(workdir) else _checkpointed
+    model, params, tokenizer, provenance = load_from(workdir, config)
     # All committed to the device, as restored arrays are. A mixture makes a decode's state change
     # from one call to the next, and every program compile twice.
     params = jax.device_put(params, jax.local_devices()[0])
@@ -275,17 +282,18 @@ def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
     return Tuned(model, params, tokenizer, config, workdir, provenance)
 
 
-def _checkpointed(workdir: Path, config: ConfigDict):
+def _checkpointed(workdir: Path, config: Settings):
     checkpoints = workdir / CHECKPOINTS
     step = checkpoint.latest_step(checkpoints)
     if step is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}; let launch.tune finish a save")
     saved = checkpoint.metadata(checkpoints, step)
     pretrained, model = load_backbone(config)
-    check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
+    if config.tune.train == "exits":  # or the checkpoint has the backbone, too
+        check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
     trained = checkpoint.restore(checkpoints, {"params": abstract_trained(config, model)}, step)
     params = jax.tree.map(lambda x: x.astype(config.model.dtype), trained[0]["params"])
-    if "backbone" in params and config.model.get("scan"):
+    if "backbone" in params and config.model.scan:
         params["backbone"] = base.unstack_blocks(params["backbone"])
     params = {"backbone": pretrained.params} | params
     if saved["token_ids"]:
@@ -294,7 +302,7 @@ def _checkpointed(workdir: Path, config: ConfigDict):
     return model, params, pretrained.tokenizer, provenance
 
 
-def for_tuning(config: ConfigDict, model: MultiExit) -> MultiExit:
+def for_tuning(config: Settings, model: MultiExit) -> MultiExit:
     """The model as it is tuned: `model.scan` runs its blocks in a loop, over stacked parameters.
 
     `model.remat` says what their backward pass computes again (see `DecoderConfig`).
@@ -302,14 +310,16 @@ def for_tuning(config: ConfigDict, model: MultiExit) -> MultiExit:
     Raises:
       ValueError: a network that is not run so.
     """
-    asked = {name: config.model[name] for name in ("scan", "remat") if config.model.get(name)}
+    if not config.model.scan and config.model.remat == "none":
+        return model
+    asked = {"scan": config.model.scan, "remat": config.model.remat}
     try:
         return dataclasses.replace(model, config=dataclasses.replace(model.config, **asked))
     except TypeError as error:
-        raise ValueError(f"model.{' and model.'.join(asked)} are for decoders") from error
+        raise ValueError("model.scan and model.remat are for decoders") from error
 
 
-def abstract_trained(config: ConfigDict, model: MultiExit) -> base.Params:
+def abstract_trained(config: Settings, model: MultiExit) -> base.Params:
     """The parameters that the config's recipe trains, as shapes: float32, as it keeps them."""
     trained = {"exits": model.abstract_exits()}
     if config.tune.train == "all":
@@ -317,12 +327,12 @@ def abstract_trained(config: ConfigDict, model: MultiExit) -> base.Params:
     return trained
 
 
-def _exported(workdir: Path, config: ConfigDict):
+def _exported(workdir: Path, config: Settings):
     described = artefact.describe(workdir)
     beside = [workdir / name for name in ("config.json", "model.safetensors")]
     if any(path.exists() for path in beside):
         source = str(workdir)
-    elif not isinstance(source := config.get("model", {}).get("source"), str):
+    elif not (source := config.model.source):
         raise ValueError(f"{workdir / artefact.DESCRIPTION} names no backbone in config.model")
     pretrained = load(source, described.dtype)
     model, params = artefact.attach(workdir, pretrained.config, pretrained.params)
@@ -348,7 +358,7 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
             shutil.copyfile(policy, inside / POLICY)
         if not exits_only:
             write_backbone(inside, tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
-        config, step = json.loads(tuned.config.to_json()), tuned.metadata["step"]
+        config, step = read.as_dict(tuned.config), tuned.metadata["step"]
         artefact.write(inside, tuned.model, tuned.params, config, step)
 
 

@@ -5,6 +5,7 @@ The one idea: a run is a base `ConfigDict` plus a dict of dotted overrides such 
 another type, is an error, so a misspelt option can never be silently ignored.
 """
 
+import copy
 import difflib
 import itertools
 from collections.abc import Iterable, Mapping
@@ -75,7 +76,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
       ValueError: a key that `config` does not have; names the nearest one it has.
       TypeError: a value of another type; names the key and both types.
     """
-    config = config.copy_and_resolve_references()
+    config = copy.deepcopy(config)  # with its placeholders, which know the type of a None
     known = list(_leaves(config))
     for key, value in overrides.items():
         if key not in known:

@@ -20,7 +20,8 @@ from early_exit.decoding.state import initial_state
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.read import changed
+from early_exit.settings.sections import Settings
 from early_exit.training import plan
 
 
@@ -52,7 +53,7 @@ def topology(name: str | None, slices: int = 1):
     return found.devices, chips.CHIPS[kind]
 
 
-def model_of(config: ConfigDict, blocks: int | None = None) -> MultiExit:
+def model_of(config: Settings, blocks: int | None = None) -> MultiExit:
     """The config's model, from shapes alone; with `blocks`, a shorter one with exits to match.
 
     Raises:
@@ -70,11 +71,10 @@ def model_of(config: ConfigDict, blocks: int | None = None) -> MultiExit:
 
 
 def tuning(
-    config: ConfigDict, model: MultiExit, mesh: Mesh, chip: chips.Chip | None
+    config: Settings, model: MultiExit, mesh: Mesh, chip: chips.Chip | None
 ) -> chips.Estimate:
     """Of one step of a run (`training.plan`)."""
-    config = config.copy_and_resolve_references()
-    config.exits.points = model.exits.points
+    config = changed(config, {"exits.points": model.exits.points})
     model = assemble.for_tuning(config, model)
     parts = (plan.state, plan.frozen)
     args = (*(part(config, model, mesh) for part in parts), plan.token_batch(config, mesh))
@@ -83,7 +83,7 @@ def tuning(
 
 
 def decoding(
-    config: ConfigDict,
+    config: Settings,
     model: MultiExit,
     mesh: Mesh,
     chip: chips.Chip | None,

@@ -22,13 +22,14 @@ from early_exit.evaluation import exits as evaluation
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.runs.metrics import MetricsWriter, progress
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.sections import Settings
+from early_exit.streams import stream
 from early_exit.training import bad_batch, pace, plan, preemption
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
 
 
-def tune(config: ConfigDict, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
+def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
     """Tunes the exits of the config's model; returns a row per exit on the validation split.
 
     Jointly with the backbone, or a backbone alone, where the config says so (`tune.train`). Goes
@@ -149,7 +150,7 @@ class Run:
         reduced heads, the tokens they can predict.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path):
+    def __init__(self, config: Settings, workdir: Path):
         self.config = config
         self.schedule = optimizers.learning_rate(config.tune)
         self.optimizer = optimizers.make_optimizer(config.tune)
@@ -181,7 +182,7 @@ class Run:
             read = {point - 1 for point in (*self.model.exits.points, self.model.config.depth)}
             backbone = base.unstack_blocks(backbone, read)
         exits = self.model.init_exits(
-            jax.random.key(self.config.seed),
+            stream(self.config.seed, "heads"),
             backbone,
             self.config.exits.init,
             self.frozen.get("token_ids"),
@@ -259,7 +260,8 @@ class Run:
         backbone = tree.fingerprint(loaded, sharding.fetch)
         if checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
             saved = checkpoint.metadata(workdir / CHECKPOINTS)
-            assemble.check_fingerprint(saved["backbone"], backbone, workdir)
+            if self.config.tune.train == "exits":  # or the checkpoint has the backbone, too
+                assemble.check_fingerprint(saved["backbone"], backbone, workdir)
             return saved
         token_ids = []
         if self.config.exits.classes:

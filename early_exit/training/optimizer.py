@@ -1,57 +1,57 @@
-"""AdamW or SGD with clipping, warm-up and cosine decay, from a config."""
+"""AdamW or SGD with clipping, warm-up and cosine decay, from the section `tune`."""
 
 import functools
 
 import jax
 import optax
 
-OPTIMIZERS = ("adamw", "sgd")
+from early_exit import tree
+from early_exit.backbones import base
+from early_exit.settings.sections import TuneSettings
+
+# What decays, by its path, whatever its shape: stacked blocks (`model.scan`) have norms of [L, D].
+# The first match decides.
+DECAYS = (
+    (r"(^|/)(kernel|embedding)$", True),
+    (r"", False),
+)
 
 
-def learning_rate(config) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, then cosine to `final_fraction` at `steps`.
-
-    Raises:
-      ValueError: the warm-up is not shorter than the run.
-    """
-    if not 0 <= config.warmup_steps < config.steps:
-        raise ValueError(
-            f"tune.warmup_steps={config.warmup_steps} must be below tune.steps={config.steps}"
-        )
+def learning_rate(tune: TuneSettings) -> optax.Schedule:
+    """Linear warm-up over `warmup_steps`, then cosine to `final_fraction` at `steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-        end_value=config.learning_rate * config.final_fraction,
+        peak_value=tune.learning_rate,
+        warmup_steps=tune.warmup_steps,
+        decay_steps=tune.steps,
+        end_value=tune.learning_rate * tune.final_fraction,
     )
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or SGD with momentum; matrices decay, norms do not.
+def make_optimizer(tune: TuneSettings) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW or SGD with momentum; matrices decay, all else does not.
 
     A backbone that is trained learns at `backbone_rate` times the heads' rate.
-
-    Raises:
-      ValueError: unknown optimizer.
     """
-    if config.optimizer not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        raise ValueError(f"unknown tune.optimizer {config.optimizer!r}; choose one of {known}")
-    rate = learning_rate(config)
-    if config.optimizer == "adamw":
-        rule = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_wide)
+    rate = learning_rate(tune)
+    if tune.optimizer == "adamw":
+        rule = optax.adamw(rate, tune.b1, tune.b2, weight_decay=tune.weight_decay, mask=decays)
     else:
         rule = optax.chain(
-            optax.add_decayed_weights(config.weight_decay, _wide),
-            optax.sgd(rate, momentum=config.b1, nesterov=True),
+            optax.add_decayed_weights(tune.weight_decay, decays),
+            optax.sgd(rate, momentum=tune.b1, nesterov=True),
         )
-    slower = optax.stateless(functools.partial(_scale_backbone, config.backbone_rate))
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule, slower)
+    slower = optax.stateless(functools.partial(_scale_backbone, tune.backbone_rate))
+    return optax.chain(optax.clip_by_global_norm(tune.clip_norm), rule, slower)
 
 
-def _wide(params):
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+def decays(params: base.Params) -> base.Params:
+    """A tree like `params` of bools: whether each array is drawn towards 0 by weight decay.
+
+    Kernels (of convolutions, too) and embeddings are; norms, biases and statistics are not.
+    """
+    kept = [tree.match(DECAYS, path) for path in tree.flatten(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), kept)
 
 
 def _scale_backbone(rate: float, updates, params):

@@ -16,55 +16,45 @@ from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.runs import assemble
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.sections import Settings
 from early_exit.training import schedule
 from early_exit.training import step as steps
 from early_exit.training.optimizer import make_optimizer
 from early_exit.training.recipe import Recipe
 
 
-def recipe(config: ConfigDict, mesh: Mesh, network: base.BackboneConfig) -> Recipe:
+def recipe(config: Settings, mesh: Mesh, network: base.BackboneConfig) -> Recipe:
     """What the config asks for.
 
     Raises:
-      ValueError: settings that do not fit each other, the exits, the mesh or the network.
+      ValueError: settings that do not fit the mesh or the network.
     """
-    tune, points = config.tune, config.exits.points
-    if tune.weights and len(tune.weights) != len(points):
-        raise ValueError(
-            f"tune.weights has {len(tune.weights)} values for {len(points)} exits; give one per "
-            "exit, or none for equal weights"
-        )
-    if tune.accumulate < 1 or config.data.batch_size % tune.accumulate:
-        raise ValueError(
-            f"tune.accumulate={tune.accumulate} parts cannot share the {config.data.batch_size} "
-            "rows of data.batch_size equally"
-        )
+    tune = config.tune
     if tune.accumulate > 1:
         sharding.row_rank(mesh, config.data.batch_size // tune.accumulate)
-    if tune.get("layer_dropout") and not network.drops_blocks:
+    if tune.layer_dropout and not network.drops_blocks:
         raise ValueError("tune.layer_dropout is for decoders; leave it at 0")
     return Recipe(
         loss=tune.loss,
         weights=schedule.ExitWeights(
-            tuple(map(float, tune.weights)) or (1.0,) * len(points),
-            start=tuple(map(float, tune.get("start_weights", ()))),
-            steps=tune.get("weight_steps", 0),
-            path=tune.get("weight_path", "linear"),
-            curriculum=tune.get("curriculum", "all"),
-            period=tune.get("curriculum_period", 1),
+            tune.weights or (1.0,) * len(config.exits.points),
+            start=tune.start_weights,
+            steps=tune.weight_steps,
+            path=tune.weight_path,
+            curriculum=tune.curriculum,
+            period=tune.curriculum_period,
         ),
         train=tune.train,
         dtype=config.model.dtype,
         table_parts=mesh.shape["tensor"],
-        by_confidence=tune.get("by_confidence", False),
-        layer_dropout=tune.get("layer_dropout", 0.0),
+        by_confidence=tune.by_confidence,
+        layer_dropout=tune.layer_dropout,
         accumulate=tune.accumulate,
         seed=config.seed,
     )
 
 
-def step(config: ConfigDict, model: MultiExit, mesh: Mesh):
+def step(config: Settings, model: MultiExit, mesh: Mesh):
     """The jitted `tune_step`: (state, frozen, batch) → (state, metrics). Donates the state.
 
     Args:
@@ -84,7 +74,7 @@ def step(config: ConfigDict, model: MultiExit, mesh: Mesh):
     )
 
 
-def state(config: ConfigDict, model: MultiExit, mesh: Mesh) -> steps.TuneState:
+def state(config: Settings, model: MultiExit, mesh: Mesh) -> steps.TuneState:
     """The run's state as shapes with shardings; the optimizer's lies where its parameters do."""
     params, optimizer = assemble.abstract_trained(config, model), make_optimizer(config.tune)
     shapes = jax.eval_shape(functools.partial(steps.init_state, optimizer=optimizer), params)
@@ -99,7 +89,7 @@ def state(config: ConfigDict, model: MultiExit, mesh: Mesh) -> steps.TuneState:
     return placed(shapes, {"params": where, "opt_state": opt_state, "step": everywhere})
 
 
-def frozen(config: ConfigDict, model: MultiExit, mesh: Mesh) -> base.Params:
+def frozen(config: Settings, model: MultiExit, mesh: Mesh) -> base.Params:
     """The parameters that are not trained, as shapes with shardings."""
     params = {}
     if config.tune.train != "all":
@@ -110,7 +100,7 @@ def frozen(config: ConfigDict, model: MultiExit, mesh: Mesh) -> base.Params:
     return placed(params, sharding.shardings(params, mesh))
 
 
-def token_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def token_batch(config: Settings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A language model's batch, as shapes with shardings.
 
     Raises:

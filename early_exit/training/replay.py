@@ -17,7 +17,7 @@ from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.runs import checkpoint
 from early_exit.runs.assemble import CHECKPOINTS
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.sections import Settings
 from early_exit.training import bad_batch, loop, plan
 from early_exit.training import step as steps
 
@@ -65,7 +65,7 @@ class Replay:
         )
 
 
-def replay(config: ConfigDict, workdir: Path, path: Path) -> Replay:
+def replay(config: Settings, workdir: Path, path: Path) -> Replay:
     """Runs a batch through the step, from the last checkpoint before it, and changes nothing.
 
     Raises:

@@ -17,6 +17,7 @@ import optax
 from early_exit import losses, sharding
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import Bound, MultiExit
+from early_exit.streams import stream
 from early_exit.training.observe import kept_blocks, observe, targets
 from early_exit.training.recipe import LOSSES, Recipe
 
@@ -211,7 +212,7 @@ def tune_step(
     gradient = jax.value_and_grad(objective, has_aux=True)
     if recipe.accumulate > 1:
         gradient = _accumulated(gradient, recipe.accumulate, lambda part: targets(part, model)[1])
-    key = jax.random.fold_in(jax.random.key(recipe.seed), step)
+    key = jax.random.fold_in(stream(recipe.seed, "layer dropout"), step)
     (loss, (by_point, moments)), gradients = gradient(params, batch, key)
     updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
     params = optax.apply_updates(params, updates)

@@ -12,6 +12,7 @@ from absl import app, flags
 from early_exit.calibration import methods
 from early_exit.calibration.records import Records
 from early_exit.runs.metrics import table
+from early_exit.settings.sections import CalibrateSettings
 
 RECORDS = flags.DEFINE_string("records", None, "File of records.", required=True)
 EPSILON = flags.DEFINE_float("epsilon", 0.95, "Agreement of those who leave.")
@@ -24,7 +25,7 @@ def main(argv):
     found = {}
     for confidence in CONFIDENCES:
         for temperature in (False, True):
-            settings = methods.Settings(
+            settings = CalibrateSettings(
                 epsilon=EPSILON.value, confidence=confidence, temperature=temperature
             )
             found[confidence, temperature] = methods.fit(records, settings)

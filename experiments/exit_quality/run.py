@@ -26,7 +26,9 @@ from early_exit.distillation import hidden_states
 from early_exit.evaluation import exits as evaluation
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.metrics import table
-from early_exit.settings.overrides import ConfigDict, override
+from early_exit.settings.overrides import override
+from early_exit.settings.read import read
+from early_exit.settings.sections import Settings
 from early_exit.training.loop import tune
 from experiments import bars
 
@@ -60,7 +62,7 @@ CASES = [
 ]
 
 
-def settings(case: Case) -> ConfigDict:
+def settings(case: Case) -> Settings:
     config = smollm2_135m.get_config("train=all" if case.train == "joint" else None)
     steps = 3 if bars.QUICK.value else STEPS
     changes = {
@@ -80,7 +82,7 @@ def settings(case: Case) -> ConfigDict:
         changes |= {"tune.hidden_states": str(Path(RUNS.value) / f"states_{case.text}")}
     elif case.head != "none":
         changes |= {"tune.weight_steps": steps // 2}
-    return override(config, changes)
+    return read(override(config, changes))
 
 
 def tuned(case: Case) -> float:

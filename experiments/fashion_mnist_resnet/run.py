@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from configs import fashion_mnist_resnet
+from early_exit.settings.read import read
 from experiments import bars, classifiers
 
 RUNS = flags.DEFINE_string("runs", None, "Folder of the runs.")
@@ -39,7 +40,7 @@ def main(argv):
     def trained(name, arg, **tune):
         config = fashion_mnist_resnet.get_config(f"data={DATA.value},{arg}")
         config.tune.update(tune)
-        return classifiers.trained(config, folder / name)
+        return classifiers.trained(read(config), folder / name)
 
     def without_exits(layers):
         trained(f"plain{layers}", f"layers={layers},points=,epochs={first}")

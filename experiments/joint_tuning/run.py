@@ -18,7 +18,9 @@ from absl import flags
 
 from configs import tiny
 from early_exit.runs.metrics import table
-from early_exit.settings.overrides import ConfigDict, override
+from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
+from early_exit.settings.sections import Settings
 from early_exit.training.loop import tune
 from experiments import bars
 
@@ -29,7 +31,7 @@ POINTS, WEIGHTS = (2, 4, 6), (0.25, 0.5, 0.5)
 SEEDS = 3
 
 
-def settings(seed: int, steps: int) -> ConfigDict:
+def settings(seed: int, steps: int) -> Settings:
     config = override(
         tiny.get_config(),
         {
@@ -55,7 +57,7 @@ def settings(seed: int, steps: int) -> ConfigDict:
     )
     # Other sizes than the source's: all of it is drawn anew, and only its tokenizer stays.
     config.model.changes = NETWORK
-    return config
+    return read(config)
 
 
 def main(argv):
@@ -71,7 +73,7 @@ def main(argv):
         folder = Path(RUNS.value or scratch)
         for seed in range(seeds):
             for name, changes in variants.items():
-                config = override(settings(seed, steps), changes)
+                config = changed(settings(seed, steps), changes)
                 began = time.perf_counter()
                 found = tune(config, folder / f"{name.replace(' ', '_')}_{seed}")
                 seconds = time.perf_counter() - began

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from configs import news_minilm
+from early_exit.settings.read import read
 from experiments import bars, classifiers
 
 RUNS = flags.DEFINE_string("runs", None, "Folder of the runs.")
@@ -25,7 +26,7 @@ def main(argv):
     del argv
     quick = bars.QUICK.value
     folder = Path(RUNS.value or ("runs/news_quick" if quick else "runs/news"))
-    config = news_minilm.get_config("runlocal" if quick else None)
+    config = read(news_minilm.get_config("runlocal" if quick else None))
     tandem = classifiers.trained(config, folder / "tandem")
     results = classifiers.measured(tandem, classifiers.chosen(tandem, CHOSEN_POINTS))
     bars.conclude(

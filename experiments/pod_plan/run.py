@@ -16,7 +16,8 @@ from early_exit.cost import chips, multiply_adds
 from early_exit.decoding import mode
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.runs.metrics import table
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.read import read
+from early_exit.settings.sections import MeshSettings, Settings
 from early_exit.training import ahead
 from experiments import bars
 
@@ -32,7 +33,7 @@ BATCH_AXES = {"data", "fsdp"}
 
 def main(argv):
     del argv
-    config = llama2_70b.get_config()
+    config = read(llama2_70b.get_config())
     model = ahead.model_of(config, 16 if bars.QUICK.value else None)
     analytic = _analytic_flops(config, model)
     heads = tree.size_in_bytes(model.abstract_exits(config.model.dtype))
@@ -93,15 +94,15 @@ DECODE_HEADER = (
 )
 
 
-def _tuning(config: ConfigDict, model: MultiExit, name: str, axes: dict) -> chips.Estimate:
+def _tuning(config: Settings, model: MultiExit, name: str, axes: dict) -> chips.Estimate:
     devices, chip = ahead.topology(name)
-    estimate = ahead.tuning(config, model, sharding.make_mesh(axes, devices), chip)
+    estimate = ahead.tuning(config, model, sharding.make_mesh(MeshSettings(**axes), devices), chip)
     if estimate.program is None:
         raise SystemExit(f"{name}: does not fit, {estimate.needed / chips.GIB:.1f} GiB are needed")
     return estimate
 
 
-def _row(name: str, estimate: chips.Estimate, config: ConfigDict, analytic: int) -> tuple:
+def _row(name: str, estimate: chips.Estimate, config: Settings, analytic: int) -> tuple:
     tokens = config.data.batch_size * config.data.sequence_length
     seconds = estimate.seconds
     return (
@@ -122,7 +123,7 @@ def _exchanged(estimate: chips.Estimate) -> list[tuple]:
     return [(kind, axes, times, size / chips.GIB) for kind, axes, times, size, _ in rows]
 
 
-def _analytic_flops(config: ConfigDict, model: MultiExit) -> int:
+def _analytic_flops(config: Settings, model: MultiExit) -> int:
     """Of the matrix products of a step, all chips together, from shapes.
 
     Blocks are run once. A head is run and differentiated, which takes twice as much again; its
@@ -158,10 +159,10 @@ def _in_block_loops(estimate: chips.Estimate) -> int:
     return sum("while" in each.source and "transpose" not in each.source for each in large)
 
 
-def _decoding(config: ConfigDict, model: MultiExit, rows: int) -> chips.Estimate:
+def _decoding(config: Settings, model: MultiExit, rows: int) -> chips.Estimate:
     """Of a step in which every exit is consulted and every row goes through all blocks."""
     devices, chip = ahead.topology(DECODE_ON)
-    mesh = sharding.make_mesh(DECODE_MESH, devices)
+    mesh = sharding.make_mesh(MeshSettings(**DECODE_MESH), devices)
     return ahead.decoding(config, model, mesh, chip, rows, POSITIONS, mode.LOSSY)
 
 

@@ -27,7 +27,7 @@ from early_exit.exits.multi_exit import MultiExit
 from early_exit.pretrained.load import load
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
-from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
 from early_exit.training import loop
 from early_exit.training import step as steps
 from early_exit.training.observe import observe
@@ -85,7 +85,7 @@ def _batch(vocab_size: int) -> dict:
 
 def _times(pretrained, rounds: int) -> dict[str, list[float]]:
     """Seconds of the step of the default config and of its parts."""
-    config = get_config()
+    config = read(get_config())
     model = MultiExit(pretrained.config, assemble.exit_config(config))
     recipe = Recipe("kl", ExitWeights((1.0,) * len(model.exits.points)))
     optimizer = make_optimizer(config.tune)
@@ -122,11 +122,11 @@ def _epochs(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     count = hidden_states.BATCHES_IN_SHARD
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "states"
-        hidden_states.fill(get_config(), cache, batches=count, top_k=64)
+        hidden_states.fill(read(get_config()), cache, batches=count, top_k=64)
         settings = {"backbone": "", "cached states": str(cache)}
         runs, tuned, epochs = {}, {}, {name: [] for name in settings}
         for name, value in settings.items():
-            config = override(get_config(), {"tune.hidden_states": value})
+            config = changed(read(get_config()), {"tune.hidden_states": value})
             run = loop.Run(config, Path(folder) / name)
             runs[name] = run, run.batches()
             tuned[name], _ = run.step(run.state(), run.given, run.place_batch(next(runs[name][1])))
@@ -149,7 +149,7 @@ def _temporary_bytes(config: DecoderConfig, exits: int, vocab_size: int) -> int:
     config = DecoderConfig(**{**vars(config), "vocab_size": vocab_size})
     points = tuple(np.linspace(5, config.depth - 1, exits).astype(int).tolist())
     model = MultiExit(config, ExitConfig(points, head="norm", output="shared"))
-    optimizer = make_optimizer(get_config().tune)
+    optimizer = make_optimizer(read(get_config()).tune)
     _, backbone = base.abstract(config.build)
     state = jax.eval_shape(
         lambda heads: steps.init_state({"exits": heads}, optimizer), model.abstract_exits()

@@ -331,6 +331,7 @@ SHARDED = """
 import sys
 import jax, numpy as np
 from early_exit import sharding, tree
+from early_exit.settings.sections import MeshSettings
 from early_exit.backbones.base import update_statistics
 from test_resnet import CIFAR, random_images, random_params, train
 
@@ -345,7 +346,7 @@ def step(params, images):
 
 params, images = random_params(CIFAR), random_images(CIFAR, batch=16)
 one = jax.jit(step)(params, images)
-mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+mesh = sharding.make_mesh(MeshSettings(data=2, fsdp=4))
 params = jax.device_put(params, sharding.shardings(params, mesh))
 images = jax.device_put(images, sharding.batch_sharding(mesh))
 many = jax.jit(step).lower(params, images).compile()

@@ -7,8 +7,8 @@ import synthetic
 from early_exit import confidence
 from early_exit import policy as policies
 from early_exit.calibration import certify, methods, temperature
-from early_exit.calibration.methods import Settings
 from early_exit.calibration.records import Softened
+from early_exit.settings.sections import CalibrateSettings
 
 RECORDS = synthetic.records(600)
 
@@ -33,7 +33,7 @@ def softened(seed=0):
 
 def settings_of(method):
     abstain = 0.1 if method == "joint" else None
-    return Settings(method=method, epsilon=0.9, alpha=0.2, budget=4.0, abstain=abstain)
+    return CalibrateSettings(method=method, epsilon=0.9, alpha=0.2, budget=4.0, abstain=abstain)
 
 
 @pytest.mark.parametrize("method", methods.NAMES)
@@ -76,13 +76,13 @@ def test_what_is_promised_is_tested_on_groups_that_nothing_else_has_seen(method,
 
 def test_temperatures_change_the_scores_and_the_provenance_says_what_it_is_worth():
     records = softened()
-    policy = methods.fit(records, Settings(epsilon=0.8, temperature=True))
+    policy = methods.fit(records, CalibrateSettings(epsilon=0.8, temperature=True))
     found = temperature.fit(records)
     np.testing.assert_array_equal(policy.temperatures, found.astype(np.float32))
     assert policy.temperatures.min() > 1.5 and policy.temperatures.max() < 3
     stated = policy.provenance["temperature"]
     assert max(stated["error_after"]) < min(stated["error_before"][:2])
-    without = methods.fit(records, Settings(epsilon=0.8))
+    without = methods.fit(records, CalibrateSettings(epsilon=0.8))
     assert without.temperatures is None
     assert stated["coverage_without"] == without.provenance["coverage"]
     # The thresholds are in units of the softened score, which is lower.
@@ -96,13 +96,15 @@ def test_temperatures_change_the_scores_and_the_provenance_says_what_it_is_worth
 def test_temperatures_go_with_every_method(method):
     policy = methods.fit(
         softened(),
-        Settings(method=method, alpha=0.3, budget=4.0, temperature=True, confidence="margin"),
+        CalibrateSettings(
+            method=method, alpha=0.3, budget=4.0, temperature=True, confidence="margin"
+        ),
     )
     assert policy.temperatures.shape == (4,) and policy.provenance["coverage"] > 0
 
 
 def test_a_share_may_stay_without_an_answer():
-    policy = methods.fit(RECORDS, Settings(epsilon=0.9, abstain=0.1))
+    policy = methods.fit(RECORDS, CalibrateSettings(epsilon=0.9, abstain=0.1))
     assert np.isfinite(policy.reject)
     assert 0.85 < policy.provenance["rejection"]["answered"] <= 1
     assert policy.provenance["method"] == "epsilon"
@@ -110,7 +112,7 @@ def test_a_share_may_stay_without_an_answer():
 
 @pytest.mark.parametrize("method", ["epsilon", "ltt"])
 def test_wrong_answers_are_promised_to_be_few(method):
-    settings = Settings(method=method, alpha=0.2, reject_risk=0.3, delta=0.2)
+    settings = CalibrateSettings(method=method, alpha=0.2, reject_risk=0.3, delta=0.2)
     policy = methods.fit(RECORDS, settings)
     stated = policy.provenance["rejection"]
     assert stated["groups"] == 300 and stated["bound"] <= 0.3
@@ -124,14 +126,15 @@ def test_no_method_is_by_hand():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings(method="luck"), "unknown method 'luck'; choose one of epsilon, ltt"),
-        (Settings(method="search"), "search spends a budget; give one, in blocks"),
-        (Settings(confidence="vibes"), "unknown confidence 'vibes'"),
-        (Settings(epsilon=95), r"epsilon is an accuracy in \(0, 1\]"),
-        (Settings(method="ltt", design=0.0), "a share of 0 of 600 groups leaves one part"),
-        (Settings(temperature=True), "records lack what temperatures are fitted on"),
+        (CalibrateSettings(method="search"), "search spends a budget; give one, in blocks"),
+        (CalibrateSettings(confidence="margin"), "unknown confidence 'margin'"),
         (
-            Settings(temperature=True, confidence="entropy"),
+            CalibrateSettings(method="ltt", design=1e-9),
+            "a share of 1e-09 of 600 groups",
+        ),
+        (CalibrateSettings(temperature=True), "records lack what temperatures are fitted on"),
+        (
+            CalibrateSettings(temperature=True, confidence="entropy"),
             "known for max_prob and margin, not for",
         ),
     ],

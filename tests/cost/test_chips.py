@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from early_exit import sharding
 from early_exit.cost import chips, programs
+from early_exit.settings.sections import MeshSettings
 
-MESH = sharding.make_mesh({"data": -1})
+MESH = sharding.make_mesh(MeshSettings())
 CHIP = chips.Chip(memory=10_000, flops=1e12, bandwidth=1e12, hertz=1e9, ring=1e9)
 
 

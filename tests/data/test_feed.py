@@ -9,13 +9,13 @@ from configs import digits_resnet, tiny
 from early_exit.data import examples, feed
 from early_exit.data.stream import Rank
 from early_exit.runs import assemble
-from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
 
 COUNT, ROWS, BATCHES = 4, 8, 3
 
 
 def feed_of(config):
-    config = override(config, {"data.batch_size": ROWS})
+    config = changed(config, {"data.batch_size": ROWS})
     pretrained, model = assemble.load_backbone(config)
     return feed.make(config, model.config, pretrained.tokenizer)
 
@@ -31,26 +31,28 @@ def assert_shares_make_the_whole(feed):
 
 
 def test_processes_share_held_out_text():
-    assert_shares_make_the_whole(feed_of(tiny.get_config()))
+    assert_shares_make_the_whole(feed_of(read(tiny.get_config())))
 
 
 def test_processes_share_held_out_examples_and_read_no_others(monkeypatch):
-    found = feed_of(digits_resnet.get_config("width=4"))
+    found = feed_of(read(digits_resnet.get_config("width=4")))
     assert_shares_make_the_whole(found)
-    read, open_ = [], examples.examples
+    seen, open_ = [], examples.examples
 
     def watched(source, split):
         opened = open_(source, split)
-        return dataclasses.replace(opened, read=lambda i: read.append(i) or opened.read(i))
+        return dataclasses.replace(opened, read=lambda i: seen.append(i) or opened.read(i))
 
     monkeypatch.setattr(examples, "examples", watched)
     for i in range(COUNT):
-        read.clear()
+        seen.clear()
         list(found.held_out("validation", BATCHES, Rank(i, COUNT)))
-        assert len(read) == BATCHES * ROWS // COUNT
+        assert len(seen) == BATCHES * ROWS // COUNT
 
 
-@pytest.mark.parametrize("config", [tiny.get_config(), digits_resnet.get_config("width=4")])
+@pytest.mark.parametrize(
+    "config", [read(tiny.get_config()), read(digits_resnet.get_config("width=4"))]
+)
 def test_a_batch_that_processes_cannot_share(config):
     with pytest.raises(ValueError, match="batch_size=8 is not a positive multiple of the 3"):
         feed_of(config).held_out("validation", BATCHES, Rank(0, 3))

@@ -1,6 +1,7 @@
 """All that a classifier goes through, on scikit-learn's digits: from tuning to the page."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from early_exit.evaluation import exits, run, run_classifier
 from early_exit.report import page
 from early_exit.runs import assemble
 from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
 from early_exit.training.loop import tune
 
 SHORT = {
@@ -30,7 +32,7 @@ SHORT = {
 
 
 def tuned(folder, arg=None, **changes):
-    config = override(digits_resnet.get_config(arg), SHORT | changes)
+    config = read(override(digits_resnet.get_config(arg), SHORT | changes))
     tune(config, folder)
     return assemble.load_tuned(folder, config)
 
@@ -110,6 +112,7 @@ def test_baselines_with_exits_or_of_other_data_are_refused(digits, plain):
     with pytest.raises(ValueError, match=r"has exits after blocks \(1, 2\); a baseline is a netw"):
         run_classifier.measure(digits, {}, [digits])
     other = assemble.load_tuned(plain.workdir)
-    other.config.data.mean = (0.5,)
-    with pytest.raises(ValueError, match=r"data.mean=\[0.5\].* with \[0.3\]; they cannot be com"):
+    data = changed(other.config, {"data.mean": (0.5,)})
+    other = dataclasses.replace(other, config=data)
+    with pytest.raises(ValueError, match=r"data.mean=\(0.5,\).* with \(0.3,\); they cannot be com"):
         run_classifier.measure(digits, {}, [other])

@@ -6,16 +6,15 @@ import pytest
 import synthetic
 
 from early_exit.calibration import methods
-from early_exit.calibration.methods import Settings
-from early_exit.evaluation import run
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.fields import rules
+from early_exit.settings.sections import CalibrateSettings
 from launch import calibrate
 
 RECORDS = synthetic.records(600)
 
 
 def told(**settings):
-    return "\n".join(calibrate.told(methods.fit(RECORDS, Settings(**settings)).provenance))
+    return "\n".join(calibrate.told(methods.fit(RECORDS, CalibrateSettings(**settings)).provenance))
 
 
 @pytest.mark.parametrize(
@@ -42,14 +41,6 @@ def test_what_a_policy_keeps_is_told(settings, sentence):
     assert re.search(sentence, told(**settings))
 
 
-def test_settings_come_from_the_config_but_for_the_flags():
-    config = ConfigDict({"calibrate": {"method": "ltt", "alpha": 0.2, "batches": 3}})
-    assert run.settings_of(config) == Settings(method="ltt", alpha=0.2)
-    assert run.settings_of(config, alpha=0.1, delta=0.2) == Settings("ltt", alpha=0.1, delta=0.2)
-    with pytest.raises(ValueError, match="calibrate has no such setting.*'alhpa'"):
-        run.settings_of(ConfigDict({"calibrate": {"alhpa": 0.2, "batches": 3}}))
-
-
-def test_every_setting_has_a_flag_but_the_seed():
+def test_every_setting_has_a_flag_but_what_is_drawn_and_how_much_is_read():
     flags = {flag.name for flag in calibrate.SETTINGS}
-    assert flags == {field for field in Settings.__dataclass_fields__ if field != "seed"}
+    assert flags == rules(CalibrateSettings).keys() - {"seed", "batches"}

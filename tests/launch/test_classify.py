@@ -21,6 +21,7 @@ from early_exit.calibration import drift
 from early_exit.data import feed as feeds
 from early_exit.evaluation.classes import score_batch
 from early_exit.runs import assemble, checkpoint
+from early_exit.settings.read import read
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = [f"word{i}" for i in range(61)]
@@ -66,7 +67,7 @@ def save_run(config, folder):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return save_run(
-        digits_resnet.get_config("train=exits,width=4"), tmp_path_factory.mktemp("digits")
+        read(digits_resnet.get_config("train=exits,width=4")), tmp_path_factory.mktemp("digits")
     )
 
 
@@ -91,7 +92,7 @@ def texts(tmp_path_factory):
     config.model.source, config.model.changes = str(model), {}
     config.exits.points = (1, 2)
     config.data.sequence_length = 16
-    return save_run(config, root / "run")
+    return save_run(read(config), root / "run")
 
 
 @pytest.fixture

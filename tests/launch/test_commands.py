@@ -363,7 +363,7 @@ def test_help():
             r"no such setting in the config: 'stepz'\nDid you mean \"steps\".*\n.*tune\.stepz=1",
         ),
         ([TINY + ":heads=mlp"], "unknown config argument 'heads'; known, with defaults: head=mlp"),
-        ([TINY, "--config.exits.points=2:4"], r"exit points must be ints.* not \('2:4',\)"),
+        ([TINY, "--config.exits.points=2:4"], r"exits.points=\('2:4',\) is not a tuple of ints"),
     ],
 )
 def test_mistyped_commands_change_nothing(launch, tmp_path, flags, message):

@@ -16,6 +16,8 @@ from early_exit.backbones import base
 from early_exit.cost import multiply_adds
 from early_exit.runs import assemble
 from early_exit.settings.overrides import override
+from early_exit.settings.read import read
+from early_exit.settings.sections import MeshSettings
 from early_exit.training import ahead, plan
 
 ROOT = Path(__file__).parents[2]
@@ -32,15 +34,17 @@ from early_exit.runs import assemble
 from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.settings.overrides import override
+from early_exit.settings.read import read
+from early_exit.settings.sections import MeshSettings
 from early_exit.training import ahead
 
 found = {}
 for train in ("exits", "all"):
-    config = override(tiny.get_config(), {
+    config = read(override(tiny.get_config(), {
         "model.scan": True, "exits.head": "norm", "exits.points": (2, 4), "exits.classes": 0,
         "tune.train": train, "tune.loss": "cross_entropy",
-    })
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    }))
+    mesh = sharding.make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
     model = assemble.abstract_model(config)
     estimate = ahead.tuning(config, model, mesh, None)
     reduced = [
@@ -108,7 +112,7 @@ def test_bad_input_is_a_sentence(launch, flag, message):
 
 
 def test_a_shorter_model_has_its_exits_where_the_longer_one_has_them():
-    config = llama2_70b.get_config()
+    config = read(llama2_70b.get_config())
     model = ahead.model_of(config, blocks=16)
     assert model.config.depth == 16 and model.exits.points == (2, 4, 6, 8, 10, 12, 14, 15)
     assert ahead.model_of(config) == assemble.abstract_model(config)
@@ -126,7 +130,7 @@ def test_a_shorter_model_has_its_exits_where_the_longer_one_has_them():
     ],
 )
 def test_the_large_models_are_as_large_as_published(module, billions):
-    config = module.get_config()
+    config = read(module.get_config())
     model = assemble.for_tuning(config, assemble.abstract_model(config))
     _, params = base.abstract(model.config.build)
     assert tree.count(params) / 1e9 == pytest.approx(billions, abs=0.001)
@@ -136,8 +140,8 @@ def test_the_large_models_are_as_large_as_published(module, billions):
 
 def test_traced_work_of_a_step_is_what_its_parts_need():
     """Blocks once; of each head three passes; of its output matrix a fourth, computed again."""
-    config = override(tiny.get_config(), {"exits.classes": 0, "tune.loss": "cross_entropy"})
-    mesh = sharding.make_mesh({"data": 1})
+    config = read(override(tiny.get_config(), {"exits.classes": 0, "tune.loss": "cross_entropy"}))
+    mesh = sharding.make_mesh(MeshSettings())
     model = assemble.abstract_model(config)
     args = plan.state(config, model, mesh), plan.frozen(config, model, mesh)
     step = plan.step(config, model, mesh).trace(*args, plan.token_batch(config, mesh))

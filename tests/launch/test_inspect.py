@@ -12,6 +12,7 @@ from early_exit import tree
 from early_exit.exits import artefact
 from early_exit.pretrained.export import write_backbone
 from early_exit.runs import assemble
+from early_exit.settings.read import read
 from early_exit.storage import files
 from launch import inspect
 
@@ -71,7 +72,7 @@ def test_a_source_of_weights(inspected):
 def test_a_run_before_its_first_checkpoint(inspected, tmp_path):
     config = tiny_config.get_config()
     config.model.source = str(FIXTURES / "tiny_chat")
-    assemble.save_config(config, tmp_path)
+    assemble.save_config(read(config), tmp_path)
     facts, rows, _ = inspected(tmp_path)
     assert facts["source"] == str(FIXTURES / "tiny_chat")
     assert facts["state"] == "a run without a checkpoint yet"
@@ -93,7 +94,8 @@ def test_an_export(inspected, tmp_path, beside):
         path.mkdir()
         write_backbone(path, model.config, params["backbone"])
     folder.mkdir(exist_ok=True)
-    artefact.write(folder, model, params, {"model": {"source": str(source)}}, step=7)
+    config = {"model": {"source": str(source)}, "data": {"source": "texts"}}
+    artefact.write(folder, model, params, config, step=7)
     facts, rows, _ = inspected(folder)
     assert facts["source"] == str(folder if beside else source)
     with_or_without = "with" if beside else "without"

@@ -4,12 +4,15 @@ import sys
 
 import pytest
 
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings import read
 from early_exit.training import preemption
 from launch import jobs
 
-BASE = ConfigDict(
-    {"tune": {"steps": 3, "rate": 1e-3}, "exits": {"points": (2, 4), "rate": 0.5}, "text": "a"}
+BASE = read.defaults(
+    model={"source": "weights"},
+    exits={"points": (2, 4)},
+    data={"source": "texts"},
+    tune={"steps": 3, "warmup_steps": 2},
 )
 
 
@@ -21,22 +24,24 @@ def runs_of(*asked, workdir):
     return jobs.expand(add_all, BASE, workdir)
 
 
-def test_every_run_has_its_config_and_a_folder_that_says_what_it_changes(tmp_path):
+def test_every_run_has_its_settings_and_a_folder_that_says_what_it_changes(tmp_path):
     asked = [
         {},
         {"tune.steps": 5, "exits.points": [1, 3]},
-        {"tune.rate": 1e-4, "text": "a folder/or: two"},
-        {"exits.rate": 1},
+        {"data.batch_size": 4, "data.source": "a folder/or: two"},
+        {"calibrate.batches": 1},
+        {"evaluate.batches": 2},
     ]
     runs = runs_of(*asked, workdir=tmp_path)
     assert [str(run.folder.relative_to(tmp_path)) for run in runs] == [
         "base",
         "steps=5,points=1-3",
-        "tune.rate=0.0001,text=a_folder_or__two",
-        "exits.rate=1",
+        "batch_size=4,source=a_folder_or__two",
+        "calibrate.batches=1",
+        "evaluate.batches=2",
     ]
     assert [run.overrides for run in runs] == asked
-    assert runs[0].config == BASE
+    assert runs[0].config == read.read(BASE)
     assert runs[1].config.exits.points == (1, 3) and runs[1].config.tune.steps == 5
     assert not any(run.is_finished for run in runs)
     assert not list(tmp_path.iterdir())
@@ -44,7 +49,7 @@ def test_every_run_has_its_config_and_a_folder_that_says_what_it_changes(tmp_pat
 
 def test_everything_wrong_with_a_sweep_is_said_at_once(tmp_path):
     asked = [
-        {"tune.stepz": 1, "tune.rate": "fast"},
+        {"tune.stepz": 1, "tune.learning_rate": "fast"},
         {"tune.steps": 1},
         {"tune.steps": 1},
         {"tune.stepz": 1},
@@ -53,18 +58,26 @@ def test_everything_wrong_with_a_sweep_is_said_at_once(tmp_path):
         runs_of(*asked, workdir=tmp_path)
     assert str(caught.value).split("\n  ")[1:] == [
         "config has no 'tune.stepz'; did you mean 'tune.steps'?",
-        "config.tune.rate is float (0.001), not str ('fast')",
+        "config.tune.learning_rate is float (0.001), not str ('fast')",
         "steps=1: more than one run has this name",
     ]
     with pytest.raises(ValueError, match="adds no run"):
         runs_of(workdir=tmp_path)
 
 
+def test_runs_that_cannot_be_are_refused_before_any_starts(tmp_path):
+    with pytest.raises(ValueError, match="the sweep cannot start") as caught:
+        runs_of({"tune.steps": 9}, {"tune.steps": 2}, {"tune.clip_norm": 0.0}, workdir=tmp_path)
+    first, second = str(caught.value).split("\n  ")[1:]
+    assert first.startswith("steps=2: tune.warmup_steps=2 must be below tune.steps=2")
+    assert second.startswith("clip_norm=0.0: tune.clip_norm=0.0 must be above 0")
+
+
 @pytest.mark.parametrize("name", ["smollm2_135m", "tiny"])
 def test_the_sweeps_beside_the_configs_fit_them(name, tmp_path):
     file = runpy.run_path(pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py")
     runs = jobs.expand(file["sweep"], file["get_config"](), tmp_path)
-    assert len({run.config.to_json() for run in runs}) == len(runs) > 1
+    assert len({read.to_json(run.config) for run in runs}) == len(runs) > 1
 
 
 def job(folder, script):

@@ -16,7 +16,7 @@ import pytest
 from early_exit.runs import checkpoint
 from early_exit.runs.assemble import CHECKPOINTS, load_config
 from early_exit.runs.metrics import FILE
-from early_exit.settings.overrides import override
+from early_exit.settings.read import changed
 from early_exit.training import loop
 from launch.slurm import submit
 
@@ -142,7 +142,7 @@ def sweep(add):
 
 def state_of(run):
     """Path → bytes of everything in the run's newest checkpoint, and the data iterator's state."""
-    like = loop.Run(override(load_config(run), {"mesh.data": 1}), run).state()
+    like = loop.Run(changed(load_config(run), {"mesh.data": 1}), run).state()
     state, iterator_state = checkpoint.restore(run / CHECKPOINTS, like)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {

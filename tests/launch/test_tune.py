@@ -10,6 +10,7 @@ from conftest import SHORT_RUN
 from early_exit.runs import assemble
 from early_exit.runs.metrics import read_metrics
 from early_exit.settings.overrides import override
+from early_exit.settings.read import read
 from early_exit.training import loop
 from launch import tune
 
@@ -31,7 +32,7 @@ def steps_in_trace(folder):
 
 def test_the_steps_asked_for_are_traced_and_no_others(tmp_path):
     """Here across a checkpoint; the run is what it would be without."""
-    config = override(tiny.get_config(), SETTINGS)
+    config = read(override(tiny.get_config(), SETTINGS))
     rows = loop.tune(config, tmp_path / "traced", profile=(3, 5))
     assert steps_in_trace(tmp_path / "traced") == [3, 4, 5]
     assert loop.tune(config, tmp_path / "plain") == rows
@@ -46,7 +47,7 @@ def test_the_steps_asked_for_are_traced_and_no_others(tmp_path):
 @pytest.mark.parametrize("steps", [(0, 3), (5, 4), (7, 9), (9, 12)])
 def test_steps_that_are_not_run_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, steps):
     monkeypatch.setattr(assemble, "load_backbone", None)
-    config = override(tiny.get_config(), SETTINGS)
+    config = read(override(tiny.get_config(), SETTINGS))
     with pytest.raises(ValueError, match=rf"{steps[0]}:{steps[1]}, do not rise.*: 1 to 8"):
         loop.tune(config, tmp_path / "run", profile=steps)
     assert not (tmp_path / "run").exists()

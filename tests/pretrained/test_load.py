@@ -149,12 +149,13 @@ import functools, json, resource, sys
 import jax, numpy as np
 from early_exit.storage import files
 from early_exit import sharding, tree
+from early_exit.settings.sections import MeshSettings
 from early_exit.backbones import base
 from early_exit.pretrained import describe, llama, table
 from early_exit.pretrained.load import load
 
 folder, small = sys.argv[1:]
-mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2})
+mesh = sharding.make_mesh(MeshSettings(fsdp=2, tensor=2))
 place = functools.partial(sharding.shardings, mesh=mesh)
 plain, sharded = load(small).params, load(small, shardings=place).params  # and warms up
 for path, leaf in tree.flatten(sharded).items():

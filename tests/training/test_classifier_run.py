@@ -16,6 +16,7 @@ from early_exit.runs import checkpoint
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.runs.metrics import FILE
 from early_exit.settings.overrides import override
+from early_exit.settings.read import read
 from early_exit.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +31,7 @@ SETTINGS = {
     "tune.validate_every": 6,
     "tune.validation_batches": 1,
 }
-CONFIG = override(digits_resnet.get_config("width=4,head=grid"), SETTINGS)
+CONFIG = read(override(digits_resnet.get_config("width=4,head=grid"), SETTINGS))
 
 
 def leaves_of(folder, config=CONFIG):

@@ -10,6 +10,7 @@ from configs import tiny
 from early_exit.cost import chips
 from early_exit.runs.metrics import SPEED, read_metrics
 from early_exit.settings.overrides import override
+from early_exit.settings.read import read
 from early_exit.training import loop, pace
 from early_exit.training import step as steps
 from early_exit.training.observe import observe
@@ -89,16 +90,18 @@ def test_rates_leave_out_what_is_no_step(monkeypatch):
 
 
 def test_a_run_writes_them_for_every_step(tmp_path, monkeypatch):
-    config = override(
-        tiny.get_config(),
-        {
-            "exits.head": "embedding",
-            "exits.points": (3,),
-            "data.sequence_length": 16,
-            "tune.steps": 3,
-            "tune.checkpoint_every": 2,
-            "tune.validation_batches": 1,
-        },
+    config = read(
+        override(
+            tiny.get_config(),
+            {
+                "exits.head": "embedding",
+                "exits.points": (3,),
+                "data.sequence_length": 16,
+                "tune.steps": 3,
+                "tune.checkpoint_every": 2,
+                "tune.validation_batches": 1,
+            },
+        )
     )
     monkeypatch.setattr(pace, "PEAKS", (("cpu", 1e12),))
     traces = []

@@ -9,6 +9,7 @@ from configs import digits_resnet, tiny
 from early_exit import sharding, tree
 from early_exit.runs import assemble, checkpoint
 from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
 from early_exit.training import loop, plan
 
 SETTINGS = {
@@ -28,7 +29,7 @@ SETTINGS = {
 def test_a_run_with_blocks_in_a_loop_leaves_what_any_run_leaves(tmp_path):
     """Joint and in bfloat16: float32, stacked parameters are kept, and loaded like others."""
     changes = {"model.scan": True, "model.remat": "block", "model.dtype": "bfloat16"}
-    config = override(tiny.get_config(), SETTINGS | changes)
+    config = read(override(tiny.get_config(), SETTINGS | changes))
     rows = loop.tune(config, tmp_path)
     assert all(np.isfinite(row["loss"]) for row in rows)
     pretrained, plain = assemble.load_backbone(config)
@@ -51,14 +52,14 @@ def test_a_run_with_blocks_in_a_loop_leaves_what_any_run_leaves(tmp_path):
 
 
 def test_loops_are_for_decoders():
-    config = override(tiny.get_config(), {"model.scan": True})
-    resnet = assemble.abstract_model(digits_resnet.get_config())
+    config = read(override(tiny.get_config(), {"model.scan": True}))
+    resnet = assemble.abstract_model(read(digits_resnet.get_config()))
     with pytest.raises(ValueError, match="model.scan and model.remat are for decoders"):
         assemble.for_tuning(config, resnet)
 
 
 def test_the_plan_of_a_run_is_what_it_has(tmp_path):
-    config = override(tiny.get_config(), {"exits.head": "norm", "exits.points": (3,)})
+    config = read(override(tiny.get_config(), {"exits.head": "norm", "exits.points": (3,)}))
     run = loop.Run(config, tmp_path)
     planned = plan.state(config, run.model, run.mesh)
     state = run.state()
@@ -72,4 +73,4 @@ def test_the_plan_of_a_run_is_what_it_has(tmp_path):
         assert (shape.shape, shape.dtype) == (batch[name].shape, batch[name].dtype)
     with pytest.raises(ValueError, match="cannot be split over"):
         mesh = jax.sharding.AbstractMesh((2, 1, 1), sharding.AXES)
-        plan.token_batch(override(config, {"data.batch_size": 3}), mesh)
+        plan.token_batch(changed(config, {"data.batch_size": 3}), mesh)

@@ -8,21 +8,24 @@ from configs import tiny
 from early_exit.evaluation import exits
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
 from early_exit.training import loop
 
-CONFIG = override(
-    tiny.get_config(),
-    {
-        "exits.head": "embedding",
-        "exits.classes": 77,  # a model that no other test has scored
-        "exits.points": (3,),
-        "data.sequence_length": 16,
-        "data.batch_size": 2,
-        "tune.steps": 4,
-        "tune.checkpoint_every": 2,
-        "tune.validate_every": 2,
-        "tune.validation_batches": 3,
-    },
+CONFIG = read(
+    override(
+        tiny.get_config(),
+        {
+            "exits.head": "embedding",
+            "exits.classes": 77,  # a model that no other test has scored
+            "exits.points": (3,),
+            "data.sequence_length": 16,
+            "data.batch_size": 2,
+            "tune.steps": 4,
+            "tune.checkpoint_every": 2,
+            "tune.validate_every": 2,
+            "tune.validation_batches": 3,
+        },
+    )
 )
 
 
@@ -57,7 +60,7 @@ def test_batches_that_are_not_alike_end_the_run(tmp_path, monkeypatch):
         return place(run, batch)
 
     monkeypatch.setattr(loop.Run, "place_batch", place_batch)
-    config = override(CONFIG, {"tune.validate_every": 99})
+    config = changed(CONFIG, {"tune.validate_every": 99})
     message = "by step 4 the tuning step has been compiled 2 times: batches, or the state, changed"
     with pytest.raises(RuntimeError, match=message):
         loop.tune(config, tmp_path)

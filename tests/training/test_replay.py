@@ -15,6 +15,7 @@ from early_exit.runs import checkpoint
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.runs.metrics import read_metrics
 from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
 from early_exit.training import bad_batch, loop, replay
 
 SETTINGS = SHORT_RUN | {
@@ -39,9 +40,16 @@ def broken(config, folder, monkeypatch, step, break_):
 
 
 def test_a_batch_that_is_not_finite(tmp_path, monkeypatch):
-    config = override(
-        digits_resnet.get_config("width=4,head=linear"),
-        {"data.batch_size": 4, "tune.steps": 4, "tune.warmup_steps": 1, "tune.checkpoint_every": 1},
+    config = read(
+        override(
+            digits_resnet.get_config("width=4,head=linear"),
+            {
+                "data.batch_size": 4,
+                "tune.steps": 4,
+                "tune.warmup_steps": 1,
+                "tune.checkpoint_every": 1,
+            },
+        )
     )
 
     def nan(batch):
@@ -69,9 +77,8 @@ def test_a_batch_that_is_not_finite(tmp_path, monkeypatch):
 
 def test_steps_that_ruined_the_parameters(tmp_path):
     """Step 2 moves them beyond all measure, and step 3 shows it; nothing was saved before."""
-    changes = {"exits.head": "norm", "tune.learning_rate": 1e30}
-    config = override(tiny.get_config(), SETTINGS | changes)
-    config.tune.checkpoint_every = 5
+    changes = {"exits.head": "norm", "tune.learning_rate": 1e30, "tune.checkpoint_every": 5}
+    config = read(override(tiny.get_config(), SETTINGS | changes))
     with pytest.raises(FloatingPointError, match="step 3"):
         loop.tune(config, tmp_path)
     found = replay.replay(config, tmp_path, bad_batch.newest(tmp_path))
@@ -87,7 +94,7 @@ def test_steps_that_ruined_the_parameters(tmp_path):
     assert found.losses["loss"] == pytest.approx(first["loss"], rel=0.5)
 
     # From the checkpoint right before it, it happens again.
-    config.tune.checkpoint_every = 1
+    config = changed(config, {"tune.checkpoint_every": 1})
     folder = tmp_path / "saved"
     with pytest.raises(FloatingPointError, match="step 3"):
         loop.tune(config, folder)
@@ -99,7 +106,7 @@ def test_steps_that_ruined_the_parameters(tmp_path):
 
 def test_a_replay_is_the_runs_own_step(tmp_path):
     """Loss, and the norm of all gradients, are those that the run wrote; nothing is changed."""
-    config = override(tiny.get_config(), SETTINGS | {"tune.steps": 3})
+    config = read(override(tiny.get_config(), SETTINGS | {"tune.steps": 3}))
     loop.tune(config, tmp_path)
     run = loop.Run(config, tmp_path)
     batches = run.batches()
@@ -156,7 +163,7 @@ def test_a_batch_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_path
 
 
 def test_a_batch_of_another_run(tmp_path):
-    config = override(tiny.get_config(), SETTINGS)
+    config = read(override(tiny.get_config(), SETTINGS))
     path = bad_batch.save(tmp_path, 9, {"tokens": np.zeros((3, 4), np.int32)})
     with pytest.raises(ValueError, match="bad_batch_9.npz does not fit the run in"):
         replay.replay(config, tmp_path, path)

@@ -18,6 +18,7 @@ from early_exit.runs import checkpoint
 from early_exit.runs.assemble import CHECKPOINTS, load_config
 from early_exit.runs.metrics import FILE
 from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
 from early_exit.training import loop, preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(model):
-    return override(tiny.get_config(), SETTINGS | {"model.source": str(model)})
+    return read(override(tiny.get_config(), SETTINGS | {"model.source": str(model)}))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_run_does_not_go_on_with_another_backbone(config, model, uninterrupted
 
 def test_a_diverged_run_stops_and_keeps_its_checkpoints(config, tmp_path):
     """The rate rises from 0, so the first step is harmless and the second ruins the heads."""
-    ruinous = override(
+    ruinous = changed(
         config, {"tune.learning_rate": 1e30, "tune.steps": 6, "tune.checkpoint_every": 1}
     )
     with pytest.raises(FloatingPointError, match="step 3: the loss is .* lower tune.learning_rate"):
@@ -150,6 +151,6 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoints(config, tmp_path):
 
 def test_settings_that_failed_before_the_first_checkpoint_can_be_mended(config, tmp_path):
     with pytest.raises(ValueError, match=r"exit points \[9\] lie outside 1…5"):
-        loop.tune(override(config, {"exits.points": (2, 9)}), tmp_path)
-    loop.Run(override(config, {"exits.points": (2,)}), tmp_path)
-    assert load_config(tmp_path).exits.points == [2]
+        loop.tune(changed(config, {"exits.points": (2, 9)}), tmp_path)
+    loop.Run(changed(config, {"exits.points": (2,)}), tmp_path)
+    assert load_config(tmp_path).exits.points == (2,)

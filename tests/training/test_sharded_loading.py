@@ -36,13 +36,14 @@ from configs import tiny
 from early_exit.runs import assemble
 from early_exit import tree
 from early_exit.settings.overrides import override
+from early_exit.settings.read import read
 from early_exit.pretrained import load
 from early_exit.training import loop
 
 folder, settings, recipes, meshes = pathlib.Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 settings["exits.points"] = tuple(settings["exits.points"])
 assert jax.device_count() == 8
-most, hosts, read = [], [], []
+most, hosts, met = [], [], []
 
 def fullest():
     held = {}  # views of a buffer are arrays, too
@@ -63,8 +64,8 @@ def watched_place(array, sharding):
 
 def watched_read(*args):
     pairs = list(read_tensor(*args))
-    read.extend(weakref.ref(array) for _, array in pairs)
-    hosts.append(sum(r().nbytes for r in read if r() is not None))
+    met.extend(weakref.ref(array) for _, array in pairs)
+    hosts.append(sum(r().nbytes for r in met if r() is not None))
     return pairs
 
 load._place, load._read = watched_place, watched_read
@@ -73,7 +74,7 @@ for recipe, changes in recipes.items():
     states = {}
     for name, axes in meshes.items():
         axes = {f"mesh.{axis}": axes.get(axis, 1) for axis in ("data", "fsdp", "tensor")}
-        config = override(tiny.get_config(), settings | changes | axes)
+        config = read(override(tiny.get_config(), settings | changes | axes))
         most, hosts = [], []
         run = loop.Run(config, folder / f"{recipe}-{name}")
         most.append(fullest())
@@ -107,7 +108,7 @@ loop.Run.__init__ = kept
 rows = {}
 for name, axes in meshes.items():
     axes = {f"mesh.{axis}": axes.get(axis, 1) for axis in ("data", "fsdp", "tensor")}
-    config = override(tiny.get_config(), settings | recipes["joint, looped"] | axes)
+    config = read(override(tiny.get_config(), settings | recipes["joint, looped"] | axes))
     rows[name] = [loop.tune(config, folder / name)]
     shutil.rmtree(folder / name / "checkpoints" / "2")
     rows[name].append(loop.tune(config, folder / name))
