@@ -18,7 +18,7 @@ FLOORS = (
     ("exits", "losses", "policy", "pretrained"),
     ("backbones", "confidence"),
     ("data", "sharding"),
-    ("settings", "storage", "tree"),
+    ("precision", "settings", "storage", "tree"),
 )
 # Beside the standard library, these rooms import nothing but this.
 ONLY = {
