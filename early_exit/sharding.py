@@ -127,6 +127,36 @@ def by_row(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _ROWS)
 
 
+def is_known() -> bool:
+    """Whether it is clear where the rows of a batch are: on a mesh (`under`), or on one device."""
+    return not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+
+
+def by_row_and_head(function: Callable, heads: int) -> Callable:
+    """The function run by each device on its own part, for kernels that no compiler can split.
+
+    Its first arguments and its result are [B, T, heads or a multiple, d], its last a tree of
+    arrays [B, …]. Outside `under`, it is run as it is.
+
+    Args:
+      heads: the least that there are; they are split over `tensor` if it divides them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    split = P(*_ROWS, None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
+
+    def run(*args):
+        return jax.shard_map(
+            function,
+            in_specs=(*[split] * (len(args) - 1), _ROWS),
+            out_specs=split,
+            check_vma=False,  # kernels do not say over which axes their results vary
+        )(*args)
+
+    return run
+
+
 def under(mesh: Mesh, function: Callable) -> Callable:
     """The function with its values laid out on the mesh (`by_row`); to be jitted."""
 

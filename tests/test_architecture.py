@@ -18,7 +18,7 @@ FLOORS = (
     ("exits", "losses", "policy", "pretrained"),
     ("backbones", "confidence"),
     ("data", "sharding"),
-    ("settings", "storage", "streams", "tree"),
+    ("precision", "settings", "storage", "streams", "tree"),
 )
 # Beside the standard library, these rooms import nothing but this.
 ONLY = {

@@ -14,6 +14,7 @@ from flax import nnx
 
 from early_exit import sharding
 from early_exit.backbones import base, layers, rotary
+from early_exit.backbones.visibility import Visibility
 
 NORMS = ("rms", "layer")
 # What a backward pass computes again instead of keeping it: nothing, all but the products with
@@ -152,13 +153,12 @@ class Context:
 
     Attributes:
       rotation: of the new positions; None where positions are learned.
-      mask: [B or 1, 1, T, T], which new positions see which.
-      window_mask: the same for blocks with a window; None if there are none.
+      documents: int32 [B, T], the new positions' documents, which do not see each other; None for
+        one a row.
     """
 
     rotation: rotary.Rotation | None
-    mask: jax.Array
-    window_mask: jax.Array | None
+    documents: jax.Array | None
 
 
 def _linear(
@@ -218,8 +218,8 @@ class Attention(nnx.Module):
         if context.rotation is not None:
             query = rotary.rotate(query, context.rotation)
         key, value = self.keys_values(x_BTD, context)
-        mask = context.mask if self.window is None else context.window_mask
-        mixed = layers.attend(query, key, value, mask, past, past_length_B, self.window)
+        visibility = Visibility(causal=True, window=self.window, documents=context.documents)
+        mixed = layers.attend(query, key, value, visibility, past, past_length_B)
         return self.output(mixed.reshape(batch, length, -1)), (key, value)
 
 
@@ -248,7 +248,7 @@ class Block(base.CachedBlock):
         self.attention_norm = config.build_norm(rngs)
         self.attention = Attention(config, window, rngs=rngs)
         self.mlp_norm = config.build_norm(rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = config.build_mlp(rngs)
 
     def __call__(
         self,
@@ -307,7 +307,7 @@ class Decoder(base.Backbone):
           ValueError: positions are learned, and there are fewer than T of them.
         """
         c = self.config
-        tokens_BT, documents = inputs["tokens"], inputs.get("documents")
+        tokens_BT = inputs["tokens"]
         length = tokens_BT.shape[1]
         positions = inputs.get("positions")
         if positions is None:
@@ -324,11 +324,7 @@ class Decoder(base.Backbone):
         else:
             # Padding may stand beyond the last position: it gets that one, not NaN.
             hidden += self.positions.embedding[...].at[positions].get(mode="clip")
-        mask = layers.causal_mask(documents, length)
-        window_mask = None
-        if c.window is not None:
-            window_mask = layers.causal_mask(documents, length, c.window)
-        return sharding.by_row(hidden), Context(rotation, mask, window_mask)
+        return sharding.by_row(hidden), Context(rotation, inputs.get("documents"))
 
     def run_blocks(self, hidden, start, stop, context):
         if not self.config.scan:

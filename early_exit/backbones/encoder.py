@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from early_exit.backbones import base, layers
+from early_exit.backbones.visibility import Visibility
 
 POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "none": None}
 POOLINGS = ("first", "mean")
@@ -123,8 +124,7 @@ class Attention(nnx.Module):
             project(x_BTD).reshape(*x_BTD.shape[:2], self.heads, -1)
             for project in (self.query, self.key, self.value)
         )
-        mask = None if context.mask is None else context.mask[:, None, None]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        mixed = layers.attend(query, key, value, Visibility(real=context.mask))
         return self.output(mixed.reshape(x_BTD.shape))
 
 

@@ -1,8 +1,9 @@
-"""What the transformer backbones share: activations, masks and cached attention.
+"""What the transformer backbones share: activations and attention.
 
-The one idea: attention to earlier positions reads the cache in chunks, only as many as are
-filled, and never writes it. New keys and values are returned to the caller, who stores them
-once, outside any branch: what a block does not change is never copied.
+The one idea: attention goes through one function, which chooses how. Attention to earlier
+positions reads the cache in chunks, only as many as are filled, and never writes it. New keys and
+values are returned to the caller, who stores them once, outside any branch: what a block does not
+change is never copied.
 
 Shapes: B batch, T new positions, S cache slots, H query heads, K key/value heads,
 G = H / K queries per key/value head, d head width.
@@ -12,6 +13,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from early_exit.backbones import fused_attention
+from early_exit.backbones.chunked_attention import CHUNK, chunked
+from early_exit.backbones.visibility import Visibility
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -23,62 +28,58 @@ ACTIVATIONS = {
 CACHE_CHUNK = 128
 
 
-def causal_mask(
-    documents_BT: jax.Array | None, length: int, window: int | None = None
-) -> jax.Array:
-    """[B or 1, 1, T, T], true where a position may look: not ahead, not into another document.
-
-    With a `window`, only at itself and the window − 1 positions before it.
-    """
-    all_pairs = jnp.ones((1, 1, length, length), bool)
-    mask = jnp.tril(all_pairs)
-    if window is not None and window < length:
-        mask &= jnp.triu(all_pairs, 1 - window)
-    if documents_BT is not None:
-        mask &= (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
-    return mask
-
-
 def attend(
     query_BTHd: jax.Array,
     key_BTKd: jax.Array,
     value_BTKd: jax.Array,
-    mask: jax.Array,
+    visibility: Visibility,
     past: tuple[jax.Array, jax.Array] | None = None,
     past_length_B: jax.Array | None = None,
-    window: int | None = None,
 ) -> jax.Array:
     """Softmax attention of T new positions over themselves and over the filled cache.
 
+    Up to `CHUNK` positions are one product. For more, no array is T × T: a kernel of the platform
+    does it where there is one for the case, and a loop over chunks everywhere else.
+
     Args:
-      mask: [B or 1, 1, T, T], true where a new position may look at another new one.
+      visibility: what the new positions may look at. Its window counts the cache's positions too;
+        chunks of the cache that no row's window reaches are not read.
       past: keys and values of earlier positions, each [B, K, S, d], read only;
         S is a multiple of `CACHE_CHUNK`.
       past_length_B: int32, how many slots of each row are filled; new position t of row b is the
         one that slot past_length[b] + t will hold.
-      window: slots before a new position's own that it may look at, plus one; None for all. Chunks
-        that no row's window reaches are not read. `mask` has it already.
 
     Returns:
-      [B, T, H, d] in the query's dtype; scores and sums are float32.
+      [B, T, H, d] in the query's dtype; scores and sums are float32. What a position gets that may
+      look at nothing is finite.
     """
-    if past is None:
-        return jax.nn.dot_product_attention(query_BTHd, key_BTKd, value_BTKd, mask=mask)
+    new = query_BTHd, key_BTKd, value_BTKd
+    if past is not None:
+        return _attend_cached(*new, visibility, past, past_length_B)
+    length = query_BTHd.shape[1]
+    if length <= CHUNK:
+        return jax.nn.dot_product_attention(*new, mask=visibility.mask(length))
+    fused = fused_attention.kernels(query_BTHd, key_BTKd, visibility)
+    if not fused:
+        return chunked(*new, visibility)
+    return jax.lax.platform_dependent(*new, visibility, default=chunked, **fused)
 
+
+def _attend_cached(query_BTHd, key_BTKd, value_BTKd, visibility, past, past_length_B) -> jax.Array:
+    window = visibility.window
     batch, length, heads, head_dim = query_BTHd.shape
     kv_heads = key_BTKd.shape[2]
     group = heads // kv_heads
     # [B, K, T·G, d]: the queries that share a key/value head are rows of one matrix.
     query = query_BTHd.reshape(batch, length, kv_heads, group, head_dim)
-    query = (query.transpose(0, 2, 1, 3, 4) * head_dim**-0.5).reshape(
-        batch, kv_heads, length * group, head_dim
-    )
+    query = query.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, length * group, head_dim)
 
     def scores_and_values(key_BKsd, value_BKsd, allowed, carry):
         """Folds one chunk into a running softmax (Milakov & Gimelshein 2018, alg. 3)."""
         peak, total, mixed = carry
         scores = jnp.einsum("bkqd,bksd->bkqs", query, key_BKsd, preferred_element_type=jnp.float32)
-        scores = jnp.where(allowed, scores, -jnp.inf)
+        # Not the query: in half precision it would be rounded once more.
+        scores = jnp.where(allowed, scores * head_dim**-0.5, -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(-1))
         scale = jnp.exp(peak - new_peak)
         weights = jnp.exp(scores - new_peak[..., None])
@@ -100,7 +101,7 @@ def attend(
     carry = scores_and_values(
         key_BTKd.swapaxes(1, 2),
         value_BTKd.swapaxes(1, 2),
-        jnp.repeat(mask, group, axis=2),
+        jnp.repeat(visibility.mask(length), group, axis=2),
         carry,
     )
 

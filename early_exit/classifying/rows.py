@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import consult
+from early_exit import consult, precision
 from early_exit.backbones import base
 from early_exit.consult import Said
 from early_exit.exits.multi_exit import Bound, MultiExit
@@ -146,6 +146,7 @@ class _Network:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "segment"), donate_argnames="beyond")
+@precision.exact
 def run_segment(
     params, policy, source, chosen, beyond, places, everyone, *, model: MultiExit, segment: int
 ) -> tuple[Rows | None, Answers]:
@@ -174,6 +175,7 @@ def run_segment(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "early"))
+@precision.exact
 def run_alone(params, policy, inputs, *, model: MultiExit, early: bool) -> jax.Array:
     """One row to its exit without asking the host: float32 [C + 4], for `unpacked`.
 
@@ -220,6 +222,7 @@ def unpacked(packed: jax.Array) -> tuple[np.ndarray, Answers]:
 
 
 @functools.partial(jax.jit, static_argnames="model")
+@precision.exact
 def run_whole(params, policy, inputs, *, model: MultiExit) -> Answers:
     """All rows to the final exit, no other being consulted."""
     network = _Network.of(model, params, policy)

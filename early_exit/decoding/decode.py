@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from early_exit import precision
 from early_exit.backbones import base
 from early_exit.decoding import cache as caches
 from early_exit.decoding.engine import Engine
@@ -22,6 +23,7 @@ PREFILL_CHUNK = 64
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mode"), donate_argnames="state")
+@precision.exact
 def prefill(
     params: base.Params, state: DecodeState, stop_ids: jax.Array, *, model: MultiExit, mode: Mode
 ) -> DecodeState:
@@ -81,6 +83,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mode"), donate_argnames="state")
+@precision.exact
 def decode(
     params: base.Params,
     state: DecodeState,

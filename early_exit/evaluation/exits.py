@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import confidence as confidences
-from early_exit import consult, sharding
+from early_exit import consult, precision, sharding
 from early_exit.backbones import base
 from early_exit.calibration.records import Records, Softened
 from early_exit.calibration.thresholds import coverage_at
@@ -41,6 +41,7 @@ def costs_of(model: MultiExit, batch: dict) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "soften"))
+@precision.exact
 def score_batch(
     params: base.Params, batch: dict, *, model: MultiExit, soften: bool = False
 ) -> dict:

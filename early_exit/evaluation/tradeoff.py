@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from early_exit import precision
 from early_exit.backbones import base
 from early_exit.decoding.generate import Generation, generate
 from early_exit.decoding.mode import Mode
@@ -19,6 +20,7 @@ from early_exit.policy import ExitPolicy
 
 
 @functools.partial(jax.jit, static_argnames="model")
+@precision.exact
 def full_choices(params: base.Params, tokens_BT: jax.Array, *, model: MultiExit) -> jax.Array:
     """The full model's greedy next token after every position, int32 [B, T]."""
     bound = model.bind(params)

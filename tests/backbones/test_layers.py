@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from early_exit.backbones import layers
+from early_exit.backbones.visibility import Visibility
 
 HEADS, KV_HEADS, WIDTH, SLOTS = 4, 2, 6, 256
 # Empty, one, either side of a chunk's edge, and full but for what is new.
@@ -38,7 +39,8 @@ def case(new, kv_heads=KV_HEADS, lengths=LENGTHS):
     return rows, past
 
 
-attend = jax.jit(layers.attend, static_argnames="window")
+attend = jax.jit(layers.attend)
+BACKWARDS = Visibility(causal=True)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +60,8 @@ attend = jax.jit(layers.attend, static_argnames="window")
 )
 def test_cached_attention_equals_plain_attention(new, kv_heads, window):
     (query, key, value), past = case(new, kv_heads)
-    mask = layers.causal_mask(None, new, window)
-    got = attend(query, key, value, mask, past, jnp.asarray(LENGTHS), window=window)
+    visibility = Visibility(causal=True, window=window)
+    got = attend(query, key, value, visibility, past, jnp.asarray(LENGTHS))
     for b, length in enumerate(LENGTHS):
         keys, values = (
             np.concatenate([old[b, :, :length].swapaxes(0, 1), rows[b]])
@@ -72,15 +74,14 @@ def test_cached_attention_equals_plain_attention(new, kv_heads, window):
 
 def test_rows_of_a_batch_equal_rows_alone():
     (query, key, value), past = case(2)
-    mask = layers.causal_mask(None, 2)
-    whole = attend(query, key, value, mask, past, jnp.asarray(LENGTHS))
+    whole = attend(query, key, value, BACKWARDS, past, jnp.asarray(LENGTHS))
     for b in range(len(LENGTHS)):
         one = slice(b, b + 1)
         alone = attend(
             query[one],
             key[one],
             value[one],
-            mask,
+            BACKWARDS,
             tuple(x[one] for x in past),
             jnp.asarray(LENGTHS[one]),
         )
@@ -90,20 +91,19 @@ def test_rows_of_a_batch_equal_rows_alone():
 def test_without_a_cache_it_is_plain_attention():
     (query, key, value), _ = case(7)
     segments = jnp.asarray(np.repeat([[1, 1, 1, 2, 2, 3, 0]], len(LENGTHS), axis=0))
-    mask = layers.causal_mask(segments, 7)
-    got = attend(query, key, value, mask)
+    got = attend(query, key, value, Visibility(causal=True, documents=segments))
     for b in range(len(LENGTHS)):
-        want = plain_attention(query[b], key[b], value[b], np.asarray(mask[b, 0]))
+        seen = np.tri(7, dtype=bool) & (segments[b][:, None] == segments[b][None])
+        want = plain_attention(query[b], key[b], value[b], seen)
         np.testing.assert_allclose(got[b], want, atol=1e-5)
 
 
 def test_an_empty_cache_changes_nothing():
     (query, key, value), past = case(5)
-    mask = layers.causal_mask(None, 5)
     empty = jnp.zeros_like(jnp.asarray(LENGTHS))
     np.testing.assert_allclose(
-        attend(query, key, value, mask, past, empty),
-        attend(query, key, value, mask),
+        attend(query, key, value, BACKWARDS, past, empty),
+        attend(query, key, value, BACKWARDS),
         atol=1e-5,
     )
 
@@ -112,18 +112,17 @@ def test_an_empty_cache_changes_nothing():
 def test_unfilled_slots_have_no_influence(garbage):
     """Bit for bit, whatever finite numbers they hold; caches start as zeros and stay finite."""
     (query, key, value), past = case(2)
-    mask = layers.causal_mask(None, 2)
     unfilled = (np.arange(SLOTS)[None] >= LENGTHS[:, None])[:, None, :, None]
     lengths = jnp.asarray(LENGTHS)
-    want = attend(query, key, value, mask, past, lengths)
+    want = attend(query, key, value, BACKWARDS, past, lengths)
     dirty = tuple(jnp.where(unfilled, garbage, x) for x in past)
-    np.testing.assert_array_equal(attend(query, key, value, mask, dirty, lengths), want)
+    np.testing.assert_array_equal(attend(query, key, value, BACKWARDS, dirty, lengths), want)
     # Chunks that no row has reached are not even read: there, NaN does no harm either.
     short = jnp.minimum(lengths, layers.CACHE_CHUNK)
-    want = attend(query, key, value, mask, past, short)
+    want = attend(query, key, value, BACKWARDS, past, short)
     unread = (np.arange(SLOTS) >= layers.CACHE_CHUNK)[None, None, :, None]
     broken = tuple(jnp.where(unread, jnp.nan, x) for x in past)
-    np.testing.assert_array_equal(attend(query, key, value, mask, broken, short), want)
+    np.testing.assert_array_equal(attend(query, key, value, BACKWARDS, broken, short), want)
 
 
 def test_chunks_out_of_every_window_are_not_read():
@@ -132,9 +131,9 @@ def test_chunks_out_of_every_window_are_not_read():
     lengths = jnp.array([200, 250])
     broken = tuple(x.at[:, :, : layers.CACHE_CHUNK].set(jnp.nan) for x in past)
     for window, reaches in ((72, False), (74, True)):  # 200 − 73 = 127, the first chunk's last
-        mask = layers.causal_mask(None, 2, window)
-        clean = attend(query, key, value, mask, past, lengths, window=window)
-        got = attend(query, key, value, mask, broken, lengths, window=window)
+        visibility = Visibility(causal=True, window=window)
+        clean = attend(query, key, value, visibility, past, lengths)
+        got = attend(query, key, value, visibility, broken, lengths)
         assert jnp.isnan(got).any() == reaches
         if not reaches:
             np.testing.assert_array_equal(got, clean)
@@ -142,50 +141,17 @@ def test_chunks_out_of_every_window_are_not_read():
 
 def test_large_scores_do_not_overflow():
     (query, key, value), past = case(2)
-    out = attend(query * 1e3, key, value, layers.causal_mask(None, 2), past, jnp.asarray(LENGTHS))
+    out = attend(query * 1e3, key, value, BACKWARDS, past, jnp.asarray(LENGTHS))
     assert jnp.isfinite(out).all()
 
 
 def test_half_precision_keeps_its_dtype_and_sums_in_float32():
     (query, key, value), past = case(2)
     arrays = [x.astype(jnp.bfloat16) for x in (query, key, value, *past)]
-    mask, lengths = layers.causal_mask(None, 2), jnp.asarray(LENGTHS)
-    got = attend(*arrays[:3], mask, tuple(arrays[3:]), lengths)
+    lengths = jnp.asarray(LENGTHS)
+    got = attend(*arrays[:3], BACKWARDS, tuple(arrays[3:]), lengths)
     exact = [x.astype(jnp.float32) for x in arrays]
-    want = attend(*exact[:3], mask, tuple(exact[3:]), lengths)
+    want = attend(*exact[:3], BACKWARDS, tuple(exact[3:]), lengths)
     assert got.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits: of the query, the weights and the result.
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05, rtol=0.02)
-
-
-def test_causal_mask():
-    np.testing.assert_array_equal(layers.causal_mask(None, 4)[0, 0], np.tri(4, dtype=bool))
-    got = layers.causal_mask(jnp.array([[1, 1, 2, 2], [1, 2, 3, 3]]), 4)
-    assert got.shape == (2, 1, 4, 4)
-    assert got[0, 0].astype(int).tolist() == [
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [0, 0, 1, 0],
-        [0, 0, 1, 1],
-    ]
-    assert got[1, 0].astype(int).tolist() == [
-        [1, 0, 0, 0],
-        [0, 1, 0, 0],
-        [0, 0, 1, 0],
-        [0, 0, 1, 1],
-    ]
-
-
-def test_a_windowed_mask_sees_no_further_than_the_window():
-    got = layers.causal_mask(None, 5, 2)[0, 0].astype(int).tolist()
-    assert got == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 0, 1, 1],
-    ]
-    segments = jnp.array([[1, 1, 1, 2, 2]])
-    got = layers.causal_mask(segments, 5, 2)[0, 0].astype(int).tolist()
-    assert got[2:] == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-    np.testing.assert_array_equal(layers.causal_mask(None, 5, 5), layers.causal_mask(None, 5))
