@@ -24,6 +24,7 @@ from absl import flags
 from early_exit.calibration import drift
 from early_exit.classifying.classify import Classified, Classifier
 from early_exit.data import feed as feeds
+from early_exit.data import text_files
 from early_exit.data.image_sets import SUFFIXES, read_image
 from early_exit.data.inputs import Prepare
 from early_exit.data.parts import Example
@@ -111,7 +112,7 @@ def _given(path: Path) -> Work:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
-        texts = common.read_lines(path, "text")
+        texts = text_files.listed(path, "text")
         return texts, [{"text": text} for text in texts]
     files, root = [path], path.parent
     if path.is_dir():
