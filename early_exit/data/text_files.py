@@ -64,10 +64,20 @@ class TextFile:
     codec: str
 
     def read(self, start: int, stop: int) -> str:
-        """The text of some of its lines, by their bytes."""
+        """The text of some of its lines, by their bytes.
+
+        Raises:
+          ValueError: these are no whole lines any more.
+        """
         with self.path.open("rb") as file:
             file.seek(start)
-            return _plain(file.read(stop - start).decode(self.codec))
+            data = file.read(stop - start)
+        try:
+            if len(data) < stop - start:
+                raise EOFError("it has become shorter")
+            return _plain(data.decode(self.codec))
+        except (EOFError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path} has changed while it was in use: {error}") from error
 
     def lines(self) -> Iterator[Line]:
         """All of them, blank ones too."""

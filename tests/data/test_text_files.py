@@ -191,6 +191,18 @@ def test_the_line_of_a_fault_far_into_a_file(tmp_path, monkeypatch):
         assert text_files.decode("é\r\n€\r".encode(), "bytes") == "é\n€\n"
 
 
+def test_a_file_that_changes_while_it_is_in_use_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\nzwölf\n")
+    file = text_files.opened(path)
+    *_, last = file.lines()
+    assert file.read(last.start, last.stop) == "zwölf\n"
+    for content in ("one\n", f"a{'ä' * 9}"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="a.txt has changed while it was in use"):
+            file.read(last.start, last.stop)
+
+
 def test_what_is_missing_empty_or_a_folder_is_named(tmp_path):
     for path, error, message in (
         (tmp_path / "none", FileNotFoundError, "there is no .*none"),

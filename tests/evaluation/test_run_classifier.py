@@ -1,6 +1,7 @@
 """All that a classifier goes through, on scikit-learn's digits: from tuning to the page."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -104,6 +105,12 @@ def test_it_is_saved_printed_and_shown(digits, results):
     html = page.write(digits.workdir).read_text(encoding="utf-8")
     assert html.count("<img ") == 10 and html.count("<svg ") == 4
     assert "resnet_cifar (" in html
+
+
+def test_a_baseline_with_its_classes_in_another_order_is_refused(digits, plain):
+    other = dataclasses.replace(plain, data=plain.data | {"classes": plain.data["classes"][::-1]})
+    with pytest.raises(ValueError, match="small was trained with the classes 9, 8, .* in this or"):
+        run_classifier.measure(digits, {}, [other])
 
 
 def test_baselines_with_exits_or_of_other_data_are_refused(digits, plain):
