@@ -23,7 +23,7 @@ from absl import flags
 
 from early_exit.calibration import drift
 from early_exit.classifying.classify import Classified, Classifier
-from early_exit.data import feed as feeds
+from early_exit.data import text_files
 from early_exit.data.image_sets import SUFFIXES, read_image
 from early_exit.data.inputs import Prepare
 from early_exit.data.parts import Example
@@ -62,12 +62,13 @@ def main(argv):
     model = tuned.model
     if not model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a language model; use launch.generate")
-    feed = feeds.make(tuned.config, model.config, tuned.tokenizer)
+    feed = tuned.feed
     if SPLIT.value:
         examples = feed.examples(SPLIT.value)
-        names, classes = [f"{SPLIT.value} {i}" for i in range(len(examples))], examples.classes
+        names = [f"{SPLIT.value} {i}" for i in range(len(examples))]
     else:
-        (names, examples), classes = _given(Path(INPUT.value)), _class_names(feed)
+        names, examples = _given(Path(INPUT.value))
+    classes = feed.classes
     # No larger than needed: fewer programs have to be compiled.
     rows = min(BATCH.value, len(names))
     policy = _policy(tuned)
@@ -111,7 +112,7 @@ def _given(path: Path) -> Work:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
-        texts = common.read_lines(path, "text")
+        texts = text_files.listed(path, "text")
         return texts, [{"text": text} for text in texts]
     files, root = [path], path.parent
     if path.is_dir():
@@ -133,14 +134,6 @@ class _Images(Sequence):
 
     def __getitem__(self, index: int) -> Example:
         return {"image": read_image(self.files[index])}
-
-
-def _class_names(feed: feeds.ExampleFeed) -> Sequence[str]:
-    """Those of the run's data; numbers where that is not at hand, as it need not be in use."""
-    try:
-        return feed.examples("train").classes
-    except (*common.EXPECTED, ImportError):
-        return [str(number) for number in range(feed.network.num_classes)]
 
 
 def _classify(

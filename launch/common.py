@@ -1,6 +1,5 @@
 """What every command shares: the run's folder, and errors that are a sentence, not a stack."""
 
-import json
 import logging
 import os
 import sys
@@ -45,37 +44,6 @@ def no_arguments(argv: list[str]) -> None:
     """Refuses words that are no flag: a misspelt flag must not be ignored."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
-
-
-def read_lines(path: Path, name: str) -> list[str]:
-    """What stands on each line of a file: text, or (`.jsonl`) an object that has it under `name`.
-
-    Empty lines are skipped.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: nothing in it, or a line that is no such object.
-    """
-    found = []
-    # Not `splitlines`, which also splits at characters that a JSON string may hold.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            found.append(line)
-            continue
-        try:
-            text = json.loads(line)[name]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: not an object with a "{name}" ({error!r})'
-            ) from error
-        if not isinstance(text, str):
-            raise ValueError(f'{path}, line {number}: "{name}" is not text')
-        found.append(text)
-    if not found:
-        raise ValueError(f"{path} holds no {name}; write one on each line")
-    return found
 
 
 def run(main, *, on_run: bool = True, configured: bool = False) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from early_exit.data import conversations
+from early_exit.data import conversations, text_files
 from early_exit.data.stream import Rank
 from early_exit.decoding.sampling import Sampling
 from early_exit.distillation.converse import Settings, Speaker, converse
@@ -74,7 +74,7 @@ def main(argv):
         per_shard=PER_SHARD.value,
     )
     folder = Path(MADE.value)
-    prompts = common.read_lines(Path(INPUT.value), "prompt") if INPUT.value else None
+    prompts = text_files.listed(Path(INPUT.value), "prompt") if INPUT.value else None
     made = converse(
         _speaker(),
         folder,

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from early_exit.calibration import drift, rejection
+from early_exit.data import text_files
 from early_exit.decoding import mode as modes
 from early_exit.decoding.detokenize import Detokenizer, pieces
 from early_exit.decoding.generate import Generation, generate, stream
@@ -66,7 +67,7 @@ def main(argv):
         raise ValueError("give either --prompt or --input")
     if (INPUT.value is None) != (OUTPUT.value is None):
         raise ValueError("--input and --output go together")
-    texts = common.read_lines(Path(INPUT.value), "prompt") if INPUT.value else None
+    texts = text_files.listed(Path(INPUT.value), "prompt") if INPUT.value else None
     mode = dataclasses.replace(
         modes.named(MODE.value, tuple(d for d in modes.DRAFTERS if d in DRAFTERS.value)),
         pending=PENDING.value,
@@ -82,7 +83,9 @@ def main(argv):
     }
     rejection.least_probability(settings["policy"])  # not only when all is decoded
     if texts is None:
-        text = sys.stdin.read() if PROMPT.value == "-" else PROMPT.value
+        text = text_files.unicode(PROMPT.value, "--prompt")
+        if text == "-":
+            text = text_files.decode(sys.stdin.buffer.read(), "the standard input")
         _show(tuned, text, settings)
     else:
         _answer_all(tuned, texts, settings, Path(OUTPUT.value))

@@ -7,7 +7,7 @@ sample; a data set's own test set stays what it was.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import numpy as np
 
@@ -46,6 +46,29 @@ class Examples(Sequence):
 
     def __getitem__(self, index: int) -> Example:
         return self.read(int(self.indices[index]))
+
+    def with_classes(self, classes: Sequence[str], source: str) -> "Examples":
+        """The same examples, their labels being indices into `classes`, by name.
+
+        Raises:
+          ValueError: there are other classes here; names those, and the source.
+        """
+        if set(classes) != set(self.classes):
+            raise ValueError(
+                f"the classes of {source} are not those that the network was trained with: "
+                f"{_named(set(self.classes) - set(classes))} new, and "
+                f"{_named(set(classes) - set(self.classes))} missing; give them their old names, "
+                "or train anew in another --workdir"
+            )
+        if tuple(classes) == self.classes:
+            return self
+        numbers = [list(classes).index(name) for name in self.classes]
+
+        def read(index: int) -> Example:
+            example = self.read(index)
+            return example | {"label": numbers[example["label"]]}
+
+        return Examples(tuple(classes), self.indices, read)
 
 
 def examples(source: str, split: str) -> Examples:
@@ -91,6 +114,12 @@ def examples(source: str, split: str) -> Examples:
             "other splits; give more examples"
         )
     return Examples(classes, kept, part.read)
+
+
+def _named(classes: Set[str]) -> str:
+    shown = [repr(name) for name in sorted(classes)]
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return f"{', '.join(shown[:5])}{more}" if shown else "none"
 
 
 def data_hash(examples: Iterable[Example]) -> str:

@@ -5,8 +5,10 @@ and evaluation ask for batches of a split and never for what is in them.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+from absl import logging
 
 from early_exit.data import examples, excerpts, inputs, labelled, pipeline, sources
 from early_exit.data.stream import ALONE, Rank, TrainingBatches
@@ -20,6 +22,11 @@ class Network(Protocol):
     reads: str
     classifies: bool
     num_classes: int
+
+
+# JSON-able. Of text: `train`, the SHA-256 of the training split. Of labelled examples: `classes`,
+# their names in the order of the network's outputs, and of images `image_size`, [H, W].
+About = Mapping[str, Any]
 
 
 class Feed(Protocol):
@@ -48,12 +55,20 @@ class Feed(Protocol):
     def data_hash(self, split: str) -> str:
         """SHA-256 (hex) of a split."""
 
+    def about(self) -> About:
+        """What a run keeps of the data it is trained on, so that later commands know it again."""
 
-def make(config: Settings, network: Network, tokenizer: Any) -> Feed:
-    """The feed of a run for such a network."""
+
+def make(config: Settings, network: Network, tokenizer: Any, known: About | None = None) -> Feed:
+    """The feed of a run for such a network.
+
+    Args:
+      known: what `Feed.about` gave when the run was trained; None for a run that begins, or one
+        that has not kept it.
+    """
     if not network.classifies:
-        return TextFeed(config.data, tokenizer)
-    return ExampleFeed(config.data, network, tokenizer)
+        return TextFeed(config.data, tokenizer, known or {})
+    return ExampleFeed(config.data, network, tokenizer, known or {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +77,7 @@ class TextFeed:
 
     data: DataSettings
     tokenizer: Any
+    known: About
     unit: str = "tokens"
 
     @property
@@ -73,6 +89,7 @@ class TextFeed:
             sources.documents(self.data.source, "train"),
             seed=seed,
             rank=rank,
+            num_threads=self.data.num_threads,
             **self._packing(),
         )
 
@@ -81,15 +98,25 @@ class TextFeed:
             sources.documents(self.data.source, split),
             num_batches=num_batches,
             rank=rank,
+            num_threads=self.data.num_threads,
             **self._packing(),
         )
 
     def calibration(self, num_batches):
+        if self.known.get("train", now := self.data_hash("train")) != now:
+            logging.warning(
+                "%s has changed since the run was tuned on it; text that was added does no harm, "
+                "but tuned-on text that was edited may now be among what is calibrated on",
+                self.data.source,
+            )
         documents = sources.documents(self.data.source, "calibration")
         return excerpts.batches(documents, num_batches=num_batches, **self._packing())
 
     def data_hash(self, split):
         return sources.data_hash(sources.documents(self.data.source, split))
+
+    def about(self):
+        return {"train": self.data_hash("train")}
 
     def _packing(self) -> dict[str, Any]:
         return {
@@ -105,13 +132,24 @@ class ExampleFeed:
     """Labelled images for a ResNet, labelled texts for an encoder.
 
     Raises:
-      ValueError: on use, data with another number of classes than the network's.
+      ValueError: names for another number of classes than the network's; on use, data with other
+        classes than those the run was trained with, or with another number of them than the
+        network's, and images of another size.
     """
 
     data: DataSettings
     network: Network
     tokenizer: Any
+    known: About
     unit: str = "examples"
+
+    def __post_init__(self):
+        kept = self.known.get("classes")
+        if kept is not None and len(kept) != self.network.num_classes:
+            raise ValueError(
+                f"the run keeps the names of {len(kept)} classes, but its network has "
+                f"{self.network.num_classes}; its files are damaged, or of two runs"
+            )
 
     @property
     def per_batch(self) -> int:
@@ -124,6 +162,7 @@ class ExampleFeed:
             batch_size=self.data.batch_size,
             seed=seed,
             rank=rank,
+            num_threads=self.data.num_threads,
         )
 
     def held_out(self, split, num_batches, rank=ALONE):
@@ -133,6 +172,7 @@ class ExampleFeed:
             batch_size=self.data.batch_size,
             num_batches=num_batches,
             rank=rank,
+            num_threads=self.data.num_threads,
         )
 
     def calibration(self, num_batches):
@@ -141,8 +181,28 @@ class ExampleFeed:
     def data_hash(self, split):
         return examples.data_hash(self.examples(split))
 
+    def about(self):
+        train = self.examples("train")
+        about = {"classes": list(train.classes)}
+        if self.network.reads == "images":
+            about["image_size"] = list(self.data.image_size or train[0]["image"].shape[:2])
+        return about
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the network's outputs; numbers where neither the run nor its data has them."""
+        if "classes" in self.known:
+            return self.known["classes"]
+        try:
+            return self.examples("train").classes
+        except (ValueError, OSError, RuntimeError, ImportError):  # need not be at hand any more
+            return [str(number) for number in range(self.network.num_classes)]
+
     def examples(self, split: str) -> examples.Examples:
+        """A split, whose labels are the network's outputs."""
         found = examples.examples(self.data.source, split)
+        if "classes" in self.known:
+            return found.with_classes(self.known["classes"], self.data.source)
         if len(found.classes) != self.network.num_classes:
             raise ValueError(
                 f"{self.data.source} has {len(found.classes)} classes, but the network "
@@ -160,6 +220,7 @@ class ExampleFeed:
                 size=data.image_size or None,
                 channels=3 if self.network.channels == 3 else None,
                 augment=data.augment,
+                expected=tuple(self.known.get("image_size", ())) or None,
             )
         return inputs.text_inputs(
             self.tokenizer.encode,

@@ -6,12 +6,14 @@ they are asked for.
 
 import gzip
 import math
+import os
 import pathlib
 import zlib
 
 import numpy as np
 from PIL import Image
 
+from early_exit.data import text_files
 from early_exit.data.parts import Example, Found, Part, class_folders, class_names, locate
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -42,7 +44,7 @@ def idx_files(path: str) -> Found:
 def _idx_names(path: pathlib.Path, classes: int) -> tuple[str, ...]:
     if not path.exists():
         return tuple(map(str, range(classes)))
-    names = tuple(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+    names = tuple(line.strip() for _, line in text_files.numbered(text_files.read(path)))
     if len(names) < classes or len(set(names)) != len(names):
         raise ValueError(
             f"{path} must name {classes} classes, each on a line and by its own name; it has "
@@ -70,7 +72,7 @@ def image_folder(path: str) -> Found:
             name, file = found[index]
             return {"image": read_image(file), "label": numbers[name]}
 
-        return Part(read, (file.relative_to(root).as_posix().encode() for _, file in found))
+        return Part(read, (os.fsencode(file.relative_to(root).as_posix()) for _, file in found))
 
     return Found(classes, part(files["train"]), part(files["test"]) if "test" in files else None)
 

@@ -26,6 +26,7 @@ def image_inputs(
     size: tuple[int, int] | None = None,
     channels: int | None = None,
     augment: str = "",
+    expected: tuple[int, int] | None = None,
 ) -> Prepare:
     """Makes `images`, float32 [B, H, W, C]: (pixel/255 − mean)/std for each channel.
 
@@ -37,6 +38,7 @@ def image_inputs(
       channels: 3 makes grey images three equal channels; None takes them as they are.
       augment: what training batches get. `crop`: a random window of the image with a black border
         of an eighth of its sides; `crop_flip`: mirrored, too, half the time; empty: nothing.
+      expected: (H, W) that a network was trained on; batches of another size are refused.
 
     Raises:
       ValueError: numbers that do not fit each other; later, images that do not fit them.
@@ -55,6 +57,12 @@ def image_inputs(
 
     def prepare(rows: Sequence[Example], chances: np.ndarray | None) -> Batch:
         images = _stacked([_sized(_image(row), size, channels) for row in rows])
+        if expected and images.shape[1:3] != expected:
+            found, wanted = (" × ".join(map(str, of)) for of in (images.shape[1:3], expected))
+            raise ValueError(
+                f"the images are {found} high and wide, but the network was trained on {wanted}; "
+                "resize them"
+            )
         if images.shape[-1] != len(mean):
             raise ValueError(
                 f"the images have {images.shape[-1]} channels, but mean and std {len(mean)}"

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from early_exit.data import text_files
 from early_exit.storage import packages
 
 Example = dict[str, Any]  # {"image": uint8 [H, W, C]} or {"text": str}, and "label": int
@@ -49,8 +50,19 @@ def locate(path: str) -> pathlib.Path:
     else:
         found = pathlib.Path(path).expanduser()
     if not found.exists():
-        raise FileNotFoundError(f"there is no {found}")
+        raise FileNotFoundError(absent(str(found)))
     return found
+
+
+def absent(path: str) -> str:
+    """What to say where there is nothing at a path, in each way that the path may be meant."""
+    found = pathlib.Path(path).expanduser()
+    if found.is_absolute():
+        return f"there is no {found}"
+    told = f"there is no {found} in {pathlib.Path.cwd()}, from where relative paths lead"
+    if len(found.parts) == 2:
+        told += f"; if {found} names a data set of a hub, download it and give its folder"
+    return told
 
 
 def class_names(labels: Iterable[str]) -> tuple[str, ...]:
@@ -90,6 +102,7 @@ def _labelled_files(root: pathlib.Path, suffixes):
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name.startswith("."):
             continue
+        text_files.unicode(folder.name, f"the name of a folder in {root}")
         paths = [pathlib.Path(at, name) for at, _, names in os.walk(folder) for name in names]
         for path in sorted(paths):
             if path.suffix.lower() in suffixes and not path.name.startswith("."):

@@ -2,24 +2,27 @@
 
 The one idea: a document's split follows from a hash of what names it, so that tuning,
 validation, calibration and test texts are disjoint on every machine and stay so when documents
-are added. Nothing is read before it is asked for, except that JSONL rows are checked.
+are added. A single text file is cut where its own lines say so, and not by counting from its top,
+so that lines put anywhere leave all but a few of its pieces as they were. Nothing is read before
+it is asked for, except that JSONL rows are checked.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 
-from early_exit.data import conversations, shards
+from early_exit.data import conversations, shards, text_files
+from early_exit.data.parts import absent
 
 # Upper edges of each split's share of the hash range.
 SPLITS = {"train": 0.85, "validation": 0.90, "calibration": 0.95, "test": 1.0}
 SUFFIXES = (".txt", ".py", ".md", ".rst", ".jsonl")
-# A single text file has to fill four splits: it is cut at line ends into pieces of this size.
-PIECE_BYTES = 4096
+# A single text file has to fill four splits: it is cut at line ends into pieces of this mean size,
+# the longest of which are so many times longer.
+PIECE_BYTES, LONGEST = 4096, 8
 # Before the folder of conversations that `launch.distill` has made.
 MADE = "made:"
 
@@ -27,24 +30,35 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Span:
-    """One document: bytes `start` to `stop` (None for the end) of a file."""
+class _File:
+    """One document: a whole file."""
 
     name: str
     path: pathlib.Path
-    start: int = 0
-    stop: int | None = None
 
     def read(self) -> str:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            data = file.read() if self.stop is None else file.read(self.stop - self.start)
-        if self.path.suffix == ".jsonl":
-            return _row(self.name, data)
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is not UTF-8 text: {error}; convert it") from error
+        return text_files.read(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One document: the lines from byte `start` to `stop` of a file."""
+
+    name: str
+    file: text_files.TextFile
+    start: int
+    stop: int
+
+    def read(self) -> str:
+        return self.file.read(self.start, self.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row(_Piece):
+    """One document: the `text` of a JSONL row."""
+
+    def read(self) -> str:
+        return _text(super().read(), self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +73,14 @@ class _Made:
         return conversations.Conversation.unpack(self.store[self.index]).text
 
 
+_Span = _File | _Piece | _Made
+
+
 @dataclasses.dataclass(frozen=True)
 class Documents(Sequence):
     """Random access to (name, text); reads from disk at each access, safe to share by threads."""
 
-    spans: tuple[_Span | _Made, ...]
+    spans: tuple[_Span, ...]
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -102,7 +119,8 @@ def documents(source: str, split: str) -> Documents:
     if not kept:
         raise ValueError(
             f"the {split} split of {source} is empty: its {seen} documents all hash into other "
-            "splits; give more documents, or join them into one .txt or .jsonl file"
+            "splits; give more documents, join them into one .txt or .jsonl file, or, where that "
+            "is what they are, give more lines"
         )
     return Documents(tuple(kept))
 
@@ -128,7 +146,7 @@ def hash_position(identity: bytes) -> float:
     return (int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") >> 11) / 2**53
 
 
-def _spans(source: str) -> Iterator[tuple[_Span | _Made, bytes]]:
+def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:
     """Every document with the bytes whose hash decides its split."""
     if source.startswith(MADE):
         folder = pathlib.Path(source.removeprefix(MADE)).expanduser()
@@ -147,11 +165,11 @@ def _spans(source: str) -> Iterator[tuple[_Span | _Made, bytes]]:
         yield from _folder(path, suffixes=SUFFIXES)
     elif not path.exists():
         raise FileNotFoundError(
-            f"no text at {source!r}; give `stdlib`, a folder, a file or made:FOLDER"
+            f"no text: {absent(source)}; give `stdlib`, a folder, a file or made:FOLDER"
         )
-    elif path.suffix not in SUFFIXES:
+    elif path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{source} is not one of {', '.join(SUFFIXES)}")
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         yield from _rows(path, path.name)
     else:
         yield from _pieces(path)
@@ -164,41 +182,48 @@ def _folder(root: pathlib.Path, suffixes, skip=frozenset()) -> Iterator[tuple[_S
         paths += [pathlib.Path(folder, name) for name in files if not name.startswith(".")]
     for path in sorted(paths):
         name = path.relative_to(root).as_posix()
-        if path.suffix not in suffixes or not path.is_file() or not path.stat().st_size:
+        suffix = path.suffix.lower()
+        if suffix not in suffixes or not path.is_file() or not path.stat().st_size:
             continue
-        if path.suffix == ".jsonl":
+        text_files.unicode(name, f"the name of a file in {root}")
+        if suffix == ".jsonl":
             yield from _rows(path, name)
         else:
-            yield _Span(name, path), name.encode()
+            yield _File(name, path), name.encode()
 
 
-def _rows(path: pathlib.Path, name: str) -> Iterator[tuple[_Span, bytes]]:
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            span = _Span(f"{name}:{number}", path, start, start + len(line))
-            start += len(line)
-            if line.strip():
-                yield span, _row(span.name, line).encode()
+def _rows(path: pathlib.Path, name: str) -> Iterator[tuple[_Row, bytes]]:
+    file = text_files.opened(path)
+    for line in file.lines():
+        if line.text.strip():
+            row = _Row(f"{name}:{line.number}", file, line.start, line.stop)
+            yield row, _text(line.text, f"{path}:{line.number}").encode()
 
 
-def _row(name: str, line: bytes) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f'{name} has no "text" string; each row is {{"text": "…"}}')
-    return row["text"]
+def _text(line: str, where: str) -> str:
+    return text_files.json_string(text_files.json_row(line, where), "text", where)
 
 
-def _pieces(path: pathlib.Path) -> Iterator[tuple[_Span, bytes]]:
-    start, first_line, piece = 0, 1, b""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            piece += line
-            if len(piece) >= PIECE_BYTES:
-                yield _Span(f"{path.name}:{first_line}", path, start, start + len(piece)), piece
-                start, first_line, piece = start + len(piece), number + 1, b""
-    if piece:
-        yield _Span(f"{path.name}:{first_line}", path, start, start + len(piece)), piece
+def _pieces(path: pathlib.Path) -> Iterator[tuple[_Piece, bytes]]:
+    """Sizes are of the text in UTF-8, so that an encoding changes no piece."""
+    file = text_files.opened(path)
+    lines, text = [], b""
+
+    def made() -> tuple[_Piece, bytes]:
+        name = f"{path.name}:{lines[0].number}"
+        return _Piece(name, file, lines[0].start, lines[-1].stop), text
+
+    for line in file.lines():
+        lines.append(line)
+        text += line.text.encode()
+        if _ends_piece(line.text) or len(text) >= LONGEST * PIECE_BYTES:
+            yield made()
+            lines, text = [], b""
+    if lines:
+        yield made()
+
+
+def _ends_piece(line: str) -> bool:
+    """By the line alone; the more likely, the longer it is."""
+    line = line.removesuffix("\n").encode()
+    return hash_position(b"end of a piece:" + line) < len(line) / PIECE_BYTES

@@ -5,15 +5,12 @@ a text's split follows from the text itself, so that a text that stands twice is
 splits.
 """
 
-import csv
-import io
-import json
 import pathlib
 from collections.abc import Iterator
 
+from early_exit.data import tables, text_files
 from early_exit.data.parts import Example, Found, Part, class_folders, class_names, locate
 
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 TEXT, LABEL = ("text",), ("label", "category", "class")
 # What the second of a .tab file's three header lines may say (Orange's format).
 _ORANGE = {"", "d", "discrete", "c", "continuous", "s", "string", "t", "time", "m", "meta"}
@@ -27,7 +24,7 @@ def rows(path: str) -> Found:
     A file is .jsonl, a line being {"text": "…", "label": a string or a whole number}, or .csv,
     .tsv or .tab with a header that names a column `text` and one `label`, `category` or `class`.
     A file whose name ends in `train` before the suffix has its own test set beside it, if there
-    is one whose name has `test` there. Files are UTF-8 or else Windows-1252.
+    is one whose name has `test` there. See `text_files` for encodings, `tables` for quoting.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -35,9 +32,9 @@ def rows(path: str) -> Found:
     """
     root = locate(path)
     if root.is_dir():
-        files = class_folders(root, (".txt",))
         found = {
-            part: [(_read(file), name) for name, file in pairs] for part, pairs in files.items()
+            part: [(text_files.read(file), name) for name, file in files]
+            for part, files in class_folders(root, (".txt",)).items()
         }
     else:
         found = {"train": _file_rows(root)}
@@ -58,12 +55,12 @@ def rows(path: str) -> Found:
 
 
 def _file_rows(path: pathlib.Path) -> list[Row]:
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         found = list(_json_rows(path))
-    elif path.suffix in DELIMITERS:
-        found = list(_table_rows(path))
+    elif path.suffix.lower() in tables.SUFFIXES:
+        found = _table_rows(path)
     else:
-        known = ", ".join((".jsonl", *DELIMITERS))
+        known = ", ".join((".jsonl", *tables.SUFFIXES))
         raise ValueError(f"{path} is not one of {known}, nor a folder")
     if not found:
         raise ValueError(f"{path} holds no rows")
@@ -71,26 +68,18 @@ def _file_rows(path: pathlib.Path) -> list[Row]:
 
 
 def _json_rows(path: pathlib.Path) -> Iterator[Row]:
-    # Not `splitlines`, which also cuts at characters that JSON strings may hold.
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        name = f"{path.name}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name} is not JSON: {error}") from error
-        text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
-        if not isinstance(text, str):
-            raise ValueError(f'{name} has no "text" string; a row is {{"text": "…", "label": "…"}}')
+    for number, line in text_files.numbered(text_files.read(path)):
+        where = f"{path}:{number}"
+        row = text_files.json_row(line, where)
+        text, label = text_files.json_string(row, "text", where), row.get("label")
         if type(label) not in (str, int) or label == "":
-            raise ValueError(f'{name} has no "label" that is a string or a whole number')
-        yield text, str(label)
+            raise ValueError(f'{where} has no "label" that is a string or a whole number')
+        yield text, text_files.unicode(str(label), f'"label" of {where}')
 
 
-def _table_rows(path: pathlib.Path) -> Iterator[Row]:
-    lines = _table_lines(path)
-    _, header = next(lines, (0, []))
+def _table_rows(path: pathlib.Path) -> list[Row]:
+    lines = list(tables.rows(path))
+    header = lines.pop(0).cells if lines else []
     names = [name.strip().lower() for name in header]
     text = next((names.index(name) for name in TEXT if name in names), None)
     label = next((names.index(name) for name in LABEL if name in names), None)
@@ -99,36 +88,34 @@ def _table_rows(path: pathlib.Path) -> Iterator[Row]:
             f"{path}: the header needs a column `text` and one `label`, `category` or `class`; "
             f"it has {', '.join(header) or 'nothing'}"
         )
-    for order, (number, cells) in enumerate(lines):
-        if path.suffix == ".tab" and order == 0 and _ORANGE.issuperset(cells):
-            next(lines, None)  # what each column is for
-            continue
+    if path.suffix.lower() == ".tab" and lines and _ORANGE.issuperset(lines[0].cells):
+        lines = lines[2:]  # what is in each column, and what it is for
+    for number, cells, _ in lines:
         if len(cells) != len(names):
             raise ValueError(
-                f"{path.name}:{number} has {len(cells)} columns, but the header {len(names)}"
+                f"{path}:{number} has {len(cells)} columns, but the header {len(names)}"
             )
         if not cells[label].strip():
-            raise ValueError(f"{path.name}:{number} has no {header[label].strip()}")
-        yield cells[text], cells[label].strip()
+            raise ValueError(f"{path}:{number} has no {header[label].strip()}")
+    _check_none_swallowed(path, lines, label)
+    return [(cells[text], cells[label].strip()) for _, cells, _ in lines]
 
 
-def _table_lines(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each row that is not blank."""
-    table = io.StringIO(_read(path), newline="")
-    reader = csv.reader(table, delimiter=DELIMITERS[path.suffix], strict=True)
-    try:
-        for cells in reader:
-            if any(cells):
-                yield reader.line_num, cells
-    except csv.Error as error:
-        raise ValueError(f"{path.name}:{reader.line_num} is no row of a table: {error}") from error
+def _check_none_swallowed(path: pathlib.Path, lines: list[tables.Row], label: int) -> None:
+    """Refuses a cell in which other rows seem to lie, for want of a quotation mark that closes it.
 
+    Of the lines of a row, one has its label; a second one is another row's.
+    """
+    known = {row.cells[label].strip() for row in lines if len(row.lines) == 1}
 
-def _read(path: pathlib.Path) -> str:
-    data = path.read_bytes()
-    for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise ValueError(f"{path} is neither UTF-8 nor Windows-1252 text; convert it")
+    def is_row(line: str) -> bool:
+        cells = line.split(",")
+        return len(cells) == len(lines[0].cells) and cells[label].strip() in known
+
+    for row in lines:
+        if len(row.lines) > 1 and sum(map(is_row, row.lines)) > 1:
+            raise ValueError(
+                f"{path}:{row.line}: a quotation mark opens a cell that goes on for "
+                f"{len(row.lines)} lines, and there are whole rows in it; double a quotation mark "
+                "that is text and put its cell in such marks, or write the rows as .jsonl"
+            )

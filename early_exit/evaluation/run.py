@@ -13,7 +13,6 @@ from early_exit import policy as policies
 from early_exit import tree
 from early_exit.calibration import methods, thresholds
 from early_exit.calibration.records import Records
-from early_exit.data import feed as feeds
 from early_exit.data import sources
 from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
@@ -33,7 +32,7 @@ def records_of(tuned: Tuned, *, soften: bool = False) -> Records:
       soften: whether temperatures are to be fitted.
     """
     path = tuned.workdir / "records.npz"
-    feed = feeds.make(tuned.config, tuned.model.config, tuned.tokenizer)
+    feed = tuned.feed
     metadata = tuned.metadata | {
         "data": feed.data_hash("calibration"),
         "num_batches": tuned.config.calibrate.batches,

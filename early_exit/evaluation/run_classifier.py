@@ -72,7 +72,7 @@ def measure(
       ValueError: a baseline with exits or other data.
     """
     settings, model = tuned.config.evaluate, tuned.model
-    feed = feeds.make(tuned.config, model.config, tuned.tokenizer)
+    feed = tuned.feed
     batches = list(feed.held_out("test", settings.batches))
     inputs, labels = _joined(batches)
     test = exits.record(model, tuned.params, batches, **tuned.metadata)
@@ -201,6 +201,12 @@ def _check(baseline: Tuned, tuned: Tuned) -> None:
         raise ValueError(
             f"{baseline.workdir} has exits after blocks {baseline.model.exits.points}; a baseline "
             "is a network without exits (exits.points=())"
+        )
+    theirs, ours = ((of.data or {}).get("classes") for of in (baseline, tuned))
+    if theirs and ours and theirs != ours:
+        raise ValueError(
+            f"{baseline.workdir} was trained with the classes {', '.join(theirs)}, but "
+            f"{tuned.workdir} with {', '.join(ours)}, in this order; they cannot be compared"
         )
     for name in _SAME:
         theirs, ours = (getattr(of.config.data, name) for of in (baseline, tuned))

@@ -10,6 +10,7 @@ artefact names them by fingerprint; and names itself by one, so that damage does
 
 import dataclasses
 import json
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Artefact:
       dtype: of the parameters of both.
       config: the run's that made them, as JSON.
       step: of the checkpoint they were taken from.
+      data: what the run keeps of the data that it was tuned on, such as the names of the classes;
+        None if it kept nothing.
     """
 
     exits: ExitConfig
@@ -48,6 +51,7 @@ class Artefact:
     dtype: str
     config: dict[str, Any]
     step: int
+    data: dict[str, Any] | None = None
 
 
 def is_in(folder: Path) -> bool:
@@ -55,13 +59,18 @@ def is_in(folder: Path) -> bool:
 
 
 def write(
-    folder: Path, model: MultiExit, params: base.Params, config: dict[str, Any], step: int
+    folder: Path,
+    model: MultiExit,
+    params: base.Params,
+    config: dict[str, Any],
+    step: int,
+    data: dict[str, Any] | None = None,
 ) -> None:
     """Writes both files into a folder that is there.
 
     Args:
       params: `backbone`, `exits` and, for reduced heads, `token_ids`.
-      config, step: see `Artefact`; only kept.
+      config, step, data: see `Artefact`; only kept.
     """
     flat = tree.flatten(params["exits"])
     described = {
@@ -73,6 +82,7 @@ def write(
         "dtype": str(jax.tree.leaves((params["exits"], params["backbone"]))[0].dtype),
         "config": config,
         "step": step,
+        "data": data,
     }
     if _TOKEN_IDS in params:
         flat = flat | {_TOKEN_IDS: params[_TOKEN_IDS]}
@@ -103,11 +113,14 @@ def describe(folder: Path) -> Artefact:
         )
     try:
         exits = ExitConfig(**fields["exits"] | {"points": tuple(fields["exits"]["points"])})
+        fields = {"data": None} | fields  # earlier versions kept nothing of it
         others = [field.name for field in dataclasses.fields(Artefact)[1:]]
         artefact = Artefact(exits, *(fields[name] for name in others))
         for part in (exits, artefact):
             for name, hint in typing.get_type_hints(type(part)).items():
-                if not isinstance(getattr(part, name), typing.get_origin(hint) or hint):
+                kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+                kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
+                if not isinstance(getattr(part, name), kinds):
                     raise TypeError(f"{name} is {getattr(part, name)!r}")
         jnp.dtype(artefact.dtype)  # a TypeError if it is none
     except (KeyError, TypeError, ValueError) as error:

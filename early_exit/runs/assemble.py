@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from early_exit import policy as policies
 from early_exit import sharding, tree
@@ -26,6 +27,7 @@ from early_exit.backbones import base
 from early_exit.backbones.decoder import DecoderConfig
 from early_exit.backbones.encoder import EncoderConfig
 from early_exit.backbones.resnet import ResNetConfig
+from early_exit.data import feed as feeds
 from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
@@ -57,6 +59,8 @@ class Tuned:
       tokenizer: the backbone's.
       config: the run's.
       workdir: the folder of the run, or of what it was exported to.
+      data: what the run keeps of the data it was tuned on (`data.feed.About`); None for runs of
+        versions that kept nothing.
       metadata: what anything derived from the model is marked with: the fingerprints of the
         `backbone` and the `heads`, and the `step` of the checkpoint.
     """
@@ -66,7 +70,15 @@ class Tuned:
     tokenizer: Any
     config: Settings
     workdir: Path
+    data: dict[str, Any] | None
     metadata: dict[str, Any]
+
+    @functools.cached_property
+    def feed(self) -> feeds.Feed:
+        """The run's data, as it was when the run was tuned; what cannot be known of it is told."""
+        if self.data is None:
+            tell_no_data_kept(self.workdir, self.model.config)
+        return feeds.make(self.config, self.model.config, self.tokenizer, self.data)
 
     @functools.cached_property
     def stop_ids(self) -> list[int]:
@@ -274,12 +286,12 @@ def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
     else:
         _check_same_run(config, workdir)
     load_from = _exported if artefact.is_in(workdir) else _checkpointed
-    model, params, tokenizer, provenance = load_from(workdir, config)
+    model, params, tokenizer, data, provenance = load_from(workdir, config)
     # All committed to the device, as restored arrays are. A mixture makes a decode's state change
     # from one call to the next, and every program compile twice.
     params = jax.device_put(params, jax.local_devices()[0])
     provenance["heads"] = tree.fingerprint(params["exits"])
-    return Tuned(model, params, tokenizer, config, workdir, provenance)
+    return Tuned(model, params, tokenizer, config, workdir, data, provenance)
 
 
 def _checkpointed(workdir: Path, config: Settings):
@@ -299,7 +311,7 @@ def _checkpointed(workdir: Path, config: Settings):
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
     provenance = {"backbone": tree.fingerprint(params["backbone"]), "step": step}
-    return model, params, pretrained.tokenizer, provenance
+    return model, params, pretrained.tokenizer, saved.get("data"), provenance
 
 
 def for_tuning(config: Settings, model: MultiExit) -> MultiExit:
@@ -337,7 +349,37 @@ def _exported(workdir: Path, config: Settings):
     pretrained = load(source, described.dtype)
     model, params = artefact.attach(workdir, pretrained.config, pretrained.params)
     provenance = {"backbone": described.backbone, "step": described.step}
-    return model, params, pretrained.tokenizer, provenance
+    return model, params, pretrained.tokenizer, described.data, provenance
+
+
+def kept_data(workdir: Path) -> dict[str, Any] | None:
+    """`Tuned.data` of a run, or of what it was exported to; None, too, where there is neither."""
+    if artefact.is_in(workdir):
+        return artefact.describe(workdir).data
+    if checkpoint.latest_step(workdir / CHECKPOINTS) is None:
+        return None
+    return checkpoint.metadata(workdir / CHECKPOINTS).get("data")
+
+
+def data_of_source(config: Settings) -> dict[str, Any] | None:
+    """The classes that a frozen backbone answers with, where it comes from a run that kept them."""
+    model = config.model
+    if config.tune.train == "all" or not model.source or "num_classes" in model.changes:
+        return None
+    data = kept_data(Path(model.source)) or {}
+    return {"classes": data["classes"]} if "classes" in data else None
+
+
+def tell_no_data_kept(workdir: Path, network: base.BackboneConfig) -> None:
+    """For runs of versions that kept nothing of their data."""
+    if network.classifies:
+        unknown = "which classes it was trained with; those of today's data are taken for them"
+    else:
+        unknown = (
+            "what text it was tuned on; a single text file was cut into other pieces then, and "
+            "some of what it is calibrated and tested on now was tuned on"
+        )
+    logging.warning("%s does not say %s; tune anew to be sure", workdir, unknown)
 
 
 def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
@@ -359,7 +401,7 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
         if not exits_only:
             write_backbone(inside, tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
         config, step = read.as_dict(tuned.config), tuned.metadata["step"]
-        artefact.write(inside, tuned.model, tuned.params, config, step)
+        artefact.write(inside, tuned.model, tuned.params, config, step, tuned.data)
 
 
 def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:

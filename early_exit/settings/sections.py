@@ -104,6 +104,9 @@ class DataSettings(Section):
     sequence_length: int = setting(
         256, "Tokens of a row of text; the model's context at most.", least=2
     )
+    num_threads: int = setting(
+        2, "Threads that read and tokenise, or make images ready, ahead of training.", least=1
+    )
     frequency_batches: int = setting(
         64, "Batches of training text in which the most frequent tokens are counted.", least=1
     )

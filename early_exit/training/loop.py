@@ -146,8 +146,8 @@ class Run:
       given: those of them that a step gets: all, or, from cached states, no blocks.
       feed: what it reads.
       step: the jitted `tune_step`; donates the state.
-      metadata: what the heads belong to, saved with them: the backbone's fingerprint and, for
-        reduced heads, the tokens they can predict.
+      metadata: what the heads belong to, saved with them: the backbone's fingerprint, what the
+        data was (`data.feed.About`) and, for reduced heads, the tokens they can predict.
     """
 
     def __init__(self, config: Settings, workdir: Path):
@@ -162,7 +162,8 @@ class Run:
         where = functools.partial(sharding.shardings, mesh=self.mesh)
         pretrained, model = assemble.load_backbone(config, where)
         self.model = assemble.for_tuning(config, model)
-        self.feed = feeds.make(config, self.model.config, pretrained.tokenizer)
+        known = assemble.kept_data(workdir) or assemble.data_of_source(config)
+        self.feed = feeds.make(config, self.model.config, pretrained.tokenizer, known)
         self.metadata = self._metadata(workdir, pretrained.params)
         if self._states:
             text = self.feed.data_hash("train")
@@ -262,11 +263,23 @@ class Run:
             saved = checkpoint.metadata(workdir / CHECKPOINTS)
             if self.config.tune.train == "exits":  # or the checkpoint has the backbone, too
                 assemble.check_fingerprint(saved["backbone"], backbone, workdir)
-            return saved
+            return saved | {"data": self._data(saved.get("data"), workdir)}
         token_ids = []
         if self.config.exits.classes:
             sample = self.feed.held_out("train", self.config.data.frequency_batches)
             token_ids = transforms.frequent_tokens(
                 sample, self.model.config.vocab_size, self.config.exits.classes
             ).tolist()
-        return {"backbone": backbone, "token_ids": token_ids}
+        return {"backbone": backbone, "token_ids": token_ids, "data": self.feed.about()}
+
+    def _data(self, before: dict | None, workdir: Path) -> dict:
+        """What today's data is, which must be what the run began with."""
+        now = self.feed.about()
+        if before is None:
+            assemble.tell_no_data_kept(workdir, self.model.config)
+        elif now != before:
+            raise ValueError(
+                f"{self.config.data.source} is not what the run in {workdir} began with; put it "
+                "back as it was, or use another --workdir"
+            )
+        return now

@@ -15,7 +15,6 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from early_exit.data import excerpts, sources
-from early_exit.data import feed as feeds
 from early_exit.data.examples import examples
 from early_exit.evaluation import exits
 from early_exit.runs import assemble
@@ -36,7 +35,7 @@ def main(argv):
     tuned = assemble.load_tuned(Path(WORKDIR.value))
     metadata = tuned.metadata | {"source": SOURCE.value or tuned.config.data.source}
     if tuned.model.config.classifies:
-        feed = feeds.make(tuned.config, tuned.model.config, tuned.tokenizer)
+        feed = tuned.feed
         splits = ("validation", "calibration", "test")
         batches = [batch for split in splits for batch in feed.held_out(split, None)]
     else:

@@ -1,14 +1,25 @@
+import contextlib
 import json
+import os
 import pathlib
 import sysconfig
 
+import numpy as np
 import pytest
 
-from early_exit.data import conversations, shards, sources
+from early_exit.data import conversations, parts, shards, sources
 
 
 def every_split(source):
     return {split: sources.documents(source, split) for split in sources.SPLITS}
+
+
+def filled_splits(source):
+    found = {}
+    for split in sources.SPLITS:
+        with contextlib.suppress(ValueError):
+            found[split] = sources.documents(str(source), split)
+    return found
 
 
 def write_files(folder, count=100):
@@ -128,7 +139,9 @@ def test_the_hash_sees_names_contents_and_their_border():
     [
         ('{"text": "a"}\n{"txt": "b"}\n', 'rows.jsonl:2 has no "text" string'),
         ('{"text": "a"}\n\n{"text": 3}\n', 'rows.jsonl:3 has no "text" string'),
-        ('["a"]\n', 'rows.jsonl:1 has no "text" string'),
+        ('["a"]\n', "rows.jsonl:1 is no JSON object; a row is one"),
+        ("[" * 100_000, "rows.jsonl:1 is not JSON: maximum recursion"),
+        ('\n{"text": "\\ud83d"}\n', r'"text" of .*rows.jsonl:2 holds \\ud83d, half of a surrog'),
         ('{"text": "a"}\n{"text": "b', "rows.jsonl:2 is not JSON"),
     ],
 )
@@ -140,7 +153,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, rows, message):
 
 
 def test_bad_sources_say_what_is_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no text at '/nowhere'; give `stdlib`"):
+    with pytest.raises(FileNotFoundError, match="no text: there is no /nowhere; give `stdlib`"):
         sources.documents("/nowhere", "train")
     with pytest.raises(ValueError, match="holds no text; looked for non-empty .txt"):
         sources.documents(str(tmp_path), "train")
@@ -152,6 +165,74 @@ def test_bad_sources_say_what_is_wrong(tmp_path):
     (tmp_path / "a.txt").write_text("only one")
     with pytest.raises(ValueError, match="test split of .* is empty: its 1 documents"):
         sources.documents(str(tmp_path), "test")
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="a.txt is not UTF-8 text"):
+    (tmp_path / "a.txt").write_bytes("é\n".encode() + b"caf\xe9")
+    with pytest.raises(ValueError, match="a.txt:2 is not UTF-8"):
         list(sources.documents(str(tmp_path), "train"))
+
+
+def test_a_mistyped_path_is_told_as_all_that_it_may_mean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub = "; if allenai/c4 names a data set of a hub, download it and give its folder"
+    for read in (lambda path: sources.documents(path, "train"), parts.locate):
+        for path, more in (("allenai/c4", hub), ("books.txt", "")):
+            with pytest.raises(FileNotFoundError) as told:
+                read(path)
+            told = str(told.value).removeprefix("no text: ").partition("; give `stdlib`")[0]
+            assert told == f"there is no {path} in {tmp_path}, from where relative paths lead{more}"
+
+
+def lines_of(rng, count, words=range(2, 25)):
+    """Lines of so many numbers, as many as one of `words` says."""
+    return [
+        f"{' '.join(map(str, rng.integers(10**6, size=rng.choice(words))))}\n" for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("place", ["top", "middle", "end"])
+@pytest.mark.parametrize("words", [range(2, 25), [1], [3, 900]])
+def test_lines_put_anywhere_leave_all_but_one_piece_where_it_was(tmp_path, place, words):
+    """So what was tuned on stays out of every other split."""
+    rng, file = np.random.default_rng(0), tmp_path / "book.txt"
+    size = int(40_000 / np.mean(words))
+    lines, added = lines_of(rng, size, words), lines_of(rng, size // 20, words)
+    at = {"top": 0, "middle": size // 2, "end": size}[place]
+
+    def texts(lines):
+        file.write_text("".join(lines))
+        return {name: {text for _, text in docs} for name, docs in filled_splits(file).items()}
+
+    before, after = texts(lines), texts(lines[:at] + added + lines[at:])
+    assert sum(len(before[name] - after[name]) for name in before) <= 1
+    assert sum(map(len, after.values())) > sum(map(len, before.values())) > 35
+
+
+def test_pieces_of_equal_lines_have_an_end(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("the same\n" * 20_000)
+    found = [text for docs in filled_splits(file).values() for _, text in docs]
+    assert sum(map(len, found)) == 180_000
+    assert max(map(len, found)) < sources.LONGEST * sources.PIECE_BYTES + 9
+
+
+def test_the_mean_piece_is_as_long_as_said(tmp_path):
+    rng, file = np.random.default_rng(0), tmp_path / "a.txt"
+    for words in ([1], range(2, 25)):
+        file.write_text("".join(lines_of(rng, int(60_000 / np.mean(words)), words)))
+        sizes = [len(text) for docs in filled_splits(file).values() for _, text in docs]
+        # Exponential: the mean of n has a standard error of 1/√n of it.
+        assert abs(np.mean(sizes) / sources.PIECE_BYTES - 1) < 5 / len(sizes) ** 0.5
+
+
+def test_a_file_of_any_line_ends_and_encoding_is_split_alike(tmp_path):
+    lines, file, found = "é".join(lines_of(np.random.default_rng(0), 2000)), tmp_path / "a.txt", []
+    for end in ("\n", "\r\n", "\r"):
+        for codec in ("utf-8", "utf-8-sig", "utf-16", "cp1252"):
+            file.write_bytes(lines.replace("\n", end).encode(codec))
+            found.append([list(docs) for docs in every_split(str(file)).values()])
+    assert all(one == found[0] for one in found)
+
+
+def test_a_file_name_that_is_no_text(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    with pytest.raises(ValueError, match=r"the name of a file in .* holds \\udce9"):
+        sources.documents(str(tmp_path), "train")

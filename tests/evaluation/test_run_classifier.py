@@ -108,6 +108,12 @@ def test_it_is_saved_printed_and_shown(digits, results):
     assert "resnet_cifar (" in html
 
 
+def test_a_baseline_with_its_classes_in_another_order_is_refused(digits, plain):
+    other = dataclasses.replace(plain, data=plain.data | {"classes": plain.data["classes"][::-1]})
+    with pytest.raises(ValueError, match="small was trained with the classes 9, 8, .* in this or"):
+        run_classifier.measure(digits, {}, [other])
+
+
 def test_baselines_with_exits_or_of_other_data_are_refused(digits, plain):
     with pytest.raises(ValueError, match=r"has exits after blocks \(1, 2\); a baseline is a netw"):
         run_classifier.measure(digits, {}, [digits])

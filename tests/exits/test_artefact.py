@@ -115,6 +115,19 @@ def flipped(content):
     return content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
 
 
+def test_what_the_data_was_is_kept_if_it_is_known(tmp_path):
+    model, params = build()
+    for data in ({"classes": ["ŋ", "b"], "image_size": [8, 8]}, None):
+        artefact.write(tmp_path, model, params, CONFIG, 7, data)
+        assert artefact.describe(tmp_path).data == data
+    described(data=None)(tmp_path)  # as earlier versions wrote it
+    assert "data" not in json.loads((tmp_path / "exits.json").read_text())
+    assert artefact.describe(tmp_path).data is None
+    described(data=["a", "b"])(tmp_path)
+    with pytest.raises(ValueError, match="does not describe exits: data is"):
+        artefact.describe(tmp_path)
+
+
 NAME = "2/mlp/up/kernel"
 DAMAGE = {
     "no description": (lambda f: (f / "exits.json").unlink(), "exits.json is missing"),

@@ -27,8 +27,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 WORDS = [f"word{i}" for i in range(61)]
 
 
-def save_run(config, folder):
+def save_run(config, folder, *, keeps=True):
     """A run with heads as drawn, and a policy by which about half of the test split leaves early.
+
+    Args:
+      keeps: whether it keeps the names of its classes, as older ones did not.
 
     Returns:
       The folder, the examples of the test split, and what they should be answered.
@@ -37,10 +40,12 @@ def save_run(config, folder):
     params = {"backbone": pretrained.params}
     params["exits"] = model.init_exits(jax.random.key(3), pretrained.params, "random", None)
     assemble.save_config(config, folder)
-    with checkpoint.Saver(folder / assemble.CHECKPOINTS) as saver:
-        belongs = {"backbone": tree.fingerprint(pretrained.params), "token_ids": []}
-        saver.save(1, {"params": {"exits": params["exits"]}}, {}, belongs)
     feed = feeds.make(config, model.config, pretrained.tokenizer)
+    belongs = {"backbone": tree.fingerprint(pretrained.params), "token_ids": []}
+    if keeps:
+        belongs["data"] = feed.about()
+    with checkpoint.Saver(folder / assemble.CHECKPOINTS) as saver:
+        saver.save(1, {"params": {"exits": params["exits"]}}, {}, belongs)
     examples = feed.examples("test")
     inputs = feed.prepare()(list(examples), None)
     labels = np.array([example["label"] for example in examples])
@@ -93,6 +98,26 @@ def texts(tmp_path_factory):
     config.exits.points = (1, 2)
     config.data.sequence_length = 16
     return save_run(read(config), root / "run")
+
+
+@pytest.fixture(params=["kept", "exported", "not kept"])
+def renamed(request, tmp_path):
+    """(folder of a run, its pictures): one folder has another name than in training."""
+    pictures, folder = tmp_path / "pictures", tmp_path / "run"
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        file = pictures / ["ant", "bat"][i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(file)
+    config = digits_resnet.get_config("train=exits,width=4")
+    config.data.source, config.model.new.num_classes = f"images:{pictures}", 2
+    save_run(config, folder, keeps=request.param != "not kept")
+    if request.param == "exported":
+        tuned = assemble.load_tuned(folder)
+        folder = tmp_path / "exported"
+        assemble.export(tuned, folder)
+    (pictures / "ant").rename(pictures / "zebra")
+    return types.SimpleNamespace(folder=folder, input=pictures)
 
 
 @pytest.fixture
@@ -189,6 +214,25 @@ def test_answers_unlike_calibration_s_are_told(classify, images, tmp_path):
     assert "warning" not in done.stderr and rows[0]["score"] < top[0]
     done, _ = answered(drift=drift.histogram(exits, top**3, 3))
     assert "warning: these answers are unlike what the policy was calibrated on" in done.stderr
+
+
+def test_answers_are_named_as_in_training(request, classify, renamed, tmp_path):
+    """Whatever the folders are called now; only a run that kept no names takes today's."""
+    kept = "not kept" not in request.node.name
+    path = tmp_path / "answers.jsonl"
+    flags = f"--workdir={renamed.folder}", "--full", f"--output={path}"
+    done = classify(*flags, f"--input={renamed.input}")
+    assert done.returncode == 0, done.stderr
+    names = ["ant", "bat"] if kept else ["bat", "zebra"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 60
+    for row in rows:
+        assert row["label"] == names[np.argmax(row["probabilities"])]
+    unknown = "run does not say which classes it was trained with"
+    assert (done.stderr.count(unknown), unknown in done.stderr) == (int(not kept), not kept)
+    done = classify(*flags, "--split=test")
+    assert done.returncode == int(kept) and "Traceback" not in done.stderr
+    assert ("'zebra' new, and 'ant' missing; give them their old names" in done.stderr) == kept
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_generate_answers_the_lines_of_a_text_file(run, launch, tmp_path):
         (["--prompt=a", "--input={file}", "--output={out}"], "give either --prompt or --input"),
         (["--input={file}"], "--input and --output go together"),
         (["--prompt=a", "--output={out}"], "--input and --output go together"),
-        (["--input={file}.txt", "--output={out}"], "No such file.*prompts.jsonl.txt"),
+        (["--input={file}.txt", "--output={out}"], "there is no .*prompts.jsonl.txt"),
         (["--prompt=a", "--mode=quick"], "value should be one of <lossy|deferred|verified>"),
         (["--prompt=a", "--pending=1"], "pending must be 2 to 32 positions, not 1"),
     ],
@@ -215,10 +215,10 @@ def test_generate_refuses_what_it_cannot_answer(launch, tmp_path, flags, message
     ("text", "message"),
     [
         ("\n \n", "prompts.jsonl holds no prompt; write one on each line"),
-        ('{"prompt": "a"}\n\n["prompt"]\n', 'line 3: not an object with a "prompt"'),
-        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2: not an object with a "prompt"'),
-        ("def f(self):\n", 'line 1: not an object with a "prompt"'),
-        ('{"prompt": ["a"]}\n', 'line 1: "prompt" is not text'),
+        ('{"prompt": "a"}\n\n["prompt"]\n', "prompts.jsonl:3 is no JSON object; a row is one"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', 'prompts.jsonl:2 has no "prompt" string'),
+        ("def f(self):\n", "prompts.jsonl:1 is not JSON"),
+        ('{"prompt": ["a"]}\n', 'prompts.jsonl:1 has no "prompt" string'),
     ],
 )
 def test_a_file_of_something_else_is_refused(launch, tmp_path, text, message):
