@@ -116,7 +116,7 @@ def test_names_of_classes_need_no_data(tmp_path):
 
 @pytest.mark.parametrize("shape", [(9, 8), (8, 9), (16, 16)])
 def test_images_of_another_size_than_the_run_s_are_refused(shape):
-    found = feed_of(digits_resnet.get_config("width=4"))
+    found = feed_of(read(digits_resnet.get_config("width=4")))
     kept = found.about()
     assert kept == {"classes": list("0123456789"), "image_size": [8, 8]}
     image = {"image": np.zeros((*shape, 1), np.uint8)}
