@@ -7,6 +7,7 @@ sample; a data set's own test set stays what it was.
 
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Callable, Iterable, Sequence, Set
 
 import numpy as np
@@ -96,9 +97,10 @@ def examples(source: str, split: str) -> Examples:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(WITHOUT_TEST_SET)}")
     kind, _, rest = source.partition(":")
     if kind not in READERS:
+        there = pathlib.Path(source).expanduser().exists()
         raise ValueError(
             f"unknown source {source!r}; write tfds:NAME, idx:FOLDER, images:FOLDER, rows:PATH or "
-            "digits"
+            f"digits{f', such as images:{source} or rows:{source}' if there else ''}"
         )
     classes, train, test = READERS[kind](rest)
     part, edges = train, WITHOUT_TEST_SET

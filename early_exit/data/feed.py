@@ -103,7 +103,7 @@ class TextFeed:
         )
 
     def calibration(self, num_batches):
-        if self.known.get("train", now := self.data_hash("train")) != now:
+        if "train" in self.known and self.known["train"] != self.data_hash("train"):
             logging.warning(
                 "%s has changed since the run was tuned on it; text that was added does no harm, "
                 "but tuned-on text that was edited may now be among what is calibrated on",

@@ -47,7 +47,8 @@ def image_inputs(
         raise ValueError(f"augment={augment!r} is not one of {', '.join(map(repr, AUGMENTS))}")
     if channels not in (None, 3):
         raise ValueError(f"channels must be 3, or None for what the images have, not {channels}")
-    if len(mean) != len(std) or min(std, default=0) <= 0 or channels not in (None, len(mean)):
+    fit = len(mean) == len(std) and len(std) > 0 and channels in (None, len(mean))
+    if not (fit and np.isfinite([*mean, *std]).all() and min(std) > 0):
         raise ValueError(
             f"mean {tuple(mean)} and std {tuple(std)} must hold one number, and std a positive "
             f"one, for each of the {channels or 'image'} channels"

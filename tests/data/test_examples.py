@@ -116,6 +116,11 @@ def test_bad_sources_say_what_is_wrong(tmp_path, monkeypatch):
     for source in ("digit", "fashion_mnist", "/data"):
         with pytest.raises(ValueError, match=f"unknown source '{source}'; write tfds:NAME, idx:"):
             examples(source, "train")
+    (tmp_path / "cats").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for source in ("cats", f"{tmp_path}/cats"):
+        with pytest.raises(ValueError, match=f"digits, such as images:{source} or rows:{source}$"):
+            examples(source, "train")
     with pytest.raises(ValueError, match="nothing may stand after `digits`, but '3' does"):
         examples("digits:3", "train")
     for kind in ("idx", "images", "rows"):

@@ -133,6 +133,9 @@ def test_texts_are_padded_and_cut_before_their_last_token():
         (dict(channels=1), "channels must be 3, or None for what the images have, not 1"),
         (dict(std=[1, 1]), r"mean \(0,\) and std \(1, 1\) must hold one number"),
         (dict(std=[0]), "and std a positive one, for each of the image channels"),
+        (dict(std=[float("nan")]), r"std \(nan,\) must hold one number, and std a positive"),
+        (dict(mean=[float("inf")]), r"mean \(inf,\) and std"),
+        (dict(mean=[], std=[]), r"mean \(\) and std \(\) must hold one number"),
         (dict(channels=3), "for each of the 3 channels"),
     ],
 )
