@@ -20,6 +20,7 @@ class Network(Protocol):
     reads: str
     classifies: bool
     num_classes: int
+    context_length: int  # where it reads text
 
 
 class Feed(Protocol):
@@ -50,10 +51,29 @@ class Feed(Protocol):
 
 
 def make(config: Settings, network: Network, tokenizer: Any) -> Feed:
-    """The feed of a run for such a network."""
+    """The feed of a run for such a network.
+
+    Raises:
+      ValueError: as `check_length`.
+    """
+    check_length(config.data, network)
     if not network.classifies:
         return TextFeed(config.data, tokenizer)
     return ExampleFeed(config.data, network, tokenizer)
+
+
+def check_length(data: DataSettings, network: Network) -> None:
+    """Raises ValueError where rows are longer than the network was made for.
+
+    Rotary positions go on beyond that, but the network has never seen them: what exits learned
+    there, and what a policy was calibrated on, would be worth nothing.
+    """
+    if network.reads != "images" and data.sequence_length > network.context_length:
+        raise ValueError(
+            f"data.sequence_length={data.sequence_length} is beyond the {network.context_length} "
+            "positions that the network was made for, and it knows nothing of later ones; set it "
+            f"to {network.context_length} at most"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
