@@ -22,6 +22,7 @@ class Network(Protocol):
     reads: str
     classifies: bool
     num_classes: int
+    context_length: int  # where it reads text
 
 
 # JSON-able. Of text: `train`, the SHA-256 of the training split. Of labelled examples: `classes`,
@@ -65,10 +66,28 @@ def make(config: Settings, network: Network, tokenizer: Any, known: About | None
     Args:
       known: what `Feed.about` gave when the run was trained; None for a run that begins, or one
         that has not kept it.
+
+    Raises:
+      ValueError: as `check_length`.
     """
+    check_length(config.data, network)
     if not network.classifies:
         return TextFeed(config.data, tokenizer, known or {})
     return ExampleFeed(config.data, network, tokenizer, known or {})
+
+
+def check_length(data: DataSettings, network: Network) -> None:
+    """Raises ValueError where rows are longer than the network was made for.
+
+    Rotary positions go on beyond that, but the network has never seen them: what exits learned
+    there, and what a policy was calibrated on, would be worth nothing.
+    """
+    if network.reads != "images" and data.sequence_length > network.context_length:
+        raise ValueError(
+            f"data.sequence_length={data.sequence_length} is beyond the {network.context_length} "
+            "positions that the network was made for, and it knows nothing of later ones; set it "
+            f"to {network.context_length} at most"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

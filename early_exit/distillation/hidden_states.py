@@ -101,6 +101,7 @@ def fill(
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     size = config.data.batch_size
     sharding.row_rank(mesh, size)
+    feeds.check_length(config.data, assemble.abstract_model(config).config)
     pretrained, model = assemble.load_backbone(config)
     if model.config.classifies:
         raise ValueError("hidden states are cached for language models; this is a classifier")

@@ -239,7 +239,9 @@ class TuneSettings(Section):
     validate_every: int = setting(
         500, "Steps between validations; the last step has one in any case.", least=1
     )
-    validation_batches: int = setting(8, "Batches of a validation.", least=1)
+    validation_batches: int = setting(
+        8, "Batches of a validation; all, if there are fewer.", least=1
+    )
 
     def conflicts(self) -> Iterator[str]:
         if self.warmup_steps >= self.steps:
@@ -263,7 +265,7 @@ class CalibrateSettings(Section):
 
     prefix: ClassVar[str] = "calibrate."
 
-    batches: int = setting(8, "Batches of calibration data; the last one may be shorter.", least=1)
+    batches: int = setting(8, "Batches of calibration data; all, if it has fewer.", least=1)
     method: str = setting(
         "epsilon",
         "epsilon: agreement on the records; ltt, clopper_pearson, ucb: a risk of at most alpha "

@@ -55,6 +55,7 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
             f"that are to be run: {f'{first + 1} to {total}' if first < total else 'none are left'}"
         )
     run = Run(config, workdir)
+    run.check_splits()
     size = run.feed.per_batch
     batches = run.batches()
     if first:
@@ -241,6 +242,16 @@ class Run:
             map(self.place_batch, self._validation_batches),
         )
         return evaluation.summary(records)
+
+    def check_splits(self) -> None:
+        """Asks for the data that is needed later, so that nothing is trained before it is missed.
+
+        Raises:
+          ValueError: a split to validate, or to calibrate exits, on is empty or has no full row.
+        """
+        _ = self._validation_batches  # kept for every validation
+        if self.model.exits.points:
+            list(self.feed.calibration(1))
 
     @functools.cached_property
     def _validation_batches(self) -> list[dict]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from early_exit import sharding
 from early_exit.backbones import base
+from early_exit.data import feed
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.runs import assemble
 from early_exit.settings.sections import Settings
@@ -34,6 +35,7 @@ def recipe(config: Settings, mesh: Mesh, network: base.BackboneConfig) -> Recipe
         sharding.row_rank(mesh, config.data.batch_size // tune.accumulate)
     if tune.layer_dropout and not network.drops_blocks:
         raise ValueError("tune.layer_dropout is for decoders; leave it at 0")
+    feed.check_length(config.data, network)
     return Recipe(
         loss=tune.loss,
         weights=schedule.ExitWeights(
