@@ -21,7 +21,9 @@ from early_exit.backbones import base
 
 STEMS = ("imagenet", "cifar")
 BLOCKS = ("basic", "bottleneck")
-# The parameters that no gradient moves, as a regex over their paths: for an optimizer to leave out.
+# The running statistics, as a regex over the paths of parameters. No gradient moves them, and they
+# are no matrices, which alone decay: any optimizer of this package leaves them as they are. One of
+# your own that decays everything needs this to leave them out.
 STATISTICS = r"(^|/)norm/(mean|variance)$"
 
 _EPSILON = 1e-5  # of every BatchNorm, as in torch
@@ -223,7 +225,7 @@ class BatchNorm(nnx.Module):
             param[...].astype(jnp.float32)
             for param in (self.scale, self.bias, self.mean, self.variance)
         )
-        # The rule `STATISTICS` keeps an optimizer off them; this keeps gradients off as well.
+        # What an optimizer would make of a gradient is not what they are: averages of batches.
         mean, variance = jax.lax.stop_gradient((mean, variance))
         moments = {}
         if training:

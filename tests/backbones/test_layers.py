@@ -145,6 +145,30 @@ def test_large_scores_do_not_overflow():
     assert jnp.isfinite(out).all()
 
 
+@pytest.mark.parametrize("width", [32, 128])  # whose roots are no powers of two
+def test_half_precision_is_as_near_with_a_cache_as_without(width):
+    """All that is rounded is the weights and the result; the query is not scaled beforehand."""
+    rng, filled, new = np.random.default_rng(width), 120, 8
+    rows = [
+        jnp.asarray(rng.standard_normal((1, filled + new, heads, width)) * 2, jnp.bfloat16)
+        for heads in (4, 2, 2)
+    ]
+    want = np.asarray(attend(*(x.astype(jnp.float32) for x in rows), BACKWARDS))
+    past = [
+        jnp.pad(x[:, :filled].swapaxes(1, 2), ((0, 0), (0, 0), (0, SLOTS - filled), (0, 0)))
+        for x in rows[1:]
+    ]
+    late = [x[:, filled:] for x in rows]
+    cached = attend(*late, BACKWARDS, tuple(past), jnp.array([filled]))
+    whole = attend(*rows, BACKWARDS)
+
+    def error(got):
+        return np.abs(np.asarray(got, np.float32)[:, -new:] - want[:, -new:])
+
+    assert error(cached).mean() <= error(whole).mean()
+    assert error(cached).max() <= error(whole).max()
+
+
 def test_half_precision_keeps_its_dtype_and_sums_in_float32():
     (query, key, value), past = case(2)
     arrays = [x.astype(jnp.bfloat16) for x in (query, key, value, *past)]
