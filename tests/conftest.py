@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import numpy as np
+import profiles
 import pytest
 from flax import nnx
 
@@ -22,6 +23,8 @@ from early_exit.exits.multi_exit import MultiExit
 
 # Broadcasting by accident is how a bug that is right only at batch 1 hides.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+profiles.register_profiles()
 
 TINY = DecoderConfig(
     vocab_size=61,
@@ -59,6 +62,10 @@ def build(config=TINY, seed=0, **exits):
     )
     params["exits"] = jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params["exits"])
     return model, params
+
+
+def pytest_collection_modifyitems(items):
+    profiles.keep_to_profile(items)
 
 
 MAPS = Path("/proc/self/maps")
