@@ -9,7 +9,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -74,13 +74,23 @@ def describe(source: str) -> Described:
     family = family_of(checkpoint)
     config, params = _config(checkpoint, family)
     flat = tree.flatten(params)
-    entries = table.prefixed(family.entries(config), family.PREFIXES, checkpoint.shapes)
+    usual = family.entries(config)
+    entries = table.prefixed(usual, family.PREFIXES, checkpoint.shapes)
     if differ := flat.keys() ^ {path for entry in entries for path in entry.paths}:
         raise ValueError(
             f"the config of {checkpoint.path} describes a network that its family does not have, "
             f"by {', '.join(sorted(differ))}"
         )
-    _check_tensors(checkpoint, entries, flat, family.IGNORED)
+    try:
+        _check_tensors(checkpoint, entries, flat, family.IGNORED)
+    except ValueError as error:
+        foreign = _foreign_prefix(checkpoint.shapes, usual, family.PREFIXES)
+        if foreign is None:
+            raise
+        raise ValueError(
+            f"{error}\nAll names begin with {foreign!r}, which a wrapper has put before them; save "
+            "the tensors without it"
+        ) from error
     return Described(checkpoint, config, params, entries)
 
 
@@ -186,3 +196,20 @@ def _check_tensors(
             f"the tensors of {checkpoint.path} do not fit its config; it is incomplete, or of "
             "another model than its config says:\n  " + "\n  ".join(sorted(problems))
         )
+
+
+def _foreign_prefix(
+    names: Collection[str], entries: Sequence[table.Entry], prefixes: Sequence[str]
+) -> str | None:
+    """What stands before every name and hides a checkpoint that is whole without it.
+
+    Wrappers leave it there: `module.` (data parallel), `_orig_mod.` (compiled), `language_model.`
+    (a part of a larger model), `base_model.model.` (adapters).
+    """
+    first = next(iter(names), "")
+    for prefix in (first[: dot.end()] for dot in re.finditer(r"\.", first)):
+        bare = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        found = table.prefixed(entries, prefixes, bare)
+        if len(bare) == len(names) and all(e.optional or e.name in bare for e in found):
+            return prefix
+    return None

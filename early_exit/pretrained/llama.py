@@ -58,7 +58,8 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     }
     if kind == "llama":
         asked["sliding_window"] = (hf.get("sliding_window"), (None,))
-    decoders.check(hf, _NEEDED, asked, decoders.rope_problems(rope))
+    problems = decoders.rope_problems(rope) + decoders.unknown_rope(hf)
+    decoders.check(hf, _NEEDED, asked, problems)
     heads = hf["num_attention_heads"]
     full_blocks = [i for i, seen in enumerate(types) if seen == _FULL]
     is_windowed = len(full_blocks) < len(types)

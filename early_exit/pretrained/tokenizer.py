@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from early_exit.pretrained import gguf_file
 
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-# `tokenizer.ggml.pre` → how text is cut before merging (llama.cpp, src/llama-vocab.cpp).
+# `tokenizer.ggml.pre` → how text is cut before merging (llama.cpp, src/llama-vocab.cpp). What it
+# calls "default" is a rule of its own, and what files of before May 2024 were cut by, none says.
 _PRE_TOKENIZERS = {
-    "default": _BYTE_LEVEL,
     "gpt-2": _BYTE_LEVEL,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
 }
@@ -60,11 +60,16 @@ def _from_gguf(path: pathlib.Path) -> PreTrainedTokenizerFast:
             f"{path} has the tokenizer model {get('model')!r}; only byte-level BPE ('gpt2') with "
             "tokens, types and merges is read. Use the model's safetensors folder"
         )
-    kind = get("pre", "default")
-    if kind not in _PRE_TOKENIZERS:
+    if (kind := get("pre")) not in _PRE_TOKENIZERS:
+        said = "does not say (tokenizer.ggml.pre)" if kind is None else f"says by {kind!r}"
         raise ValueError(
-            f"{path} has the pre-tokenizer {kind!r}; supported are "
+            f"{path} {said} how text is cut before its pieces are merged; supported are "
             f"{', '.join(map(repr, _PRE_TOKENIZERS))}. Use the model's safetensors folder"
+        )
+    if len(types) != len(tokens):
+        raise ValueError(
+            f"{path} gives {len(types)} types (tokenizer.ggml.token_type) to {len(tokens)} tokens "
+            "(tokenizer.ggml.tokens); the file is damaged, download it again"
         )
     bpe = Tokenizer(
         models.BPE(
