@@ -100,9 +100,10 @@ def main(argv):
 def _speaker() -> Speaker:
     if common.WORKDIR.value is None:
         pretrained, _ = assemble.load_backbone(common.CONFIG.value)
-        return Speaker(pretrained.config, pretrained.params, pretrained.tokenizer)
+        ends = pretrained.generation.stop_ids
+        return Speaker(pretrained.config, pretrained.params, pretrained.tokenizer, ends)
     tuned = assemble.load_tuned(common.workdir())
-    return Speaker(tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
+    return Speaker(tuned.model.config, tuned.params["backbone"], tuned.tokenizer, tuned.stop_ids)
 
 
 def _leave(*_):

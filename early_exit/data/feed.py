@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from early_exit.data import examples, excerpts, inputs, labelled, pipeline, sources
+from early_exit.data import examples, excerpts, inputs, labelled, pipeline, sources, tokenising
 from early_exit.data.stream import ALONE, Rank, TrainingBatches
 from early_exit.data.transforms import Batch
 from early_exit.settings.overrides import ConfigDict
@@ -58,11 +58,18 @@ def make(config: ConfigDict, network: Network, tokenizer: Any) -> Feed:
 
 @dataclasses.dataclass(frozen=True)
 class TextFeed:
-    """Documents, packed into rows."""
+    """Documents, packed into rows.
+
+    Raises:
+      ValueError: no tokenizer, or one that does not say what ends a text.
+    """
 
     data: ConfigDict
     tokenizer: Any
     unit: str = "tokens"
+
+    def __post_init__(self):
+        tokenising.end_of_text(self.tokenizer)  # not only when the first batch is asked for
 
     @property
     def per_batch(self) -> int:
@@ -93,8 +100,8 @@ class TextFeed:
 
     def _packing(self) -> dict[str, Any]:
         return {
-            "tokenise": self.tokenizer.encode,
-            "end_of_text": self.tokenizer.eos_token_id,
+            "tokenise": tokenising.encoder(self.tokenizer, self.data.source),
+            "end_of_text": tokenising.end_of_text(self.tokenizer),
             "sequence_length": self.data.sequence_length,
             "batch_size": self.data.batch_size,
         }
@@ -105,13 +112,18 @@ class ExampleFeed:
     """Labelled images for a ResNet, labelled texts for an encoder.
 
     Raises:
-      ValueError: on use, data with another number of classes than the network's.
+      ValueError: texts without a tokenizer, or one that does not say what fills rows; on use, data
+        with another number of classes than the network's.
     """
 
     data: ConfigDict
     network: Network
     tokenizer: Any
     unit: str = "examples"
+
+    def __post_init__(self):
+        if self.network.reads == "tokens":
+            tokenising.padding(self.tokenizer)
 
     @property
     def per_batch(self) -> int:
@@ -162,7 +174,7 @@ class ExampleFeed:
                 augment=data.augment,
             )
         return inputs.text_inputs(
-            self.tokenizer.encode,
+            tokenising.as_text(self.tokenizer),
             sequence_length=data.sequence_length,
-            pad_id=self.tokenizer.pad_token_id,
+            pad_id=tokenising.padding(self.tokenizer),
         )

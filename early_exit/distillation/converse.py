@@ -21,7 +21,7 @@ import numpy as np
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.data import conversations, shards
+from early_exit.data import conversations, shards, tokenising
 from early_exit.data.conversations import Conversation, Fault, Words
 from early_exit.data.stream import ALONE, Rank
 from early_exit.decoding.generate import generate
@@ -63,21 +63,28 @@ class Settings:
 class Speaker:
     """A model with all its depth, and its tokenizer."""
 
-    def __init__(self, config: base.BackboneConfig, backbone: base.Params, tokenizer: Any):
+    def __init__(
+        self,
+        config: base.BackboneConfig,
+        backbone: base.Params,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+    ):
         """
+        Args:
+          stop_ids: tokens that end an answer.
+
         Raises:
           ValueError: a model that writes no text, or has no tokenizer.
         """
         if config.classifies:
             raise ValueError("this model reads text or images but writes no text")
-        if tokenizer is None:
-            raise ValueError("this model has no tokenizer; put its tokenizer.json beside it")
         self.model = MultiExit(config, ExitConfig(points=()))
         # Committed to the device: a mixture would compile every program twice.
         self.params = jax.device_put({"backbone": backbone}, jax.local_devices()[0])
-        self.tokenizer = tokenizer
-        self.special = chat.special_ids(tokenizer)
-        self.stop_ids = chat.stop_ids(tokenizer)
+        self.tokenizer = tokenising.needed(tokenizer)
+        self.special = tokenising.special_ids(tokenizer)
+        self.stop_ids = list(stop_ids)
 
     def write(
         self,

@@ -14,8 +14,9 @@ import numpy as np
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.pretrained import table
+from early_exit.pretrained import generation, table
 from early_exit.pretrained.describe import FAMILIES
+from early_exit.pretrained.generation import Generation
 from early_exit.storage import files
 
 # What an answer ends or begins with: entries of a `config.json` that only a tokenizer knows.
@@ -23,13 +24,18 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_backbone(
-    folder: Path, config: base.BackboneConfig, params: base.Params, tokenizer=None
+    folder: Path,
+    config: base.BackboneConfig,
+    params: base.Params,
+    tokenizer=None,
+    writes: Generation = Generation(),  # noqa: B008
 ) -> None:
     """Writes a new folder; it appears whole or not at all.
 
     Args:
       params: the backbone's parameters, arrays of one floating-point type, which is kept.
       tokenizer: a `transformers` fast tokenizer to go with it.
+      writes: how the model is to write, for `generation_config.json`.
 
     Raises:
       FileExistsError: there is something under that name.
@@ -37,11 +43,15 @@ def export_backbone(
       OSError: the folder cannot be written.
     """
     with files.new_folder(folder) as inside:
-        write_backbone(inside, config, params, tokenizer)
+        write_backbone(inside, config, params, tokenizer, writes)
 
 
 def write_backbone(
-    folder: Path, config: base.BackboneConfig, params: base.Params, tokenizer=None
+    folder: Path,
+    config: base.BackboneConfig,
+    params: base.Params,
+    tokenizer=None,
+    writes: Generation = Generation(),  # noqa: B008
 ) -> None:
     """Like `export_backbone`, into a folder that is there."""
     family, hf = _family_of(config)
@@ -63,8 +73,9 @@ def write_backbone(
         known = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
         # The family's own come last: a RoBERTa's positions start at its padding.
         hf = {name: token for name, token in known.items() if token is not None} | hf
-    text = json.dumps(hf | {"dtype": dtype}, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    files.write_json(folder / "config.json", dict(hf) | {"dtype": dtype})
+    if said := writes.as_json():
+        files.write_json(folder / generation.FILE, said)
 
 
 def _family_of(config: base.BackboneConfig) -> tuple[ModuleType, Mapping[str, Any]]:

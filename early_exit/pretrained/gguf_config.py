@@ -127,9 +127,18 @@ def llama(
         "partial_rotary_factor": said.whole("rope.dimension_count", head_dim) / head_dim,
         "sliding_window": said.get("attention.sliding_window") or None,
         "tie_word_embeddings": tied,
-    }
+    } | _token_ids(metadata)
     said.refuse_what_is_left()
     return config
+
+
+def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What ends a text, a turn (`eot`) and a message that calls a tool (`eom`); what fills rows."""
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return {
+        "eos_token_id": [token for token in dict.fromkeys(ends) if token is not None],
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
 
 
 def _rope_scaling(

@@ -14,8 +14,9 @@ import numpy as np
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.pretrained import table, tensors
+from early_exit.pretrained import generation, table, tensors
 from early_exit.pretrained.describe import describe
+from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.tokenizer import load_tokenizer
 
 
@@ -28,12 +29,14 @@ class Pretrained:
       params: the backbone's parameters, nested dicts of arrays.
       tokenizer: a `transformers` fast tokenizer; None if a folder has none.
       source: the string it was loaded from.
+      generation: how it is to write; which tokens end an answer.
     """
 
     config: base.BackboneConfig
     params: base.Params
     tokenizer: Any
     source: str
+    generation: Generation = Generation()
 
 
 def load(
@@ -51,14 +54,17 @@ def load(
     Raises:
       FileNotFoundError, RuntimeError: the source cannot be had.
       ValueError: the checkpoint is damaged, of an unsupported kind, or does not fit its own config
-        (missing, unexpected and misshaped tensors are all listed), the tokenizer does not fit the
-        embedding table, or a weight is not finite.
+        (missing, unexpected and misshaped tensors are all listed), the tokenizer or a token that
+        ends an answer does not fit the embedding table, or a weight is not finite.
     """
     found = describe(source)
     checkpoint, vocab_size = found.checkpoint, getattr(found.config, "vocab_size", 0)
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     if tokenizer is not None and vocab_size:
         _check_tokenizer(tokenizer, vocab_size, checkpoint)
+    writes = Generation()
+    if not found.config.classifies:
+        writes = generation.read(checkpoint.path, checkpoint.config, tokenizer, vocab_size)
     places = {} if shardings is None else tree.flatten(shardings(found.params))
     params = {
         path: _place(array, places.get(path))
@@ -69,7 +75,7 @@ def load(
     for entry in found.entries:
         if entry.optional and entry.name in checkpoint.shapes:
             _check_equal(checkpoint, entry, params, dtype)
-    return Pretrained(found.config, tree.unflatten(params), tokenizer, source)
+    return Pretrained(found.config, tree.unflatten(params), tokenizer, source, writes)
 
 
 def _check_tokenizer(tokenizer, vocab_size: int, checkpoint: tensors.Checkpoint) -> None:

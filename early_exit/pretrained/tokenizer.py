@@ -7,11 +7,13 @@ file has no such rules, only a name for them.
 """
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from early_exit.pretrained import gguf_file
+from early_exit.pretrained import generation, gguf_file
 
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 # `tokenizer.ggml.pre` → how text is cut before merging (llama.cpp, src/llama-vocab.cpp). What it
@@ -23,8 +25,14 @@ _PRE_TOKENIZERS = {
 _CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 
 
-def load_tokenizer(path: pathlib.Path) -> PreTrainedTokenizerFast | None:
+def load_tokenizer(
+    path: pathlib.Path, config: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a model folder or a GGUF file; None if a folder has none.
+
+    Args:
+      config: the folder's `config.json`. Folders as old as GPT-2's and BERT's say only there, or
+        in `generation_config.json`, which token ends a text and which fills rows.
 
     Raises:
       ValueError: a tokenizer that cannot be read, or of a kind that is not supported.
@@ -33,12 +41,14 @@ def load_tokenizer(path: pathlib.Path) -> PreTrainedTokenizerFast | None:
         return _from_gguf(path)
     if (path / "tokenizer.json").exists():
         try:
-            return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
         except Exception as error:  # `tokenizers` raises bare Exceptions
             raise ValueError(
                 f"{path / 'tokenizer.json'} is not a readable tokenizer ({error}); "
                 "download it again"
             ) from error
+        _name_tokens(tokenizer, path, config or {})
+        return tokenizer
     others = [n for n in ("tokenizer.model", "vocab.json", "vocab.txt") if (path / n).exists()]
     if others:
         raise ValueError(
@@ -46,6 +56,21 @@ def load_tokenizer(path: pathlib.Path) -> PreTrainedTokenizerFast | None:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     return None
+
+
+def _name_tokens(
+    tokenizer: PreTrainedTokenizerFast, path: pathlib.Path, config: Mapping[str, Any]
+) -> None:
+    """Names the tokens that the tokenizer's own files leave without a name."""
+    for name in ("eos", "pad"):
+        if getattr(tokenizer, f"{name}_token") is not None:
+            continue
+        told = generation.token_ids(config, name, f"the config of {path}")
+        file = path / generation.FILE
+        told += generation.token_ids(generation.stored_in(path), name, str(file))
+        known = [token for token in told if token < len(tokenizer)]
+        if known:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known[0]))
 
 
 def _from_gguf(path: pathlib.Path) -> PreTrainedTokenizerFast:

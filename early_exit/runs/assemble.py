@@ -10,7 +10,6 @@ backbone beside them as `transformers` has it, or without.
 """
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from early_exit.backbones import base
 from early_exit.backbones.decoder import DecoderConfig
 from early_exit.backbones.encoder import EncoderConfig
 from early_exit.backbones.resnet import ResNetConfig
+from early_exit.data import tokenising
 from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
@@ -33,6 +33,7 @@ from early_exit.policy import ExitPolicy
 from early_exit.pretrained import chat
 from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
+from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.load import Pretrained, load
 from early_exit.runs import checkpoint
 from early_exit.settings import overrides
@@ -53,7 +54,8 @@ class Tuned:
     Attributes:
       model: the static description.
       params: `backbone`, `exits` and, for reduced heads, `token_ids`.
-      tokenizer: the backbone's.
+      tokenizer: the backbone's; None if it has none.
+      generation: how the backbone's makers want it to write.
       config: the run's.
       workdir: the folder of the run, or of what it was exported to.
       metadata: what anything derived from the model is marked with: the fingerprints of the
@@ -63,20 +65,29 @@ class Tuned:
     model: MultiExit
     params: base.Params
     tokenizer: Any
+    generation: Generation
     config: ConfigDict
     workdir: Path
     metadata: dict[str, Any]
 
-    @functools.cached_property
+    @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer."""
-        return chat.stop_ids(self.tokenizer)
+        return list(self.generation.stop_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt that is continued as it stands; special tokens in it are special.
+
+        Raises:
+          ValueError: there is no tokenizer.
+        """
+        return tokenising.needed(self.tokenizer).encode(text)
 
     def chat(self, question: str) -> list[int]:
         """Token ids of a user's turn in the model's chat template.
 
         Raises:
-          ValueError: the tokenizer has no chat template.
+          ValueError: there is no tokenizer, no chat template, or one that fails.
         """
         return chat.prompt(self.tokenizer, question)
 
@@ -121,11 +132,13 @@ def load_backbone(
                 f"a {new['family']} reads text, and a new one has no tokenizer for it; "
                 "give model.source, where weights are"
             )
-        pretrained = _drawn(network, {}, config, None)
+        pretrained = _drawn(network, Pretrained(network, {}, None, source), config)
     elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
         tuned = load_tuned(Path(source))
         backbone = tuned.params["backbone"]
-        pretrained = Pretrained(tuned.model.config, backbone, tuned.tokenizer, source)
+        pretrained = Pretrained(
+            tuned.model.config, backbone, tuned.tokenizer, source, tuned.generation
+        )
     else:
         pretrained = load(source, dtype, shardings)
     if changes := model.get("changes"):
@@ -133,7 +146,7 @@ def load_backbone(
             changed = dataclasses.replace(pretrained.config, **changes)
         except TypeError as error:
             raise ValueError(f"model.changes do not fit the network: {error}") from error
-        pretrained = _drawn(changed, pretrained.params, config, pretrained.tokenizer)
+        pretrained = _drawn(changed, pretrained, config)
     if shardings is not None:
         params = sharding.place(pretrained.params, shardings(pretrained.params))
         pretrained = dataclasses.replace(pretrained, params=params)
@@ -179,12 +192,11 @@ def _new(settings: ConfigDict) -> base.BackboneConfig:
         raise ValueError(f"model.new does not describe a {family}: {error}") from error
 
 
-def _drawn(
-    network: base.BackboneConfig, params: base.Params, config: ConfigDict, tokenizer: Any
-) -> Pretrained:
-    """`network` with those of `params` that it has, and the others drawn from the config's seed."""
+def _drawn(network: base.BackboneConfig, source: Pretrained, config: ConfigDict) -> Pretrained:
+    """`network` with those parameters of the source that it has, and the others drawn from the
+    config's seed."""
     _, abstract = base.abstract(network.build)
-    given, wanted = tree.flatten(params), tree.flatten(abstract)
+    given, wanted = tree.flatten(source.params), tree.flatten(abstract)
     kept = {
         path: given[path]
         for path, leaf in wanted.items()
@@ -193,7 +205,7 @@ def _drawn(
     if len(kept) < len(wanted):
         key, dtype = jax.random.key(config.seed), jnp.dtype(config.model.dtype)
         kept = tree.flatten(base.init(network, key, dtype)) | kept
-    return Pretrained(network, tree.unflatten(kept), tokenizer, config.model.source)
+    return dataclasses.replace(source, config=network, params=tree.unflatten(kept))
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -267,12 +279,13 @@ def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
     else:
         _check_same_run(config, workdir)
     read = _exported if artefact.is_in(workdir) else _checkpointed
-    model, params, tokenizer, provenance = read(workdir, config)
+    model, params, pretrained, provenance = read(workdir, config)
     # All committed to the device, as restored arrays are. A mixture makes a decode's state change
     # from one call to the next, and every program compile twice.
     params = jax.device_put(params, jax.local_devices()[0])
     provenance["heads"] = tree.fingerprint(params["exits"])
-    return Tuned(model, params, tokenizer, config, workdir, provenance)
+    tokenizer, writes = pretrained.tokenizer, pretrained.generation
+    return Tuned(model, params, tokenizer, writes, config, workdir, provenance)
 
 
 def _checkpointed(workdir: Path, config: ConfigDict):
@@ -291,7 +304,7 @@ def _checkpointed(workdir: Path, config: ConfigDict):
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
     provenance = {"backbone": tree.fingerprint(params["backbone"]), "step": step}
-    return model, params, pretrained.tokenizer, provenance
+    return model, params, pretrained, provenance
 
 
 def for_tuning(config: ConfigDict, model: MultiExit) -> MultiExit:
@@ -327,7 +340,7 @@ def _exported(workdir: Path, config: ConfigDict):
     pretrained = load(source, described.dtype)
     model, params = artefact.attach(workdir, pretrained.config, pretrained.params)
     provenance = {"backbone": described.backbone, "step": described.step}
-    return model, params, pretrained.tokenizer, provenance
+    return model, params, pretrained, provenance
 
 
 def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
@@ -347,7 +360,13 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
             load_policy(tuned)  # refuses one that does not fit
             shutil.copyfile(policy, inside / POLICY)
         if not exits_only:
-            write_backbone(inside, tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
+            write_backbone(
+                inside,
+                tuned.model.config,
+                tuned.params["backbone"],
+                tuned.tokenizer,
+                tuned.generation,
+            )
         config, step = json.loads(tuned.config.to_json()), tuned.metadata["step"]
         artefact.write(inside, tuned.model, tuned.params, config, step)
 

@@ -13,6 +13,7 @@ from early_exit.distillation.converse import Settings, Speaker, converse
 from early_exit.pretrained.tokenizer import load_tokenizer
 
 TINY_CHAT = pathlib.Path(__file__).parents[1] / "fixtures/tiny_chat"
+ENDS = (0, 2)  # <|endoftext|> and <|im_end|>
 NOUNS = ["name", "class", "import", "self", "number", "letter", "word", "order", "noise", "zero"]
 
 
@@ -26,7 +27,7 @@ class Scripted(Speaker):
 
     def __init__(self, tiny, tokenizer, share_ended=0.9):
         model, params = tiny
-        super().__init__(model.config, params["backbone"], tokenizer)
+        super().__init__(model.config, params["backbone"], tokenizer, ENDS)
         self.share_ended, self.calls = share_ended, []
 
     def write(self, prompts, sampling, max_new_tokens, stop_ids, seed, batch):
@@ -204,10 +205,10 @@ def test_what_cannot_be_made_is_refused_at_once(speaker, tmp_path, settings, giv
 
 def test_a_speaker_needs_words(tiny):
     model, params = tiny
-    with pytest.raises(ValueError, match="has no tokenizer; put its tokenizer.json beside it"):
-        Speaker(model.config, params["backbone"], None)
+    with pytest.raises(ValueError, match="has no tokenizer, .* put its tokenizer.json beside"):
+        Speaker(model.config, params["backbone"], None, ENDS)
     with pytest.raises(ValueError, match="writes no text"):
-        Speaker(ResNetConfig.cifar(8, num_classes=2), {}, None)
+        Speaker(ResNetConfig.cifar(8, num_classes=2), {}, None, ())
 
 
 @pytest.mark.parametrize("name", ["max_question_tokens", "max_new_tokens", "per_shard"])
