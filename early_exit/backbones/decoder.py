@@ -84,6 +84,7 @@ class DecoderConfig(base.BackboneConfig):
 
     classifies: ClassVar[bool] = False
     drops_blocks: ClassVar[bool] = True
+    incidental: ClassVar[tuple[str, ...]] = ("context_length", "scan", "remat")
     head_kinds: ClassVar[tuple[str, ...]] = ("embedding", "norm", "mlp", "layer")
 
     def __post_init__(self):

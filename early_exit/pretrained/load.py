@@ -5,6 +5,7 @@ The one idea: everything that can be wrong with names, shapes and types is found
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import tree
-from early_exit.backbones import base
+from early_exit import sharding, tree
+from early_exit.backbones import base, identity
 from early_exit.pretrained import generation, table, tensors
 from early_exit.pretrained.describe import describe
 from early_exit.pretrained.generation import Generation
@@ -30,6 +31,7 @@ class Pretrained:
       tokenizer: a `transformers` fast tokenizer; None if a folder has none.
       source: the string it was loaded from.
       generation: how it is to write; which tokens end an answer.
+      known: its identity, where somebody has worked it out already.
     """
 
     config: base.BackboneConfig
@@ -37,6 +39,12 @@ class Pretrained:
     tokenizer: Any
     source: str
     generation: Generation = Generation()
+    known: identity.Identity | None = None
+
+    @functools.cached_property
+    def identity(self) -> identity.Identity:
+        """Which network it is. Reads every weight, but only the first time."""
+        return self.known or identity.of(self.config, self.params, _whole)
 
 
 def load(
@@ -76,6 +84,12 @@ def load(
         if entry.optional and entry.name in checkpoint.shapes:
             _check_equal(checkpoint, entry, params, dtype)
     return Pretrained(found.config, tree.unflatten(params), tokenizer, source, writes)
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """All of an array, of which this process may have only a part."""
+    partial = isinstance(array, jax.Array) and not array.is_fully_addressable
+    return sharding.fetch(array) if partial else np.asarray(array)
 
 
 def _check_tokenizer(tokenizer, vocab_size: int, checkpoint: tensors.Checkpoint) -> None:

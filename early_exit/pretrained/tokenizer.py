@@ -6,14 +6,17 @@ rules from the vocabulary; with transformers 5 this loses SmolLM2's splitting of
 file has no such rules, only a name for them.
 """
 
+import logging
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from early_exit.pretrained import generation, gguf_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 # `tokenizer.ggml.pre` → how text is cut before merging (llama.cpp, src/llama-vocab.cpp). What it
@@ -27,7 +30,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 
 def load_tokenizer(
     path: pathlib.Path, config: Mapping[str, Any] | None = None
-) -> PreTrainedTokenizerFast | None:
+) -> "PreTrainedTokenizerFast | None":
     """The tokenizer of a model folder or a GGUF file; None if a folder has none.
 
     Args:
@@ -41,7 +44,7 @@ def load_tokenizer(
         return _from_gguf(path)
     if (path / "tokenizer.json").exists():
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+            tokenizer = _fast_tokenizer().from_pretrained(path, local_files_only=True)
         except Exception as error:  # `tokenizers` raises bare Exceptions
             raise ValueError(
                 f"{path / 'tokenizer.json'} is not a readable tokenizer ({error}); "
@@ -58,8 +61,21 @@ def load_tokenizer(
     return None
 
 
+def _fast_tokenizer() -> "type[PreTrainedTokenizerFast]":
+    """The class, imported when it is needed: it takes most of a second, and tells each time that
+    there is no PyTorch, which nobody here asked for."""
+    logging.getLogger("transformers").addFilter(_is_no_advice)
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("PyTorch was not found")
+
+
 def _name_tokens(
-    tokenizer: PreTrainedTokenizerFast, path: pathlib.Path, config: Mapping[str, Any]
+    tokenizer: "PreTrainedTokenizerFast", path: pathlib.Path, config: Mapping[str, Any]
 ) -> None:
     """Names the tokens that the tokenizer's own files leave without a name."""
     for name in ("eos", "pad"):
@@ -73,7 +89,7 @@ def _name_tokens(
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known[0]))
 
 
-def _from_gguf(path: pathlib.Path) -> PreTrainedTokenizerFast:
+def _from_gguf(path: pathlib.Path) -> "PreTrainedTokenizerFast":
     metadata, _ = gguf_file.read_header(path)
 
     def get(key, default=None):
@@ -113,7 +129,7 @@ def _from_gguf(path: pathlib.Path) -> PreTrainedTokenizerFast:
     )
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {f"{ours}_token": get(f"{theirs}_token_id") for ours, theirs in named.items()}
-    return PreTrainedTokenizerFast(
+    return _fast_tokenizer()(
         tokenizer_object=bpe,
         add_bos_token=get("add_bos_token", False),
         add_eos_token=get("add_eos_token", False),

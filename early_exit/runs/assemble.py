@@ -22,15 +22,13 @@ import jax.numpy as jnp
 from early_exit import policy as policies
 from early_exit import sharding, tree
 from early_exit.backbones import base
-from early_exit.backbones.decoder import DecoderConfig
-from early_exit.backbones.encoder import EncoderConfig
-from early_exit.backbones.resnet import ResNetConfig
+from early_exit.backbones.identity import Identity
 from early_exit.data import tokenising
 from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
-from early_exit.pretrained import chat
+from early_exit.pretrained import chat, families
 from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.generation import Generation
@@ -58,6 +56,7 @@ class Tuned:
       generation: how the backbone's makers want it to write.
       config: the run's.
       workdir: the folder of the run, or of what it was exported to.
+      identity: of the backbone.
       metadata: what anything derived from the model is marked with: the fingerprints of the
         `backbone` and the `heads`, and the `step` of the checkpoint.
     """
@@ -68,7 +67,20 @@ class Tuned:
     generation: Generation
     config: ConfigDict
     workdir: Path
+    identity: Identity
     metadata: dict[str, Any]
+
+    @property
+    def backbone(self) -> Pretrained:
+        """The network without its exits."""
+        return Pretrained(
+            self.model.config,
+            self.params["backbone"],
+            self.tokenizer,
+            str(self.workdir),
+            self.generation,
+            self.identity,
+        )
 
     @property
     def stop_ids(self) -> list[int]:
@@ -121,6 +133,14 @@ def load_backbone(
       ValueError: weights that do not load, settings that make no network, or exits that do not
         fit it.
     """
+    pretrained = _network(config, shardings)
+    return pretrained, MultiExit(pretrained.config, exit_config(config))
+
+
+def _network(
+    config: ConfigDict, shardings: Callable[[base.Params], Any] | None = None
+) -> Pretrained:
+    """What `load_backbone` attaches exits to."""
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     source, new = model.source, model.get("new")
     if bool(source) == bool(new):
@@ -134,11 +154,7 @@ def load_backbone(
             )
         pretrained = _drawn(network, Pretrained(network, {}, None, source), config)
     elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
-        tuned = load_tuned(Path(source))
-        backbone = tuned.params["backbone"]
-        pretrained = Pretrained(
-            tuned.model.config, backbone, tuned.tokenizer, source, tuned.generation
-        )
+        pretrained = load_tuned(Path(source)).backbone
     else:
         pretrained = load(source, dtype, shardings)
     if changes := model.get("changes"):
@@ -150,7 +166,7 @@ def load_backbone(
     if shardings is not None:
         params = sharding.place(pretrained.params, shardings(pretrained.params))
         pretrained = dataclasses.replace(pretrained, params=params)
-    return pretrained, MultiExit(pretrained.config, exit_config(config))
+    return pretrained
 
 
 def abstract_model(config: ConfigDict) -> MultiExit:
@@ -170,24 +186,14 @@ def abstract_model(config: ConfigDict) -> MultiExit:
     return MultiExit(network, exit_config(config))
 
 
-# Networks that can be made anew, by the name in `model.new.family`.
-FAMILIES = {
-    "resnet_cifar": ResNetConfig.cifar,
-    "resnet_imagenet": ResNetConfig.imagenet,
-    "encoder": EncoderConfig,
-    "decoder": DecoderConfig,
-}
-
-
 def _new(settings: ConfigDict) -> base.BackboneConfig:
     settings = dict(settings)
     family = settings.pop("family", None)
-    if family not in FAMILIES:
-        raise ValueError(
-            f"unknown model.new.family {family!r}; choose one of {', '.join(FAMILIES)}"
-        )
+    known = families.new_networks()
+    if family not in known:
+        raise ValueError(f"unknown model.new.family {family!r}; choose one of {', '.join(known)}")
     try:
-        return FAMILIES[family](**settings)
+        return known[family](**settings)
     except TypeError as error:
         raise ValueError(f"model.new does not describe a {family}: {error}") from error
 
@@ -205,7 +211,7 @@ def _drawn(network: base.BackboneConfig, source: Pretrained, config: ConfigDict)
     if len(kept) < len(wanted):
         key, dtype = jax.random.key(config.seed), jnp.dtype(config.model.dtype)
         kept = tree.flatten(base.init(network, key, dtype)) | kept
-    return dataclasses.replace(source, config=network, params=tree.unflatten(kept))
+    return dataclasses.replace(source, config=network, params=tree.unflatten(kept), known=None)
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -279,32 +285,39 @@ def load_tuned(workdir: Path, config: ConfigDict | None = None) -> Tuned:
     else:
         _check_same_run(config, workdir)
     read = _exported if artefact.is_in(workdir) else _checkpointed
-    model, params, pretrained, provenance = read(workdir, config)
+    model, params, pretrained, step = read(workdir, config)
     # All committed to the device, as restored arrays are. A mixture makes a decode's state change
     # from one call to the next, and every program compile twice.
     params = jax.device_put(params, jax.local_devices()[0])
-    provenance["heads"] = tree.fingerprint(params["exits"])
+    known = pretrained.identity
+    heads = tree.fingerprint(params["exits"])
+    metadata = {"backbone": str(known), "heads": heads, "step": step}
     tokenizer, writes = pretrained.tokenizer, pretrained.generation
-    return Tuned(model, params, tokenizer, writes, config, workdir, provenance)
+    return Tuned(model, params, tokenizer, writes, config, workdir, known, metadata)
 
 
-def _checkpointed(workdir: Path, config: ConfigDict):
+# What a folder holds: the model, its parameters, the network without its exits, and the step.
+_Read = tuple[MultiExit, base.Params, Pretrained, int]
+
+
+def _checkpointed(workdir: Path, config: ConfigDict) -> _Read:
     checkpoints = workdir / CHECKPOINTS
     step = checkpoint.latest_step(checkpoints)
     if step is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}; let launch.tune finish a save")
     saved = checkpoint.metadata(checkpoints, step)
     pretrained, model = load_backbone(config)
-    check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
+    check_backbone(saved["backbone"], pretrained.identity, workdir)
     trained = checkpoint.restore(checkpoints, {"params": abstract_trained(config, model)}, step)
     params = jax.tree.map(lambda x: x.astype(config.model.dtype), trained[0]["params"])
     if "backbone" in params and config.model.get("scan"):
         params["backbone"] = base.unstack_blocks(params["backbone"])
+    if "backbone" in params:  # it was trained, and is another network since
+        pretrained = dataclasses.replace(pretrained, params=params["backbone"], known=None)
     params = {"backbone": pretrained.params} | params
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
-    provenance = {"backbone": tree.fingerprint(params["backbone"]), "step": step}
-    return model, params, pretrained, provenance
+    return model, params, pretrained, step
 
 
 def for_tuning(config: ConfigDict, model: MultiExit) -> MultiExit:
@@ -330,17 +343,24 @@ def abstract_trained(config: ConfigDict, model: MultiExit) -> base.Params:
     return trained
 
 
-def _exported(workdir: Path, config: ConfigDict):
+def _exported(workdir: Path, config: ConfigDict) -> _Read:
     described = artefact.describe(workdir)
     beside = [workdir / name for name in ("config.json", "model.safetensors")]
     if any(path.exists() for path in beside):
-        source = str(workdir)
-    elif not isinstance(source := config.get("model", {}).get("source"), str):
+        pretrained = load(str(workdir), described.dtype)
+    elif not isinstance(config.get("model", {}).get("source"), str):
         raise ValueError(f"{workdir / artefact.DESCRIPTION} names no backbone in config.model")
-    pretrained = load(source, described.dtype)
-    model, params = artefact.attach(workdir, pretrained.config, pretrained.params)
-    provenance = {"backbone": described.backbone, "step": described.step}
-    return model, params, pretrained, provenance
+    else:
+        pretrained = _network(config)
+    if pretrained.config.reads == "tokens" and pretrained.tokenizer is None:
+        raise FileNotFoundError(
+            f"{pretrained.source} has no tokenizer.json, which every run on text has; put it back "
+            "beside the weights, or export the run again"
+        )
+    model, params = artefact.attach(
+        workdir, pretrained.config, pretrained.params, pretrained.identity
+    )
+    return model, params, pretrained, described.step
 
 
 def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
@@ -368,7 +388,7 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
                 tuned.generation,
             )
         config, step = json.loads(tuned.config.to_json()), tuned.metadata["step"]
-        artefact.write(inside, tuned.model, tuned.params, config, step)
+        artefact.write(inside, tuned.model, tuned.params, tuned.identity, config, step)
 
 
 def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:
@@ -388,11 +408,11 @@ def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:
     return policy
 
 
-def check_fingerprint(expected: str, found: str, workdir: Path) -> None:
-    """Raises ValueError where heads were tuned on other weights than the ones loaded."""
-    if expected != found:
+def check_backbone(expected: str, found: Identity, workdir: Path) -> None:
+    """Raises ValueError where heads were tuned on another network than the one loaded."""
+    if not found.is_named(expected):
         raise ValueError(
             f"the heads in {workdir} were tuned on a backbone with fingerprint {expected[:12]}…, "
-            f"but model.source gives {found[:12]}…; name the backbone they were tuned on, "
-            "or tune again in another --workdir"
+            f"but model.source gives {str(found)[:12]}…, by its weights or by its config; name the "
+            "backbone they were tuned on, or tune again in another --workdir"
         )

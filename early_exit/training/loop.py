@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from early_exit import sharding, tree
+from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.data import feed as feeds
 from early_exit.data import transforms
 from early_exit.data.stream import Rank, TrainingBatches
 from early_exit.distillation import hidden_states
 from early_exit.evaluation import exits as evaluation
+from early_exit.pretrained.load import Pretrained
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.runs.metrics import MetricsWriter, progress
@@ -162,10 +163,10 @@ class Run:
         pretrained, model = assemble.load_backbone(config, where)
         self.model = assemble.for_tuning(config, model)
         self.feed = feeds.make(config, self.model.config, pretrained.tokenizer)
-        self.metadata = self._metadata(workdir, pretrained.params)
+        self.metadata = self._metadata(workdir, pretrained)
         if self._states:
             text = self.feed.data_hash("train")
-            hidden_states.check(config, self._states, self.metadata["backbone"], text)
+            hidden_states.check(config, self._states, pretrained.identity, text)
         self.loaded = self._as_run(pretrained.params)
         self.frozen = {} if config.tune.train == "all" else {"backbone": self.loaded}
         if self.metadata["token_ids"]:
@@ -255,11 +256,10 @@ class Run:
         _, shapes = base.abstract(self.model.config.build)
         return base.stack_blocks(loaded, sharding.shardings(shapes, self.mesh))
 
-    def _metadata(self, workdir: Path, loaded: base.Params) -> dict:
-        backbone = tree.fingerprint(loaded, sharding.fetch)
+    def _metadata(self, workdir: Path, pretrained: Pretrained) -> dict:
         if checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
             saved = checkpoint.metadata(workdir / CHECKPOINTS)
-            assemble.check_fingerprint(saved["backbone"], backbone, workdir)
+            assemble.check_backbone(saved["backbone"], pretrained.identity, workdir)
             return saved
         token_ids = []
         if self.config.exits.classes:
@@ -267,4 +267,4 @@ class Run:
             token_ids = transforms.frequent_tokens(
                 sample, self.model.config.vocab_size, self.config.exits.classes
             ).tolist()
-        return {"backbone": backbone, "token_ids": token_ids}
+        return {"backbone": str(pretrained.identity), "token_ids": token_ids}
