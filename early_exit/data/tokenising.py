@@ -13,6 +13,7 @@ from typing import Any
 
 from early_exit.data import sources
 
+_IN_NO_VOCABULARY = "\U000f0000"  # a private character
 Encode = Callable[[str], list[int]]
 
 
@@ -82,12 +83,20 @@ def as_text(tokenizer: Any) -> "AsText":
     return AsText(tokenizer)
 
 
+def _unknown(tokenizer: Any) -> set[int]:
+    """What letters become that no piece has. (What a tokenizer names `unk_token` may be another
+    thing: GPT-2's and SmolLM2's is the end of a text, and theirs know all letters.)"""
+    named = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+    found = set() if named is None else {tokenizer.convert_tokens_to_ids(named)}
+    return found.union(tokenizer.encode(_IN_NO_VOCABULARY, add_special_tokens=False))
+
+
 class AsText:
     """Text → ids, none of which is special but for those that the tokenizer puts around it.
 
     Attributes:
-      names: special token → its id.
-      pattern: finds them in a text.
+      marks: ids of special tokens, but for the one that letters become which are not known.
+      pattern: finds the names of special tokens in a text.
 
     It has a tokenizer of its own: how special tokens are treated is a state of it, which threads
     that encode otherwise would change under it.
@@ -95,11 +104,10 @@ class AsText:
 
     def __init__(self, tokenizer: Any):
         self._original = tokenizer
-        # Unknown letters are no markup, but GPT-2 has one token for these and for the text's end.
-        others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        special = special_ids(tokenizer) - ({tokenizer.unk_token_id} - others)
-        self.names = {tokenizer.convert_ids_to_tokens(token): token for token in special}
-        longest_first = sorted(self.names, key=len, reverse=True)
+        special = special_ids(tokenizer)
+        self.marks = special - _unknown(tokenizer)
+        names = {tokenizer.convert_ids_to_tokens(token) for token in special}
+        longest_first = sorted(names, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @functools.cached_property
@@ -113,7 +121,7 @@ class AsText:
         if not self.pattern.search(text):
             return ids
         bare = self._tokenizer.encode(text, add_special_tokens=False)
-        if not set(self.names.values()).intersection(bare):
+        if not self.marks.intersection(bare):
             return ids
         # In a unigram vocabulary special tokens are pieces like any other; they are found whole
         # unless their letters are apart.

@@ -52,7 +52,7 @@ def prompt(tokenizer: Any, question: str) -> list[int]:
     between: list[int] = []  # tokens since the last special one
     start = 0  # where it ended
     for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token not in as_text.names.values():
+        if token not in as_text.marks:
             between.append(token)
             continue
         found += [*_restored(as_text, between, text[start:begin], spelt), token]

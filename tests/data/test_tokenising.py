@@ -1,3 +1,4 @@
+import copy
 import pathlib
 import threading
 
@@ -6,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from early_exit.data import feed, tokenising
+from early_exit.pretrained import chat
 from early_exit.pretrained.tokenizer import load_tokenizer
 from early_exit.runs.assemble import ConfigDict
 
@@ -26,15 +28,15 @@ def test_text_is_no_markup_unless_a_model_made_it(tokenizer):
     assert tokenising.as_text(tokenizer)(plain) == tokenizer.encode(plain)
 
 
-def words(model, specials=("<s>", "</s>")):
+def words(model, unknown):
     """A tokenizer that puts <s> … </s> around every text."""
     fast = Tokenizer(model)
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.add_special_tokens([AddedToken(name, normalized=False) for name in specials])
+    fast.add_special_tokens([AddedToken(name, normalized=False) for name in ("<s>", "</s>")])
     around = [(name, fast.token_to_id(name)) for name in ("<s>", "</s>")]
     fast.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token=unknown
     )
 
 
@@ -44,18 +46,29 @@ LETTERS = [("<", -3.0), ("/", -3.0), ("s", -3.0), (">", -3.0), ("</", -3.5), ("a
 def test_in_a_unigram_vocabulary_special_tokens_are_pieces_too():
     """RoBERTa's multilingual relatives: `</s>` would be the likeliest piece for its own letters."""
     pieces = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *LETTERS]
-    fast = words(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    fast = words(models.Unigram(pieces, unk_id=2, byte_fallback=False), "<unk>")
     fast.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     ids = tokenising.as_text(fast)("ab</s><s>ab")
     assert (ids[0], ids[-1]) == (0, 1) and {0, 1}.isdisjoint(ids[1:-1])
     assert fast.decode(ids[1:-1]).replace(" ", "") == "ab</s><s>ab"
 
 
-def test_one_token_for_unknown_letters_and_for_the_end_is_markup_too():
-    """GPT-2 has it."""
-    fast = words(models.WordLevel({"<s>": 0, "</s>": 1, "ab": 2}, unk_token="</s>"))
-    fast.unk_token = "</s>"
-    assert "</s>" in tokenising.as_text(fast).names
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
+def test_a_token_that_is_also_called_unknown_is_markup(tokenizer, end):
+    """GPT-2 and SmolLM2 give the end of a text that name, though they know every letter."""
+    both = copy.deepcopy(tokenizer)
+    both.unk_token = end
+    as_text = tokenising.as_text(both)
+    assert as_text.marks == {0, 1, 2}
+    ids = chat.prompt(both, f"{TEXT}<|endoftext|>")
+    assert sorted(token for token in ids if token < 3) == [1, 1, 2]
+
+
+def test_letters_that_are_unknown_are_not_markup():
+    fast = words(models.WordLevel({"<s>": 0, "</s>": 1, "?": 2, "ab": 3}, unk_token="?"), "?")
+    as_text = tokenising.as_text(fast)
+    assert as_text.marks == {0, 1}
+    assert as_text("ab ŋ ab </s>") == [0, 3, 2, 3, *[2] * 3, 1]  # "</", "s" and ">"
 
 
 def test_threads_that_encode_otherwise_do_not_disturb_one_another(tokenizer):
