@@ -100,9 +100,8 @@ def main(argv):
 def _speaker() -> Speaker:
     if common.WORKDIR.value is None:
         pretrained, _ = assemble.load_backbone(common.settings())
-        return Speaker(pretrained.config, pretrained.params, pretrained.tokenizer)
-    tuned = assemble.load_tuned(common.workdir())
-    return Speaker(tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
+        return Speaker(pretrained)
+    return Speaker(assemble.load_tuned(common.workdir()).backbone)
 
 
 def _leave(*_):

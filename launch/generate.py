@@ -49,7 +49,9 @@ DRAFTERS = flags.DEFINE_multi_enum(
     "What proposes tokens with --mode=verified: exits, or earlier text. Give it once for each.",
 )
 PENDING = flags.DEFINE_integer("pending", 8, "Most positions in one pass, except with lossy.")
-RAW = flags.DEFINE_bool("raw", False, "Continue the prompt as it is, without the chat template.")
+RAW = flags.DEFINE_bool(
+    "raw", False, "Continue the prompt as it is, special tokens and all, without the chat template."
+)
 FULL = flags.DEFINE_bool("full", False, "Consult no exit.")
 NEW = flags.DEFINE_integer("max_new_tokens", 160, "Most tokens to answer with.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
@@ -74,6 +76,8 @@ def main(argv):
         sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
     )
     tuned = assemble.load_tuned(common.workdir(), common.settings())
+    if tuned.model.config.classifies:
+        raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
     settings = {
         "policy": None if FULL.value else assemble.load_policy(tuned),
         "mode": mode,
@@ -92,7 +96,7 @@ def main(argv):
 
 
 def _tokens(tuned: assemble.Tuned, text: str) -> list[int]:
-    return tuned.tokenizer.encode(text) if RAW.value else tuned.chat(text)
+    return tuned.encode(text) if RAW.value else tuned.chat(text)
 
 
 def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:

@@ -138,6 +138,7 @@ class BackboneConfig(abc.ABC):
       grid_width: of the features of heads of the kind `grid`.
       scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
       drops_blocks: whether rows can leave blocks out in training.
+      incidental: settings that do not change what it computes (see `identity`).
     """
 
     depth: int
@@ -148,6 +149,7 @@ class BackboneConfig(abc.ABC):
     decodes: ClassVar[bool] = False
     head_kinds: ClassVar[tuple[str, ...]]
     drops_blocks: ClassVar[bool] = False
+    incidental: ClassVar[tuple[str, ...]] = ()
     grid_width = 0
     scan = False
 

@@ -81,6 +81,7 @@ class DecoderConfig(base.BackboneConfig):
     classifies: ClassVar[bool] = False
     decodes: ClassVar[bool] = True
     drops_blocks: ClassVar[bool] = True
+    incidental: ClassVar[tuple[str, ...]] = ("context_length", "scan", "remat")
     head_kinds: ClassVar[tuple[str, ...]] = ("embedding", "norm", "mlp", "layer")
 
     def __post_init__(self):
@@ -106,6 +107,10 @@ class DecoderConfig(base.BackboneConfig):
                 "rotary positions turn an even number of dimensions, not "
                 f"{self.rotary_dim} (head_dim={self.head_dim}, fraction {self.rotary_fraction})"
             )
+        if isinstance(self.rope_scaling, rotary.PerPair):
+            pairs, given = self.rotary_dim // 2, len(self.rope_scaling.divisors)
+            if given != pairs:
+                raise ValueError(f"{given} divisors of rotary frequencies for {pairs} pairs")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 position, not {self.window}")
         if not set(self.full_blocks) <= set(range(self.depth if self.window else 0)):

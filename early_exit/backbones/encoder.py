@@ -51,6 +51,7 @@ class EncoderConfig(base.BackboneConfig):
     pooling: str = "first"
 
     classifies: ClassVar[bool] = True
+    incidental: ClassVar[tuple[str, ...]] = ("context_length",)
     head_kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "mlp", "layer")
 
     def __post_init__(self):

@@ -85,7 +85,17 @@ class Yarn:
         return frequency / self.factor * interpolated + frequency * (1 - interpolated)
 
 
-Scaling = Linear | Llama3 | Yarn
+@dataclasses.dataclass(frozen=True)
+class PerPair:
+    """Each pair has a divisor of its own, whatever it was computed from (Ding et al. 2024)."""
+
+    divisors: tuple[float, ...]
+
+    def __call__(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        return frequency / np.array(self.divisors)
+
+
+Scaling = Linear | Llama3 | Yarn | PerPair
 
 
 def frequencies(dim: int, theta: float, scaling: Scaling | None = None) -> np.ndarray:

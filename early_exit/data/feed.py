@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from absl import logging
 
-from early_exit.data import examples, excerpts, inputs, labelled, pipeline, sources
+from early_exit.data import examples, excerpts, inputs, labelled, pipeline, sources, tokenising
 from early_exit.data.stream import ALONE, Rank, TrainingBatches
 from early_exit.data.transforms import Batch
 from early_exit.settings.sections import DataSettings, Settings
@@ -92,12 +92,19 @@ def check_length(data: DataSettings, network: Network) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TextFeed:
-    """Documents, packed into rows."""
+    """Documents, packed into rows.
+
+    Raises:
+      ValueError: no tokenizer, or one that does not say what ends a text.
+    """
 
     data: DataSettings
     tokenizer: Any
     known: About
     unit: str = "tokens"
+
+    def __post_init__(self):
+        tokenising.end_of_text(self.tokenizer)  # not only when the first batch is asked for
 
     @property
     def per_batch(self) -> int:
@@ -139,8 +146,8 @@ class TextFeed:
 
     def _packing(self) -> dict[str, Any]:
         return {
-            "tokenise": self.tokenizer.encode,
-            "end_of_text": self.tokenizer.eos_token_id,
+            "tokenise": tokenising.encoder(self.tokenizer, self.data.source),
+            "end_of_text": tokenising.end_of_text(self.tokenizer),
             "sequence_length": self.data.sequence_length,
             "batch_size": self.data.batch_size,
         }
@@ -151,9 +158,10 @@ class ExampleFeed:
     """Labelled images for a ResNet, labelled texts for an encoder.
 
     Raises:
-      ValueError: names for another number of classes than the network's; on use, data with other
-        classes than those the run was trained with, or with another number of them than the
-        network's, and images of another size.
+      ValueError: texts without a tokenizer, or one that does not say what fills rows; names for
+        another number of classes than the network's; on use, data with other classes than those the
+        run was trained with, or with another number of them than the network's, and images of
+        another size.
     """
 
     data: DataSettings
@@ -169,6 +177,8 @@ class ExampleFeed:
                 f"the run keeps the names of {len(kept)} classes, but its network has "
                 f"{self.network.num_classes}; its files are damaged, or of two runs"
             )
+        if self.network.reads == "tokens":
+            tokenising.padding(self.tokenizer)
 
     @property
     def per_batch(self) -> int:
@@ -242,7 +252,7 @@ class ExampleFeed:
                 expected=tuple(self.known.get("image_size", ())) or None,
             )
         return inputs.text_inputs(
-            self.tokenizer.encode,
+            tokenising.as_text(self.tokenizer),
             sequence_length=data.sequence_length,
-            pad_id=self.tokenizer.pad_token_id,
+            pad_id=tokenising.padding(self.tokenizer),
         )

@@ -23,28 +23,33 @@ from early_exit.storage import files
 ABOUT = "about.json"
 
 
-def begin(folder: Path, about: dict[str, Any]) -> None:
+def begin(folder: Path, made_from: dict[str, Any]) -> None:
     """Makes the folder, or goes on with one that holds records of the same kind.
 
     Args:
-      about: a JSON object that every record follows from, but for its shard's number.
+      made_from: a JSON object that every record follows from, but for its shard's number.
 
     Raises:
       ValueError: the folder holds other records; names what differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    about = json.loads(json.dumps(about))
-    if (folder / ABOUT).exists():
-        before = files.read_json(folder / ABOUT)
-        if before != about:
-            names = before.keys() | about.keys()
-            differing = sorted(name for name in names if before.get(name) != about.get(name))
+    new = json.loads(json.dumps(made_from))
+    if before := about(folder):
+        if before != new:
+            names = before.keys() | new.keys()
+            differing = sorted(name for name in names if before.get(name) != new.get(name))
             raise ValueError(
                 f"{folder} holds records with another {', '.join(differing)}; name another "
                 "folder, or the same settings to go on"
             )
     else:
-        files.write_json(folder / ABOUT, about)
+        files.write_json(folder / ABOUT, new)
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What the records of a folder were made from; empty if there are none."""
+    path = folder / ABOUT
+    return files.read_json(path) if path.exists() else {}
 
 
 def is_finished(folder: Path, number: int) -> bool:

@@ -19,9 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from early_exit import tree
-from early_exit.backbones import base
-from early_exit.data import conversations, shards
+from early_exit.data import conversations, shards, tokenising
 from early_exit.data.conversations import Conversation, Fault, Words
 from early_exit.data.stream import ALONE, Rank
 from early_exit.decoding.generate import generate
@@ -30,6 +28,7 @@ from early_exit.decoding.sampling import Sampling
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.pretrained import chat
+from early_exit.pretrained.load import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +62,20 @@ class Settings:
 class Speaker:
     """A model with all its depth, and its tokenizer."""
 
-    def __init__(self, config: base.BackboneConfig, backbone: base.Params, tokenizer: Any):
+    def __init__(self, network: Pretrained):
         """
         Raises:
           ValueError: a model that writes no text, or has no tokenizer.
         """
-        if config.classifies:
+        if network.config.classifies:
             raise ValueError("this model reads text or images but writes no text")
-        if tokenizer is None:
-            raise ValueError("this model has no tokenizer; put its tokenizer.json beside it")
-        self.model = MultiExit(config, ExitConfig(points=()))
+        self.network = network
+        self.model = MultiExit(network.config, ExitConfig(points=()))
         # Committed to the device: a mixture would compile every program twice.
-        self.params = jax.device_put({"backbone": backbone}, jax.local_devices()[0])
-        self.tokenizer = tokenizer
-        self.special = chat.special_ids(tokenizer)
-        self.stop_ids = chat.stop_ids(tokenizer)
+        self.params = jax.device_put({"backbone": network.params}, jax.local_devices()[0])
+        self.tokenizer = tokenising.needed(network.tokenizer)
+        self.special = tokenising.special_ids(self.tokenizer)
+        self.stop_ids = list(network.generation.stop_ids)
 
     def write(
         self,
@@ -139,7 +137,8 @@ def converse(
         chat.user_turn(speaker.tokenizer)
     elif not settings.raw:
         chat.prompt(speaker.tokenizer, prompts[0])
-    shards.begin(folder, _about(speaker, settings, prompts))
+    known_as = speaker.network.identity.known_as(shards.about(folder).get("backbone"))
+    shards.begin(folder, _about(known_as, settings, prompts))
     for number in itertools.count(*rank):
         start = number * settings.per_shard
         if prompts is not None and start >= len(prompts):
@@ -159,9 +158,9 @@ def converse(
         yield shards.finished(folder)[number]
 
 
-def _about(speaker: Speaker, settings: Settings, prompts: Sequence[str] | None) -> dict[str, Any]:
+def _about(backbone: str, settings: Settings, prompts: Sequence[str] | None) -> dict[str, Any]:
     digest = prompts and hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-    model = {"backbone": tree.fingerprint(speaker.params["backbone"]), "prompts": digest}
+    model = {"backbone": backbone, "prompts": digest}
     return {"kind": conversations.KIND} | model | dataclasses.asdict(settings)
 
 

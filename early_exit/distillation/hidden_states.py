@@ -30,8 +30,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors
 
-from early_exit import sharding, tree
+from early_exit import sharding
 from early_exit.backbones import base
+from early_exit.backbones.identity import Identity
 from early_exit.data import feed as feeds
 from early_exit.data import shards
 from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead
@@ -112,7 +113,7 @@ def fill(
     model = assemble.for_tuning(config, model)
     feed = feeds.make(config, model.config, pretrained.tokenizer)
     about = {
-        "backbone": tree.fingerprint(pretrained.params),
+        "backbone": pretrained.identity.known_as(shards.about(folder).get("backbone")),
         "vocabulary": _vocabulary(pretrained.tokenizer),
         "text": feed.data_hash("train"),
         "seed": config.seed,
@@ -239,14 +240,14 @@ def opened(config: Settings) -> shards.Store | None:
     return store
 
 
-def check(config: Settings, store: shards.Store, backbone: str, text: str) -> None:
-    """Raises ValueError where the cache is not of this backbone (its fingerprint) and this text."""
+def check(config: Settings, store: shards.Store, backbone: Identity, text: str) -> None:
+    """Raises ValueError where the cache is not of this backbone and this text."""
     folder, about = config.tune.hidden_states, store.about
-    if about["backbone"] != backbone:
+    if not backbone.is_named(about["backbone"]):
         raise ValueError(
             f"the states in {folder} are of a backbone with fingerprint {about['backbone'][:12]}…, "
-            f"but model.source gives {backbone[:12]}… in {config.model.dtype}; name the backbone "
-            "they are of, or cache again with launch.cache"
+            f"but model.source gives {str(backbone)[:12]}… in {config.model.dtype}; name the "
+            "backbone they are of, or cache again with launch.cache"
         )
     if about["text"] != text:
         raise ValueError(

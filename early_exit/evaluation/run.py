@@ -13,7 +13,7 @@ from early_exit import policy as policies
 from early_exit import tree
 from early_exit.calibration import methods, thresholds
 from early_exit.calibration.records import Records
-from early_exit.data import sources
+from early_exit.data import sources, tokenising
 from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY, VERIFIED, Mode
@@ -147,8 +147,9 @@ def cut_prompts(tuned: Tuned, count: int, length: int) -> list[list[int]]:
       ValueError: too few documents long enough.
     """
     prompts = []
+    encode = tokenising.encoder(tuned.tokenizer, tuned.config.data.source)
     for _, text in sources.documents(tuned.config.data.source, "test"):
-        tokens = tuned.tokenizer.encode(text)
+        tokens = encode(text)
         if len(tokens) >= 3 * length:
             prompts.append(tokens[length : 2 * length])
         if len(prompts) == count:

@@ -21,6 +21,7 @@ import numpy as np
 
 from early_exit import tree
 from early_exit.backbones import base
+from early_exit.backbones.identity import Identity
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.storage import files
@@ -36,7 +37,7 @@ class Artefact:
 
     Attributes:
       exits: where the heads are and what they are made of.
-      backbone: fingerprint of the parameters they were tuned on.
+      backbone: name of the network they were tuned on (`identity.Identity`).
       arrays: fingerprint of `exits` and `token_ids` together.
       dtype: of the parameters of both.
       config: the run's that made them, as JSON.
@@ -62,6 +63,7 @@ def write(
     folder: Path,
     model: MultiExit,
     params: base.Params,
+    backbone: Identity,
     config: dict[str, Any],
     step: int,
     data: dict[str, Any] | None = None,
@@ -70,13 +72,14 @@ def write(
 
     Args:
       params: `backbone`, `exits` and, for reduced heads, `token_ids`.
+      backbone: the network that `params` has.
       config, step, data: see `Artefact`; only kept.
     """
     flat = tree.flatten(params["exits"])
     described = {
         "format": FORMAT,
         "exits": dataclasses.asdict(model.exits),
-        "backbone": tree.fingerprint(params["backbone"]),
+        "backbone": str(backbone),
         "arrays": tree.fingerprint(_own(params)),
         # Some heads have no parameters at all.
         "dtype": str(jax.tree.leaves((params["exits"], params["backbone"]))[0].dtype),
@@ -129,9 +132,12 @@ def describe(folder: Path) -> Artefact:
 
 
 def attach(
-    folder: Path, config: base.BackboneConfig, backbone: base.Params
+    folder: Path, config: base.BackboneConfig, backbone: base.Params, identity: Identity
 ) -> tuple[MultiExit, base.Params]:
     """The heads in `folder` on the backbone they belong to: (model, params).
+
+    Args:
+      identity: of the backbone that `config` and `backbone` are.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -141,11 +147,11 @@ def attach(
     path, described = folder / WEIGHTS, describe(folder)
     if not path.exists():
         raise FileNotFoundError(f"{folder} lacks {WEIGHTS}, which {DESCRIPTION} describes")
-    if (found := tree.fingerprint(backbone)) != described.backbone:
+    if not identity.is_named(described.backbone):
         raise ValueError(
             f"the heads that {folder / DESCRIPTION} describes were tuned on a backbone with "
-            f"fingerprint {described.backbone[:12]}…, but this one has {found[:12]}…; use the "
-            "backbone they were tuned on"
+            f"fingerprint {described.backbone[:12]}…, but this one has {str(identity)[:12]}…, by "
+            "its weights or by its config; use the backbone they were tuned on"
         )
     try:
         model = MultiExit(config, described.exits)

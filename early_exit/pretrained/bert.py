@@ -12,6 +12,7 @@ from early_exit.backbones.encoder import EncoderConfig
 from early_exit.pretrained.table import TRANSPOSED, Entry
 
 MODEL_TYPES = ("bert",)
+NEW = {"encoder": EncoderConfig}
 PREFIXES = ("bert.", "")
 IGNORED = (r"^cls\.", r"embeddings\.(position|token_type)_ids$")
 
@@ -54,6 +55,14 @@ def adapted(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
     if config.num_classes or any(name.endswith("pooler.dense.weight") for name in names):
         return config
     return dataclasses.replace(config, pooler="none")
+
+
+def nearest(config: EncoderConfig) -> EncoderConfig:
+    """What of an encoder every one in transformers can be: the bare one, without a classifier.
+
+    Its classifiers read the first position, through a dense layer of their own.
+    """
+    return dataclasses.replace(config, num_classes=0, pooling="first")
 
 
 def to_hf(config: EncoderConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The one idea: a config is refused in one error that names everything the decoder
 """
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -30,9 +31,16 @@ _NEEDED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "attention_factor"),
 }
 _NUMBERS = ("rope_theta", "original_max_position_embeddings", "attention_factor", "beta_fast")
-_NUMBERS += ("beta_slow", "mscale", "mscale_all_dim")
+_NUMBERS += ("beta_slow", "mscale", "mscale_all_dim", "factor", "low_freq_factor")
+_NUMBERS += ("high_freq_factor",)
+# What else may stand among them. Whether a model was trained further does not change it.
+_OTHERS = ("rope_type", "type", "truncate", "short_factor", "long_factor", "partial_rotary_factor")
+_OTHERS += ("finetuned",)
+# Where a `config.json` has its rotary entries.
+ROPE_PLACES = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
 def check(
@@ -83,24 +91,56 @@ def rope_entries(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_problems(rope: Mapping[str, Any]) -> list[str]:
-    """What of `rope_entries` is not supported, missing, or no number."""
+    """What of `rope_entries` is not supported, not known, missing, or no number."""
     if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
         return [f"rope_parameters that differ by layer type ({', '.join(nested)})"]
     kind = rope["rope_type"]
     if kind not in _NEEDED:
         return [f"rope_type = {kind!r} (only {' or '.join(map(repr, _NEEDED))} is supported)"]
-    problems = []
-    for name in (*_NEEDED[kind], *_NUMBERS):
-        value = rope.get(name)
-        if value is None and name in _NEEDED[kind]:
-            problems.append(f"rope_type = {kind!r} without {name}")
-        if value is not None and not (isinstance(value, int | float) and value > 0):
-            problems.append(f"{name} = {value!r} of rotary positions, which is no positive number")
+    given = {name: value for name, value in rope.items() if value is not None}
+    problems = [
+        f"{name} = {value!r} of rotary positions, which is not known"
+        for name, value in given.items()
+        if name not in (*_NUMBERS, *_OTHERS)
+    ]
+    problems += [f"rope_type = {kind!r} without {n}" for n in _NEEDED[kind] if n not in given]
+    problems += [
+        f"{name} = {given[name]!r} of rotary positions, which is no positive number"
+        for name in _NUMBERS
+        if name in given and not _is_positive(given[name])
+    ]
+    if not isinstance(given.get("truncate", True), bool):
+        problems.append(f"truncate = {given['truncate']!r} of rotary positions")
     if kind == "llama3" and not problems:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         if high <= low:
             problems.append(f"high_freq_factor = {high} is not above low_freq_factor = {low}")
+    if kind == "longrope" and not problems:
+        short, long = rope["short_factor"], rope["long_factor"]
+        if not isinstance(short, list) or not all(map(_is_positive, short)) or short != long:
+            problems.append("longrope whose short_factor and long_factor are not the same numbers")
+        if rope["attention_factor"] != 1:
+            problems.append(f"longrope with attention_factor = {rope['attention_factor']}")
     return problems
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
+
+
+def unknown_rope(hf: Mapping[str, Any], places: Collection[str] = ROPE_PLACES) -> list[str]:
+    """Entries of a `config.json` that name rotary positions and that nobody would read.
+
+    Args:
+      places: those that are read.
+    """
+    known = {*places, "original_max_position_embeddings"}
+    return [
+        f"{name} = {value!r}, which this family does not have"
+        for name, value in hf.items()
+        if re.search("rope|rotary", name) and name not in known and value not in (None, False)
+    ]
 
 
 def rope_scaling(rope: Mapping[str, Any]) -> rotary.Scaling | None:
@@ -111,6 +151,8 @@ def rope_scaling(rope: Mapping[str, Any]) -> rotary.Scaling | None:
         return rotary.Linear(factor)
     if kind == "llama3":
         return rotary.Llama3(factor, context, rope["low_freq_factor"], rope["high_freq_factor"])
+    if kind == "longrope":
+        return rotary.PerPair(tuple(map(float, rope["short_factor"])))
     if kind == "yarn":
         attention_factor = rope.get("attention_factor")
         if attention_factor is None:
@@ -151,6 +193,15 @@ def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
                 "beta_slow": slow,
                 "truncate": truncate,
                 "original_max_position_embeddings": context,
+            }
+        case rotary.PerPair(divisors):  # up to a length and beyond it
+            return parameters | {
+                "rope_type": "longrope",
+                "short_factor": list(divisors),
+                "long_factor": list(divisors),
+                "attention_factor": 1.0,
+                "factor": 1.0,
+                "original_max_position_embeddings": config.context_length,
             }
     return parameters
 

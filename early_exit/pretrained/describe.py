@@ -9,33 +9,14 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.pretrained import (
-    bert,
-    distilbert,
-    gpt2,
-    llama,
-    neox,
-    resnet,
-    roberta,
-    sources,
-    table,
-    tensors,
-    torchvision,
-)
+from early_exit.pretrained import families, sources, table, tensors
+from early_exit.pretrained.families import Family
 from early_exit.storage import files
-
-# `model_type` → the module that knows the family.
-FAMILIES: dict[str, ModuleType] = {
-    model_type: family
-    for family in (llama, gpt2, neox, bert, roberta, distilbert, resnet, torchvision)
-    for model_type in family.MODEL_TYPES
-}
 
 # Types of tensors, as safetensors spells them, that hold no weights or are packed; whatever else
 # GGUF has (Q4_1, …) comes as float32.
@@ -74,34 +55,45 @@ def describe(source: str) -> Described:
     family = family_of(checkpoint)
     config, params = _config(checkpoint, family)
     flat = tree.flatten(params)
-    entries = table.prefixed(family.entries(config), family.PREFIXES, checkpoint.shapes)
+    usual = family.entries(config)
+    entries = table.prefixed(usual, family.PREFIXES, checkpoint.shapes)
     if differ := flat.keys() ^ {path for entry in entries for path in entry.paths}:
         raise ValueError(
             f"the config of {checkpoint.path} describes a network that its family does not have, "
             f"by {', '.join(sorted(differ))}"
         )
-    _check_tensors(checkpoint, entries, flat, family.IGNORED)
+    try:
+        _check_tensors(checkpoint, entries, flat, family.IGNORED)
+    except ValueError as error:
+        foreign = _foreign_prefix(checkpoint.shapes, usual, family.PREFIXES)
+        if foreign is None:
+            raise
+        raise ValueError(
+            f"{error}\nAll names begin with {foreign!r}, which a wrapper has put before them; save "
+            "the tensors without it"
+        ) from error
     return Described(checkpoint, config, params, entries)
 
 
-def family_of(checkpoint: tensors.Checkpoint) -> ModuleType:
-    """The module that knows the checkpoint's family.
+def family_of(checkpoint: tensors.Checkpoint) -> Family:
+    """The family of a checkpoint.
 
     Raises:
-      ValueError: no module does.
+      ValueError: none knows its `model_type`.
     """
     # timm's configs have an `architecture` instead.
     model_type = checkpoint.config.get("model_type", checkpoint.config.get("architecture"))
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    known = families.by_model_type()
+    if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(
             f"{checkpoint.path} holds a model of type {model_type!r}; supported are "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(known)}, and what families.register adds"
         )
-    return FAMILIES[model_type]
+    return known[model_type]
 
 
 def _config(
-    checkpoint: tensors.Checkpoint, family: ModuleType
+    checkpoint: tensors.Checkpoint, family: Family
 ) -> tuple[base.BackboneConfig, base.Params]:
     """The backbone's config and its parameters' shapes.
 
@@ -114,9 +106,7 @@ def _config(
     try:
         for name in _DEPTHS & checkpoint.config.keys():
             _check_size(checkpoint.config[name], len(stored), "blocks")
-        config = family.config(checkpoint.config)
-        if hasattr(family, "adapted"):  # what a config leaves open is told by the tensors' names
-            config = family.adapted(config, checkpoint.shapes)
+        config = families.reading(family, checkpoint.config, checkpoint.shapes)
         hints = typing.get_type_hints(type(config))
         wrong = [
             f"{field.name} = {getattr(config, field.name)!r}"
@@ -186,3 +176,20 @@ def _check_tensors(
             f"the tensors of {checkpoint.path} do not fit its config; it is incomplete, or of "
             "another model than its config says:\n  " + "\n  ".join(sorted(problems))
         )
+
+
+def _foreign_prefix(
+    names: Collection[str], entries: Sequence[table.Entry], prefixes: Sequence[str]
+) -> str | None:
+    """What stands before every name and hides a checkpoint that is whole without it.
+
+    Wrappers leave it there: `module.` (data parallel), `_orig_mod.` (compiled), `language_model.`
+    (a part of a larger model), `base_model.model.` (adapters).
+    """
+    first = next(iter(names), "")
+    for prefix in (first[: dot.end()] for dot in re.finditer(r"\.", first)):
+        bare = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        found = table.prefixed(entries, prefixes, bare)
+        if len(bare) == len(names) and all(e.optional or e.name in bare for e in found):
+            return prefix
+    return None

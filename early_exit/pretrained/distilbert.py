@@ -3,6 +3,7 @@
 BERT without token types and pooler; the classification head brings a dense layer of its own.
 """
 
+import dataclasses
 from typing import Any
 
 from early_exit.backbones.encoder import EncoderConfig
@@ -40,6 +41,11 @@ def config(hf: dict[str, Any]) -> EncoderConfig:
         activation=bert.ACTIVATIONS[activation],
         norm_eps=1e-12,
     )
+
+
+def nearest(config: EncoderConfig) -> EncoderConfig:
+    """The bare encoder, which has no dense layer at its end; see `bert.nearest`."""
+    return dataclasses.replace(bert.nearest(config), pooler="none")
 
 
 def to_hf(config: EncoderConfig) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, quants
 
+from early_exit.pretrained import gguf_config
+
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
@@ -102,7 +104,13 @@ def open_tensors(
         )
     if metadata.get("split.count", 1) != 1:
         raise ValueError(f"{path} is one of several parts; join them with llama-gguf-split --merge")
-    config = _llama_config(path, metadata, stored)
+    divisors = stored.pop(gguf_config.ROPE_DIVISORS, None)
+    config = gguf_config.llama(
+        path,
+        metadata,
+        tied="output.weight" not in stored,
+        divisors=None if divisors is None else _read_tensor(path, divisors),
+    )
     gguf_names = {_transformers_name(name): name for name in stored}
     heads = {
         "attn_q.weight": config["num_attention_heads"],
@@ -129,35 +137,6 @@ def _transformers_name(name: str) -> str:
         if part in _BLOCK_PARTS:
             return f"model.layers.{number}.{_BLOCK_PARTS[part]}.weight"
     return _TOP_NAMES.get(name, name)
-
-
-def _llama_config(path: pathlib.Path, metadata: dict, stored: dict) -> dict[str, Any]:
-    def integer(key: str, default: int | None = None) -> int:
-        value = metadata.get(f"llama.{key}", default)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path} needs a positive whole number llama.{key}, not {value!r}")
-        return value
-
-    heads = integer("attention.head_count")
-    head_dim = integer("attention.key_length", integer("embedding_length") // heads)
-    rope_scaling = metadata.get("llama.rope.scaling.type", "none")
-    return {
-        "model_type": "llama",
-        "vocab_size": integer("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
-        "hidden_size": integer("embedding_length"),
-        "num_hidden_layers": integer("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": integer("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "intermediate_size": integer("feed_forward_length"),
-        "max_position_embeddings": integer("context_length"),
-        "rms_norm_eps": metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_theta": metadata.get("llama.rope.freq_base", 10_000.0),
-        "rope_scaling": None if rope_scaling == "none" else {"rope_type": rope_scaling},
-        "partial_rotary_factor": integer("rope.dimension_count", head_dim) / head_dim,
-        "sliding_window": metadata.get("llama.attention.sliding_window"),
-        "tie_word_embeddings": "output.weight" not in stored,
-    }
 
 
 def _read_tensor(path: pathlib.Path, stored: Stored) -> np.ndarray:

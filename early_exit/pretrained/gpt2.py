@@ -32,7 +32,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
         ),
         "add_cross_attention": (hf.get("add_cross_attention", False), (False,)),
     }
-    decoders.check(hf, _NEEDED, asked)
+    decoders.check(hf, _NEEDED, asked, decoders.unknown_rope(hf, places=()))
     width, heads = hf["n_embd"], hf["n_head"]
     if width % heads:
         raise ValueError(f"n_embd = {width} is not a multiple of n_head = {heads}")

@@ -1,9 +1,7 @@
 """Llama and its relatives (SmolLM2, Mistral, Qwen2, Qwen3): transformers' config and tensors →
 the decoder's, and back.
 
-A family is a module with the names below: which `model_type`s it serves, `config` and `to_hf`,
-which translate the config in both directions or refuse what the backbone cannot do, and the table
-of tensors. Nothing else about a family is known elsewhere.
+The first example of what a family is (`families.Family`).
 """
 
 from typing import Any
@@ -19,6 +17,7 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 MODEL_TYPES = tuple(_CLASSES)
+NEW = {"decoder": DecoderConfig}
 # Under which `transformers` may store the network; the first is the one it is exported with.
 PREFIXES = ("model.", "")
 # Regexes found in the names of tensors that are not needed.
@@ -58,7 +57,8 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     }
     if kind == "llama":
         asked["sliding_window"] = (hf.get("sliding_window"), (None,))
-    decoders.check(hf, _NEEDED, asked, decoders.rope_problems(rope))
+    problems = decoders.rope_problems(rope) + decoders.unknown_rope(hf)
+    decoders.check(hf, _NEEDED, asked, problems)
     heads = hf["num_attention_heads"]
     full_blocks = [i for i, seen in enumerate(types) if seen == _FULL]
     is_windowed = len(full_blocks) < len(types)

@@ -5,6 +5,7 @@ The one idea: everything that can be wrong with names, shapes and types is found
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import tree
-from early_exit.backbones import base
-from early_exit.pretrained import table, tensors
+from early_exit import sharding, tree
+from early_exit.backbones import base, identity
+from early_exit.pretrained import generation, table, tensors
 from early_exit.pretrained.describe import describe
+from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.tokenizer import load_tokenizer
 
 
@@ -28,12 +30,21 @@ class Pretrained:
       params: the backbone's parameters, nested dicts of arrays.
       tokenizer: a `transformers` fast tokenizer; None if a folder has none.
       source: the string it was loaded from.
+      generation: how it is to write; which tokens end an answer.
+      known: its identity, where somebody has worked it out already.
     """
 
     config: base.BackboneConfig
     params: base.Params
     tokenizer: Any
     source: str
+    generation: Generation = Generation()
+    known: identity.Identity | None = None
+
+    @functools.cached_property
+    def identity(self) -> identity.Identity:
+        """Which network it is. Reads every weight, but only the first time."""
+        return self.known or identity.of(self.config, self.params, _whole)
 
 
 def load(
@@ -51,14 +62,17 @@ def load(
     Raises:
       FileNotFoundError, RuntimeError: the source cannot be had.
       ValueError: the checkpoint is damaged, of an unsupported kind, or does not fit its own config
-        (missing, unexpected and misshaped tensors are all listed), the tokenizer does not fit the
-        embedding table, or a weight is not finite.
+        (missing, unexpected and misshaped tensors are all listed), the tokenizer or a token that
+        ends an answer does not fit the embedding table, or a weight is not finite.
     """
     found = describe(source)
     checkpoint, vocab_size = found.checkpoint, getattr(found.config, "vocab_size", 0)
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     if tokenizer is not None and vocab_size:
         _check_tokenizer(tokenizer, vocab_size, checkpoint)
+    writes = Generation()
+    if not found.config.classifies:
+        writes = generation.read(checkpoint.path, checkpoint.config, tokenizer, vocab_size)
     places = {} if shardings is None else tree.flatten(shardings(found.params))
     params = {
         path: _place(array, places.get(path))
@@ -69,7 +83,13 @@ def load(
     for entry in found.entries:
         if entry.optional and entry.name in checkpoint.shapes:
             _check_equal(checkpoint, entry, params, dtype)
-    return Pretrained(found.config, tree.unflatten(params), tokenizer, source)
+    return Pretrained(found.config, tree.unflatten(params), tokenizer, source, writes)
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """All of an array, of which this process may have only a part."""
+    partial = isinstance(array, jax.Array) and not array.is_fully_addressable
+    return sharding.fetch(array) if partial else np.asarray(array)
 
 
 def _check_tokenizer(tokenizer, vocab_size: int, checkpoint: tensors.Checkpoint) -> None:

@@ -15,6 +15,11 @@ IGNORED = (r"\.attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$")
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _NEEDED += ("intermediate_size", "max_position_embeddings")
+# An entry of other families → (its name in this one, its default).
+_OLD_NAMES = {
+    "rope_theta": ("rotary_emb_base", 10_000.0),
+    "partial_rotary_factor": ("rotary_pct", 0.25),
+}
 
 
 def config(hf: dict[str, Any]) -> DecoderConfig:
@@ -23,12 +28,15 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     Raises:
       ValueError: entries are missing, or ask for what the decoder does not do (all are named).
     """
-    old_names = {
-        "rope_theta": hf.get("rotary_emb_base"),
-        "partial_rotary_factor": hf.get("rotary_pct", 0.25),
-    }
-    rope = decoders.rope_entries(hf | old_names)
+    given = {new: hf.get(old, default) for new, (old, default) in _OLD_NAMES.items()}
+    rope = decoders.rope_entries(hf | given)
     problems = decoders.rope_problems(rope)
+    problems += decoders.unknown_rope(hf, (*decoders.ROPE_PLACES, "rotary_emb_base", "rotary_pct"))
+    problems += [  # which transformers does not read
+        f"{new} = {hf[new]!r}, though {old} = {given[new]!r}"
+        for new, (old, _) in _OLD_NAMES.items()
+        if hf.get(new) not in (None, given[new])
+    ]
     if not rope["partial_rotary_factor"]:
         problems.append("no rotary positions (rotary_pct = 0)")
     activation = hf.get("hidden_act", "gelu")

@@ -7,6 +7,7 @@ from early_exit.backbones.resnet import ResNetConfig
 from early_exit.pretrained.table import CONV, Entry
 
 MODEL_TYPES = ("resnet",)
+NEW = {"resnet_imagenet": ResNetConfig.imagenet}
 PREFIXES = ("resnet.", "")
 IGNORED = (r"\.num_batches_tracked$",)
 

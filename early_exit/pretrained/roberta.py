@@ -17,7 +17,7 @@ MODEL_TYPES = tuple(_FAMILIES)
 PREFIXES = ("roberta.", "")
 # Beside a classification head, old checkpoints hold a pooler that it does not use.
 IGNORED = (r"^lm_head\.", r"embeddings\.(position|token_type)_ids$", r"^roberta\.pooler\.")
-adapted = bert.adapted
+adapted, nearest = bert.adapted, bert.nearest
 
 
 def config(hf: dict[str, Any]) -> EncoderConfig:

@@ -12,11 +12,12 @@ from early_exit.backbones.resnet import ResNetConfig
 from early_exit.pretrained.resnet import IGNORED, unit_entries
 from early_exit.pretrained.table import Entry
 
-__all__ = ["IGNORED", "MODEL_TYPES", "PREFIXES", "config", "entries", "to_hf"]
+__all__ = ["IGNORED", "MODEL_TYPES", "NEW", "PREFIXES", "config", "entries", "to_hf"]
 
 _OWN = "torchvision_resnet"
 # timm's configs have an `architecture` where transformers' have a `model_type`.
 MODEL_TYPES = (_OWN, *(f"resnet{layers}" for layers in (18, 34, 50, 101, 152)))
+NEW = {"resnet_cifar": ResNetConfig.cifar}
 PREFIXES = ("",)
 
 

@@ -24,17 +24,17 @@ from absl import logging
 from early_exit import policy as policies
 from early_exit import sharding, tree
 from early_exit.backbones import base
-from early_exit.backbones.decoder import DecoderConfig
-from early_exit.backbones.encoder import EncoderConfig
-from early_exit.backbones.resnet import ResNetConfig
+from early_exit.backbones.identity import Identity
 from early_exit.data import feed as feeds
+from early_exit.data import tokenising
 from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
-from early_exit.pretrained import chat
+from early_exit.pretrained import chat, families
 from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
+from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.load import Pretrained, load
 from early_exit.runs import checkpoint
 from early_exit.settings import read
@@ -56,11 +56,13 @@ class Tuned:
     Attributes:
       model: the static description.
       params: `backbone`, `exits` and, for reduced heads, `token_ids`.
-      tokenizer: the backbone's.
+      tokenizer: the backbone's; None if it has none.
+      generation: how the backbone's makers want it to write.
       config: the run's.
       workdir: the folder of the run, or of what it was exported to.
       data: what the run keeps of the data it was tuned on (`data.feed.About`); None for runs of
         versions that kept nothing.
+      identity: of the backbone.
       metadata: what anything derived from the model is marked with: the fingerprints of the
         `backbone` and the `heads`, and the `step` of the checkpoint.
     """
@@ -68,9 +70,11 @@ class Tuned:
     model: MultiExit
     params: base.Params
     tokenizer: Any
+    generation: Generation
     config: Settings
     workdir: Path
     data: dict[str, Any] | None
+    identity: Identity
     metadata: dict[str, Any]
 
     @functools.cached_property
@@ -80,16 +84,36 @@ class Tuned:
             tell_no_data_kept(self.workdir, self.model.config)
         return feeds.make(self.config, self.model.config, self.tokenizer, self.data)
 
-    @functools.cached_property
+    @property
+    def backbone(self) -> Pretrained:
+        """The network without its exits."""
+        return Pretrained(
+            self.model.config,
+            self.params["backbone"],
+            self.tokenizer,
+            str(self.workdir),
+            self.generation,
+            self.identity,
+        )
+
+    @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer."""
-        return chat.stop_ids(self.tokenizer)
+        return list(self.generation.stop_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt that is continued as it stands; special tokens in it are special.
+
+        Raises:
+          ValueError: there is no tokenizer.
+        """
+        return tokenising.needed(self.tokenizer).encode(text)
 
     def chat(self, question: str) -> list[int]:
         """Token ids of a user's turn in the model's chat template.
 
         Raises:
-          ValueError: the tokenizer has no chat template.
+          ValueError: there is no tokenizer, no chat template, or one that fails.
         """
         return chat.prompt(self.tokenizer, question)
 
@@ -117,6 +141,12 @@ def load_backbone(
       ValueError: weights that do not load, settings that make no network, or exits that do not
         fit it.
     """
+    pretrained = _network(config, shardings)
+    return pretrained, MultiExit(pretrained.config, exit_config(config))
+
+
+def _network(config: Settings, shardings: Callable[[base.Params], Any] | None = None) -> Pretrained:
+    """What `load_backbone` attaches exits to."""
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     source = model.source
     if model.new:
@@ -126,20 +156,17 @@ def load_backbone(
                 f"a {model.new['family']} reads text, and a new one has no tokenizer for it; "
                 "give model.source, where weights are"
             )
-        pretrained = _drawn(network, {}, config, None)
+        pretrained = _drawn(network, Pretrained(network, {}, None, source), config)
     elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
-        tuned = load_tuned(Path(source))
-        backbone = tuned.params["backbone"]
-        pretrained = Pretrained(tuned.model.config, backbone, tuned.tokenizer, source)
+        pretrained = load_tuned(Path(source)).backbone
     else:
         pretrained = load(source, dtype, shardings)
     if model.changes:
-        changed = _changed(pretrained.config, model.changes)
-        pretrained = _drawn(changed, pretrained.params, config, pretrained.tokenizer)
+        pretrained = _drawn(_changed(pretrained.config, model.changes), pretrained, config)
     if shardings is not None:
         params = sharding.place(pretrained.params, shardings(pretrained.params))
         pretrained = dataclasses.replace(pretrained, params=params)
-    return pretrained, MultiExit(pretrained.config, exit_config(config))
+    return pretrained
 
 
 def abstract_model(config: Settings) -> MultiExit:
@@ -158,24 +185,14 @@ def abstract_model(config: Settings) -> MultiExit:
     return MultiExit(_changed(network, config.model.changes), exit_config(config))
 
 
-# Networks that can be made anew, by the name in `model.new.family`.
-FAMILIES = {
-    "resnet_cifar": ResNetConfig.cifar,
-    "resnet_imagenet": ResNetConfig.imagenet,
-    "encoder": EncoderConfig,
-    "decoder": DecoderConfig,
-}
-
-
 def _new(settings: Mapping[str, Any]) -> base.BackboneConfig:
     settings = dict(settings)
     family = settings.pop("family", None)
-    if family not in FAMILIES:
-        raise ValueError(
-            f"unknown model.new.family {family!r}; choose one of {', '.join(FAMILIES)}"
-        )
+    known = families.new_networks()
+    if family not in known:
+        raise ValueError(f"unknown model.new.family {family!r}; choose one of {', '.join(known)}")
     try:
-        return FAMILIES[family](**settings)
+        return known[family](**settings)
     except TypeError as error:
         raise ValueError(f"model.new does not describe a {family}: {error}") from error
 
@@ -187,12 +204,11 @@ def _changed(network: base.BackboneConfig, changes: Mapping[str, Any]) -> base.B
         raise ValueError(f"model.changes do not fit the network: {error}") from error
 
 
-def _drawn(
-    network: base.BackboneConfig, params: base.Params, config: Settings, tokenizer: Any
-) -> Pretrained:
-    """`network` with those of `params` that it has, and the others drawn from the config's seed."""
+def _drawn(network: base.BackboneConfig, source: Pretrained, config: Settings) -> Pretrained:
+    """`network` with those parameters of the source that it has, and the others drawn from the
+    config's seed."""
     _, abstract = base.abstract(network.build)
-    given, wanted = tree.flatten(params), tree.flatten(abstract)
+    given, wanted = tree.flatten(source.params), tree.flatten(abstract)
     kept = {
         path: given[path]
         for path, leaf in wanted.items()
@@ -201,7 +217,7 @@ def _drawn(
     if len(kept) < len(wanted):
         key, dtype = stream(config.seed, "network"), jnp.dtype(config.model.dtype)
         kept = tree.flatten(base.init(network, key, dtype)) | kept
-    return Pretrained(network, tree.unflatten(kept), tokenizer, config.model.source)
+    return dataclasses.replace(source, config=network, params=tree.unflatten(kept), known=None)
 
 
 def save_config(config: Settings, workdir: Path) -> None:
@@ -286,15 +302,31 @@ def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
     else:
         _check_same_run(config, workdir)
     load_from = _exported if artefact.is_in(workdir) else _checkpointed
-    model, params, tokenizer, data, provenance = load_from(workdir, config)
+    model, params, pretrained, data, step = load_from(workdir, config)
     # All committed to the device, as restored arrays are. A mixture makes a decode's state change
     # from one call to the next, and every program compile twice.
     params = jax.device_put(params, jax.local_devices()[0])
-    provenance["heads"] = tree.fingerprint(params["exits"])
-    return Tuned(model, params, tokenizer, config, workdir, data, provenance)
+    known = pretrained.identity
+    heads = tree.fingerprint(params["exits"])
+    return Tuned(
+        model=model,
+        params=params,
+        tokenizer=pretrained.tokenizer,
+        generation=pretrained.generation,
+        config=config,
+        workdir=workdir,
+        data=data,
+        identity=known,
+        metadata={"backbone": str(known), "heads": heads, "step": step},
+    )
 
 
-def _checkpointed(workdir: Path, config: Settings):
+# What a folder holds: the model, its parameters, the network without its exits, what is kept of the
+# data, and the step.
+_Read = tuple[MultiExit, base.Params, Pretrained, dict[str, Any] | None, int]
+
+
+def _checkpointed(workdir: Path, config: Settings) -> _Read:
     checkpoints = workdir / CHECKPOINTS
     step = checkpoint.latest_step(checkpoints)
     if step is None:
@@ -302,16 +334,17 @@ def _checkpointed(workdir: Path, config: Settings):
     saved = checkpoint.metadata(checkpoints, step)
     pretrained, model = load_backbone(config)
     if config.tune.train == "exits":  # or the checkpoint has the backbone, too
-        check_fingerprint(saved["backbone"], tree.fingerprint(pretrained.params), workdir)
+        check_backbone(saved["backbone"], pretrained.identity, workdir)
     trained = checkpoint.restore(checkpoints, {"params": abstract_trained(config, model)}, step)
     params = jax.tree.map(lambda x: x.astype(config.model.dtype), trained[0]["params"])
     if "backbone" in params and config.model.scan:
         params["backbone"] = base.unstack_blocks(params["backbone"])
+    if "backbone" in params:  # it was trained, and is another network since
+        pretrained = dataclasses.replace(pretrained, params=params["backbone"], known=None)
     params = {"backbone": pretrained.params} | params
     if saved["token_ids"]:
         params["token_ids"] = jnp.array(saved["token_ids"], jnp.int32)
-    provenance = {"backbone": tree.fingerprint(params["backbone"]), "step": step}
-    return model, params, pretrained.tokenizer, saved.get("data"), provenance
+    return model, params, pretrained, saved.get("data"), step
 
 
 def for_tuning(config: Settings, model: MultiExit) -> MultiExit:
@@ -339,17 +372,24 @@ def abstract_trained(config: Settings, model: MultiExit) -> base.Params:
     return trained
 
 
-def _exported(workdir: Path, config: Settings):
+def _exported(workdir: Path, config: Settings) -> _Read:
     described = artefact.describe(workdir)
     beside = [workdir / name for name in ("config.json", "model.safetensors")]
     if any(path.exists() for path in beside):
-        source = str(workdir)
-    elif not (source := config.model.source):
+        pretrained = load(str(workdir), described.dtype)
+    elif not config.model.source:
         raise ValueError(f"{workdir / artefact.DESCRIPTION} names no backbone in config.model")
-    pretrained = load(source, described.dtype)
-    model, params = artefact.attach(workdir, pretrained.config, pretrained.params)
-    provenance = {"backbone": described.backbone, "step": described.step}
-    return model, params, pretrained.tokenizer, described.data, provenance
+    else:
+        pretrained = _network(config)
+    if pretrained.config.reads == "tokens" and pretrained.tokenizer is None:
+        raise FileNotFoundError(
+            f"{pretrained.source} has no tokenizer.json, which every run on text has; put it back "
+            "beside the weights, or export the run again"
+        )
+    model, params = artefact.attach(
+        workdir, pretrained.config, pretrained.params, pretrained.identity
+    )
+    return model, params, pretrained, described.data, described.step
 
 
 def kept_data(workdir: Path) -> dict[str, Any] | None:
@@ -399,9 +439,15 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
             load_policy(tuned)  # refuses one that does not fit
             shutil.copyfile(policy, inside / POLICY)
         if not exits_only:
-            write_backbone(inside, tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
+            write_backbone(
+                inside,
+                tuned.model.config,
+                tuned.params["backbone"],
+                tuned.tokenizer,
+                tuned.generation,
+            )
         config, step = read.as_dict(tuned.config), tuned.metadata["step"]
-        artefact.write(inside, tuned.model, tuned.params, config, step, tuned.data)
+        artefact.write(inside, tuned.model, tuned.params, tuned.identity, config, step, tuned.data)
 
 
 def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:
@@ -421,11 +467,11 @@ def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:
     return policy
 
 
-def check_fingerprint(expected: str, found: str, workdir: Path) -> None:
-    """Raises ValueError where heads were tuned on other weights than the ones loaded."""
-    if expected != found:
+def check_backbone(expected: str, found: Identity, workdir: Path) -> None:
+    """Raises ValueError where heads were tuned on another network than the one loaded."""
+    if not found.is_named(expected):
         raise ValueError(
             f"the heads in {workdir} were tuned on a backbone with fingerprint {expected[:12]}…, "
-            f"but model.source gives {found[:12]}…; name the backbone they were tuned on, "
-            "or tune again in another --workdir"
+            f"but model.source gives {str(found)[:12]}…, by its weights or by its config; name the "
+            "backbone they were tuned on, or tune again in another --workdir"
         )

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from early_exit import sharding, tree
+from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.data import feed as feeds
 from early_exit.data import transforms
 from early_exit.data.stream import Rank, TrainingBatches
 from early_exit.distillation import hidden_states
 from early_exit.evaluation import exits as evaluation
+from early_exit.pretrained.load import Pretrained
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.runs.metrics import MetricsWriter, progress
@@ -165,10 +166,10 @@ class Run:
         self.model = assemble.for_tuning(config, model)
         known = assemble.kept_data(workdir) or assemble.data_of_source(config)
         self.feed = feeds.make(config, self.model.config, pretrained.tokenizer, known)
-        self.metadata = self._metadata(workdir, pretrained.params)
+        self.metadata = self._metadata(workdir, pretrained)
         if self._states:
             text = self.feed.data_hash("train")
-            hidden_states.check(config, self._states, self.metadata["backbone"], text)
+            hidden_states.check(config, self._states, pretrained.identity, text)
         self.loaded = self._as_run(pretrained.params)
         self.frozen = {} if config.tune.train == "all" else {"backbone": self.loaded}
         if self.metadata["token_ids"]:
@@ -268,12 +269,11 @@ class Run:
         _, shapes = base.abstract(self.model.config.build)
         return base.stack_blocks(loaded, sharding.shardings(shapes, self.mesh))
 
-    def _metadata(self, workdir: Path, loaded: base.Params) -> dict:
-        backbone = tree.fingerprint(loaded, sharding.fetch)
+    def _metadata(self, workdir: Path, pretrained: Pretrained) -> dict:
         if checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
             saved = checkpoint.metadata(workdir / CHECKPOINTS)
             if self.config.tune.train == "exits":  # or the checkpoint has the backbone, too
-                assemble.check_fingerprint(saved["backbone"], backbone, workdir)
+                assemble.check_backbone(saved["backbone"], pretrained.identity, workdir)
             return saved | {"data": self._data(saved.get("data"), workdir)}
         token_ids = []
         if self.config.exits.classes:
@@ -281,7 +281,11 @@ class Run:
             token_ids = transforms.frequent_tokens(
                 sample, self.model.config.vocab_size, self.config.exits.classes
             ).tolist()
-        return {"backbone": backbone, "token_ids": token_ids, "data": self.feed.about()}
+        return {
+            "backbone": str(pretrained.identity),
+            "token_ids": token_ids,
+            "data": self.feed.about(),
+        }
 
     def _data(self, before: dict | None, workdir: Path) -> dict:
         """What today's data is, which must be what the run began with."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from early_exit.data import excerpts, sources
+from early_exit.data import excerpts, sources, tokenising
 from early_exit.data.examples import examples
 from early_exit.evaluation import exits
 from early_exit.runs import assemble
@@ -42,8 +42,8 @@ def main(argv):
         texts = documents(metadata["source"])
         batches = excerpts.batches(
             texts,
-            tuned.tokenizer.encode,
-            end_of_text=tuned.tokenizer.eos_token_id,
+            tokenising.encoder(tuned.tokenizer, metadata["source"]),
+            end_of_text=tokenising.end_of_text(tuned.tokenizer),
             sequence_length=LENGTH.value,
             batch_size=BATCH,
             num_batches=min(TEXTS.value, len(texts)) // BATCH,

@@ -1,5 +1,6 @@
 """Conversations of a speaker whose words are given: tried is what becomes of them."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -10,9 +11,12 @@ from early_exit.data import conversations, shards, sources
 from early_exit.data.conversations import Conversation, Fault, Rules, Words
 from early_exit.data.stream import Rank
 from early_exit.distillation.converse import Settings, Speaker, converse
+from early_exit.pretrained.generation import Generation
+from early_exit.pretrained.load import Pretrained
 from early_exit.pretrained.tokenizer import load_tokenizer
 
 TINY_CHAT = pathlib.Path(__file__).parents[1] / "fixtures/tiny_chat"
+ENDS = (0, 2)  # <|endoftext|> and <|im_end|>
 NOUNS = ["name", "class", "import", "self", "number", "letter", "word", "order", "noise", "zero"]
 
 
@@ -21,12 +25,16 @@ def tokenizer():
     return load_tokenizer(TINY_CHAT)
 
 
+def network(config, params, tokenizer):
+    return Pretrained(config, params, tokenizer, "nowhere", Generation(ENDS))
+
+
 class Scripted(Speaker):
     """Asks and answers by the seed it is given; what it was asked to write stands in `calls`."""
 
     def __init__(self, tiny, tokenizer, share_ended=0.9):
         model, params = tiny
-        super().__init__(model.config, params["backbone"], tokenizer)
+        super().__init__(network(model.config, params["backbone"], tokenizer))
         self.share_ended, self.calls = share_ended, []
 
     def write(self, prompts, sampling, max_new_tokens, stop_ids, seed, batch):
@@ -189,6 +197,17 @@ def test_a_folder_of_another_model_or_other_settings_is_refused(speaker, tiny, t
     assert contents(tmp_path) == before
 
 
+def test_a_folder_that_knows_its_model_by_the_weights_alone_goes_on(speaker, tmp_path):
+    """As all did before fingerprints were of the config, too."""
+    list(converse(speaker, tmp_path, SETTINGS, tokens=1))
+    about = json.loads((tmp_path / "about.json").read_text())
+    old = about | {"backbone": speaker.network.identity.weights}
+    (tmp_path / "about.json").write_text(json.dumps(old))
+    list(converse(speaker, tmp_path, SETTINGS, tokens=1000))
+    assert json.loads((tmp_path / "about.json").read_text()) == old
+    assert len(shards.finished(tmp_path)) > 1
+
+
 @pytest.mark.parametrize(
     ("settings", "given", "message"),
     [
@@ -204,10 +223,10 @@ def test_what_cannot_be_made_is_refused_at_once(speaker, tmp_path, settings, giv
 
 def test_a_speaker_needs_words(tiny):
     model, params = tiny
-    with pytest.raises(ValueError, match="has no tokenizer; put its tokenizer.json beside it"):
-        Speaker(model.config, params["backbone"], None)
+    with pytest.raises(ValueError, match="has no tokenizer, .* put its tokenizer.json beside"):
+        Speaker(network(model.config, params["backbone"], None))
     with pytest.raises(ValueError, match="writes no text"):
-        Speaker(ResNetConfig.cifar(8, num_classes=2), {}, None)
+        Speaker(network(ResNetConfig.cifar(8, num_classes=2), {}, None))
 
 
 @pytest.mark.parametrize("name", ["max_question_tokens", "max_new_tokens", "per_shard"])

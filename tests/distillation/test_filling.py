@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import pathlib
 import shutil
 
@@ -201,6 +202,17 @@ def test_settings_that_do_not_suit_the_states(config, cache, tmp_path, changes, 
     config = changed(config, {"tune.hidden_states": str(cache)} | changes)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         loop.Run(config, tmp_path)
+
+
+def test_states_that_know_their_backbone_by_its_weights_alone_are_taken(config, cache, tmp_path):
+    """As all did before fingerprints were of the config, too."""
+    old = shutil.copytree(cache, tmp_path / "old")
+    about = json.loads((old / "about.json").read_text())
+    known = assemble.load_backbone(config)[0].identity
+    assert about["backbone"] == str(known)
+    (old / "about.json").write_text(json.dumps(about | {"backbone": known.weights}))
+    hidden_states.fill(config, old, batches=4, top_k=TOP_K)
+    loop.Run(override(config, {"tune.hidden_states": str(old)}), tmp_path / "run")
 
 
 def test_another_text_does_not_suit_the_states(config, cache, tmp_path):

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from conftest import TINY, build
 from early_exit import tree
+from early_exit.backbones import identity, rotary
 from early_exit.exits import artefact
 from early_exit.exits.heads import OUTPUTS
 
@@ -16,10 +17,18 @@ KINDS = TINY.head_kinds
 CONFIG = {"model": {"source": "somewhere"}, "note": "ŋ"}
 
 
+def known(backbone, config=TINY):
+    return identity.of(config, backbone)
+
+
+def attach(folder, config, backbone):
+    return artefact.attach(folder, config, backbone, known(backbone, config))
+
+
 def written(folder, **exits):
     """(model, params) of heads that lie in `folder`."""
     model, params = build(**exits)
-    artefact.write(folder, model, params, CONFIG, step=7)
+    artefact.write(folder, model, params, known(params["backbone"]), CONFIG, step=7)
     return model, params
 
 
@@ -39,7 +48,7 @@ def backbone():
 @pytest.mark.parametrize("head", KINDS)
 def test_heads_come_back_bit_for_bit(head, output, classes, tmp_path):
     model, params = written(tmp_path, head=head, output=output, classes=classes)
-    again, loaded = artefact.attach(tmp_path, TINY, params["backbone"])
+    again, loaded = attach(tmp_path, TINY, params["backbone"])
     assert again == model
     assert tree.fingerprint(loaded) == tree.fingerprint(params)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
@@ -48,8 +57,8 @@ def test_heads_come_back_bit_for_bit(head, output, classes, tmp_path):
 def test_half_precision_is_kept(tmp_path):
     model, params = build()
     params = jax.tree.map(lambda x: x.astype("bfloat16"), params)
-    artefact.write(tmp_path, model, params, CONFIG, step=7)
-    _, loaded = artefact.attach(tmp_path, TINY, params["backbone"])
+    artefact.write(tmp_path, model, params, known(params["backbone"]), CONFIG, step=7)
+    _, loaded = attach(tmp_path, TINY, params["backbone"])
     assert tree.fingerprint(loaded) == tree.fingerprint(params)
 
 
@@ -57,7 +66,7 @@ def test_the_description_says_what_they_are(folder, backbone):
     described = artefact.describe(folder)
     model, _ = build(classes=9)
     assert described.exits == model.exits
-    assert described.backbone == tree.fingerprint(backbone)
+    assert described.backbone == str(known(backbone))
     assert (described.config, described.step, described.dtype) == (CONFIG, 7, "float32")
     # Anyone can read the arrays without this project.
     arrays = safetensors.numpy.load_file(folder / "exits.safetensors")
@@ -66,9 +75,33 @@ def test_the_description_says_what_they_are(folder, backbone):
 
 def test_another_backbone_is_refused_naming_both(folder, backbone):
     backbone["final_norm"]["scale"] = backbone["final_norm"]["scale"] * 2
-    both = artefact.describe(folder).backbone[:12], tree.fingerprint(backbone)[:12]
+    both = artefact.describe(folder).backbone[:12], str(known(backbone))[:12]
     with pytest.raises(ValueError, match=f"exits.json.*{both[0]}….* this one has {both[1]}…"):
-        artefact.attach(folder, TINY, backbone)
+        attach(folder, TINY, backbone)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm_eps": 0.1},
+        {"rope_theta": 5.0},
+        {"rope_scaling": rotary.Linear(2.0)},
+        {"window": 7},
+        {"activation": "relu"},
+    ],
+)
+def test_the_same_weights_under_another_config_are_another_backbone(folder, backbone, change):
+    with pytest.raises(ValueError, match="by its weights or by its config"):
+        attach(folder, dataclasses.replace(TINY, **change), backbone)
+
+
+def test_heads_that_name_their_backbone_by_its_weights_alone_are_taken(folder, backbone):
+    """Folders of before fingerprints were of the config, too."""
+    described(backbone=tree.fingerprint(backbone))(folder)
+    attach(folder, TINY, backbone)
+    backbone["final_norm"]["scale"] = backbone["final_norm"]["scale"] * 2
+    with pytest.raises(ValueError, match="use the backbone they were tuned on"):
+        attach(folder, TINY, backbone)
 
 
 def described(**changes):
@@ -194,11 +227,11 @@ def test_damage_is_one_clear_error(damage, folder, backbone):
     change, message = DAMAGE[damage]
     change(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        artefact.attach(folder, TINY, backbone)
+        attach(folder, TINY, backbone)
 
 
 def test_a_smaller_backbone_is_another_one(folder):
     config = dataclasses.replace(TINY, width=12)
     _, params = build(config)
     with pytest.raises(ValueError, match="use the backbone they were tuned on"):
-        artefact.attach(folder, config, params["backbone"])
+        attach(folder, config, params["backbone"])

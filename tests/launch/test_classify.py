@@ -193,6 +193,13 @@ def test_texts_are_answered_by_the_names_of_their_classes(classify, texts, tmp_p
         assert int(depth) < deepest or label == names[want]
 
 
+def test_a_classifier_writes_nothing(launch, images, texts):
+    for run in (images, texts):
+        done = launch("generate", f"--workdir={run.folder}", "--prompt=x")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"{run.folder} holds a classifier; use launch.classify" in done.stderr
+
+
 def test_answers_unlike_calibration_s_are_told(classify, images, tmp_path):
     """What a temperature does to probabilities is no drift; other probabilities are."""
     everyone, path = [policies.ALWAYS, policies.NEVER], tmp_path / "policy.json"

@@ -72,7 +72,16 @@ TYPES = [3, 3, 4] + [1] * 98
 def write_gguf(tmp_path, tiny_tensors):
     """Writes the tiny Llama as llama.cpp's converter would; returns the file's path."""
 
-    def write(architecture="llama", dtype=np.float32, pre="smollm", model="gpt2", add_bos=False):
+    def write(
+        architecture="llama",
+        dtype=np.float32,
+        pre="smollm",
+        model="gpt2",
+        add_bos=False,
+        types=TYPES,
+        more=None,
+        divisors=None,
+    ):
         path = tmp_path / "tiny.gguf"
         writer = gguf.GGUFWriter(path, architecture)
         writer.add_context_length(64)
@@ -86,14 +95,20 @@ def write_gguf(tmp_path, tiny_tensors):
         writer.add_rope_freq_base(700.0)
         writer.add_layer_norm_rms_eps(1e-3)
         writer.add_tokenizer_model(model)
-        writer.add_tokenizer_pre(pre)
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
         writer.add_token_list(TOKENS)
-        writer.add_token_types(TYPES)
+        writer.add_token_types(types)
         writer.add_token_merges(MERGES)
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(0)
         writer.add_add_bos_token(add_bos)
         writer.add_chat_template("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+        for key, value in (more or {}).items():
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+            add.get(type(value), writer.add_string)(key, value)
+        if divisors is not None:
+            writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
         for name, tensor in tiny_tensors.items():
             heads = 6 if "q_proj" in name else 2 if "k_proj" in name else 0

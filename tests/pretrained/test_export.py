@@ -11,7 +11,8 @@ import safetensors.numpy
 
 from conftest import build
 from early_exit import tree
-from early_exit.pretrained.describe import FAMILIES, describe
+from early_exit.pretrained import families
+from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import export_backbone
 from early_exit.pretrained.load import load
 from early_exit.pretrained.tokenizer import load_tokenizer
@@ -31,8 +32,9 @@ def stored(folder):
 
 
 def test_every_family_has_a_fixture():
-    families = {describe(str(FIXTURES / name)).checkpoint.config["model_type"] for name in MODELS}
-    assert {FAMILIES[name] for name in families} == set(FAMILIES.values())
+    found = {describe(str(FIXTURES / name)).checkpoint.config["model_type"] for name in MODELS}
+    served = families.by_model_type()
+    assert {served[name] for name in found} == set(families.every())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -17,6 +17,12 @@ CONFIG = {
     "intermediate_size": 64,
     "max_position_embeddings": 128,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 2.0, 3.0, 4.0],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "attention_factor": 1.0,
+}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -70,10 +76,18 @@ def test_both_spellings_of_rotary_positions(entries):
             {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.5},
             rotary.Yarn(4.0, 128, 0.5),
         ),
+        ({"rope_type": "linear", "factor": 2.0, "finetuned": True}, rotary.Linear(2.0)),
+        (LONGROPE, rotary.PerPair((1.0, 2.0, 3.0, 4.0))),
     ],
 )
 def test_scaled_rotary_positions(entry, rope, scaling):
     assert llama.config(CONFIG | {entry: rope}).rope_scaling == scaling
+
+
+def test_entries_that_switch_nothing_on_are_taken():
+    """SmolLM2's config has the first, Qwen2.5's the second."""
+    hf = CONFIG | {"rope_interleaved": False, "use_mrope": False, "rope_local_base_freq": None}
+    assert llama.config(hf) == llama.config(CONFIG)
 
 
 def test_an_original_context_beside_the_rope_entries_comes_first():
@@ -113,7 +127,15 @@ QWEN = {"model_type": "qwen2", "use_sliding_window": True, "num_key_value_heads"
     ("entries", "message"),
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, r"'longrope' \(only 'default' or 'lin"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, r"'ntk' \(only 'default' or 'linear'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' without short_factor"),
+        ({"rope_parameters": LONGROPE | {"long_factor": [2.0] * 4}}, "are not the same numbers"),
+        ({"rope_parameters": LONGROPE | {"attention_factor": 1.2}}, "attention_factor = 1.2"),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0, "mscale_all": 1.0}}, "mscale_all = 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate = 'no'"),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "factor = inf"),
+        ({"rotary_emb_base": 500}, "rotary_emb_base = 500, which this family does not have"),
+        ({"no_rope_layers": [1, 0]}, r"no_rope_layers = \[1, 0\]"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type = 'linear' without factor"),
         (
             {"rope_scaling": {"type": "llama3", "factor": 8.0}},

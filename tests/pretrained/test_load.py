@@ -100,6 +100,30 @@ def test_all_misfits_are_reported_together_before_anything_is_read(
     ]
 
 
+@pytest.mark.parametrize("inner", ["model.", ""])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "language_model.", "base_model.model.", "net.0."]
+)
+def test_what_a_wrapper_puts_before_all_names_is_told(write_folder, tiny_tensors, prefix, inner):
+    wrapped = {
+        name.replace("model.", prefix + inner, 1) if "model." in name else prefix + name: x
+        for name, x in tiny_tensors.items()
+    }
+    buffer = {f"{prefix}layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+    message = f"missing: model.norm.weight (?s:.*)All names begin with '{prefix}', which a wrapper"
+    with pytest.raises(ValueError, match=message):
+        load(str(write_folder(wrapped | buffer)))
+
+
+def test_names_of_another_model_are_not_a_wrapper_s(write_folder, tiny_tensors):
+    some = {f"module.{name}": x for name, x in tiny_tensors.items() if "layers.1" not in name}
+    other = {f"other.{i}": x for i, x in enumerate(tiny_tensors.values())}
+    for tensors in (some, other):
+        with pytest.raises(ValueError, match="of another model") as refused:
+            load(str(write_folder(tensors)))
+        assert "wrapper" not in str(refused.value)
+
+
 def test_rotary_buffers_of_old_checkpoints_are_passed_over(write_folder, tiny_tensors, tiny_llama):
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(7, np.float32)}
     assert_same_params(

@@ -28,6 +28,12 @@ def test_absent_entries_are_transformers_defaults():
     "entries",
     [
         {"rotary_pct": 0.5, "rotary_emb_base": 500},
+        {
+            "rotary_pct": 0.5,
+            "partial_rotary_factor": 0.5,
+            "rotary_emb_base": 500,
+            "rope_theta": 500,
+        },
         {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 500}},
         {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 500}, "rotary_pct": 0.1},
     ],
@@ -47,6 +53,8 @@ def test_scaled_rotary_positions():
     [
         ({"hidden_act": "gelu_10"}, "hidden_act = 'gelu_10'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+        ({"rope_theta": 500}, "rope_theta = 500, though rotary_emb_base = 10000"),
+        ({"rotary_ndims": 4}, "rotary_ndims = 4, which this family does not have"),
         ({"rotary_pct": 0.0}, "no rotary positions"),
         ({"rotary_pct": 0.2}, "an even number of dimensions, not 3"),
         ({"num_attention_heads": 5}, "hidden_size = 48 is not a multiple of 5 attention heads"),

@@ -38,8 +38,15 @@ def test_gguf_begin_token_is_added_where_the_file_says(write_gguf, add_bos):
 
 
 def test_gguf_tokenizers_of_other_kinds_are_refused(write_gguf):
-    with pytest.raises(ValueError, match="pre-tokenizer 'llama-bpe'; supported are 'default'"):
-        load_tokenizer(write_gguf(pre="llama-bpe"))
+    for pre in ("llama-bpe", "default"):  # llama.cpp's default is a rule of its own
+        with pytest.raises(ValueError, match=f"says by '{pre}' how .*; supported are 'gpt-2', 'sm"):
+            load_tokenizer(write_gguf(pre=pre))
+    with pytest.raises(ValueError, match=r"tiny.gguf does not say \(tokenizer.ggml.pre\) how text"):
+        load_tokenizer(write_gguf(pre=None))
+    with pytest.raises(
+        ValueError, match=r"tiny.gguf gives 2 types \(tokenizer.ggml.token_type\) to"
+    ):
+        load_tokenizer(write_gguf(types=[3, 3]))
     with pytest.raises(ValueError, match="tokenizer model 'llama'; only byte-level BPE"):
         load_tokenizer(write_gguf(model="llama"))
 
