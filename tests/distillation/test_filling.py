@@ -212,7 +212,7 @@ def test_states_that_know_their_backbone_by_its_weights_alone_are_taken(config, 
     assert about["backbone"] == str(known)
     (old / "about.json").write_text(json.dumps(about | {"backbone": known.weights}))
     hidden_states.fill(config, old, batches=4, top_k=TOP_K)
-    loop.Run(override(config, {"tune.hidden_states": str(old)}), tmp_path / "run")
+    loop.Run(changed(config, {"tune.hidden_states": str(old)}), tmp_path / "run")
 
 
 def test_another_text_does_not_suit_the_states(config, cache, tmp_path):

@@ -151,7 +151,7 @@ def flipped(content):
 def test_what_the_data_was_is_kept_if_it_is_known(tmp_path):
     model, params = build()
     for data in ({"classes": ["ŋ", "b"], "image_size": [8, 8]}, None):
-        artefact.write(tmp_path, model, params, CONFIG, 7, data)
+        artefact.write(tmp_path, model, params, known(params["backbone"]), CONFIG, 7, data)
         assert artefact.describe(tmp_path).data == data
     described(data=None)(tmp_path)  # as earlier versions wrote it
     assert "data" not in json.loads((tmp_path / "exits.json").read_text())

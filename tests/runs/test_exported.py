@@ -16,7 +16,7 @@ from configs import tiny
 from early_exit import tree
 from early_exit.pretrained.load import load
 from early_exit.runs import assemble, checkpoint
-from early_exit.settings.overrides import override
+from early_exit.settings import read
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 PROMPT = {"tokens": jnp.asarray([[5, 9, 4, 7, 3]])}
@@ -33,8 +33,8 @@ def save_run(folder, source, *, trained=False, name=None, changes=None, **settin
       name: of the backbone in the checkpoint, instead of today's.
     """
     settings = {"model.source": str(source), "tune.train": "all" if trained else "exits"} | settings
-    config = override(tiny.get_config(), {"exits.head": "mlp", "exits.classes": 0} | settings)
-    config.model.changes = changes or {}
+    settings |= {"exits.head": "mlp", "exits.classes": 0, "model.changes": changes or {}}
+    config = read.changed(read.read(tiny.get_config()), settings)
     pretrained, model = assemble.load_backbone(config)
     params = {"exits": model.init_exits(jax.random.key(0), pretrained.params, "random", None)}
     if trained:
@@ -126,7 +126,6 @@ CLASSIFIER = {
     "changes": {"num_classes": 3, "pooling": "mean"},
     "exits.points": (1,),
     "exits.gate": False,
-    "model.remat": "",
 }
 
 
