@@ -28,9 +28,14 @@ from launch import common, processes
 
 STATES = flags.DEFINE_string("hidden_states", None, "Folder of the cache.")
 BATCHES = flags.DEFINE_integer(
-    "batches", None, "At least so many batches; if absent, as many as the config tunes for."
+    "batches",
+    None,
+    "At least so many batches; if absent, as many as the config tunes for.",
+    lower_bound=1,
 )
-TOP_K = flags.DEFINE_integer("top_k", 64, "Tokens of the full model's kept at each position.")
+TOP_K = flags.DEFINE_integer(
+    "top_k", 64, "Tokens of the full model's kept at each position.", lower_bound=1
+)
 
 
 def main(argv):

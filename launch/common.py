@@ -1,6 +1,7 @@
 """What every command shares: the run's folder, and errors that are a sentence, not a stack."""
 
 import logging
+import math
 import os
 import sys
 import traceback
@@ -18,8 +19,14 @@ from early_exit.storage.packages import cache_folder
 from early_exit.training import preemption
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The run's settings; after tuning, the run's folder has them."
+    "config",
+    None,
+    "The run's settings: a file of configs/, and --config.<section>.<setting>=… to change one of "
+    "them (`launch.inspect --settings` lists all). After tuning, the run's folder has them.",
 )
+# Of all --seed flags; larger ones are no seeds for JAX.
+SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}
+
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 DEBUG = flags.DEFINE_bool("debug", False, "Show the whole stack of an error.")
 
@@ -36,8 +43,12 @@ def settings() -> Settings | None:
 
     Raises:
       SettingsError: they make no run.
+      OSError: no such file.
     """
-    return None if CONFIG.value is None else read(CONFIG.value)
+    if not CONFIG.present:
+        return None
+    getattr(CONFIG.value, "keys", None)  # one that could not be loaded says why
+    return read(CONFIG.value)
 
 
 def no_arguments(argv: list[str]) -> None:
@@ -61,6 +72,10 @@ def run(main, *, on_run: bool = True, configured: bool = False) -> None:
         del flags.FLAGS.workdir
         if not configured:
             del flags.FLAGS.config
+
+    for name in ("config", "workdir", "debug"):  # what --help of any command lists, too
+        if name in flags.FLAGS:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:  # Orbax tells its every step at level INFO
@@ -99,9 +114,46 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    _refuse_numbers_beyond_use()
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # ml_collections: a key that the config lacks
-        cause = error.args[0].args[0] if isinstance(error, AttributeError) else error.args[0]
-        settings = [arg for arg in argv if arg.lstrip("-").startswith(("config.", "noconfig."))]
-        sys.exit(f"no such setting in the config: {cause}\n(given: {' '.join(settings)})")
+    except OSError as error:  # a config file that is not there, or that could not read another one
+        if not _is_of_the_parser(error):
+            raise
+        sys.exit(str(error))
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        if not _is_of_the_parser(error):  # of the config file itself: its stack says where
+            raise
+        given = [arg for arg in argv if arg.lstrip("-").startswith(("config.", "noconfig."))]
+        sys.exit(f"no such setting in the config: {_cause(error)}\n(given: {' '.join(given)})")
+
+
+def _is_of_the_parser(error: Exception) -> bool:
+    """Whether only the parser of flags was running, and no config file, nor anything it called."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    rooms = {frame.f_globals["__name__"].partition(".")[0] for frame in frames}
+    return rooms - {__name__.partition(".")[0]} <= {"absl", "ml_collections"}
+
+
+def _cause(error: BaseException) -> object:
+    """What the innermost error says; ml_collections wraps one in another."""
+    said = error.args[0] if error.args else type(error).__name__
+    return _cause(said) if isinstance(said, BaseException) else said
+
+
+def _refuse_numbers_beyond_use() -> None:
+    """Flags that are numbers must be finite, and ints must fit into 64 bits."""
+    for name in flags.FLAGS:
+        parser = flags.FLAGS[name].parser
+        if isinstance(parser, flags.FloatParser):
+            flags.register_validator(name, _is_finite, "must be a finite number")
+        elif isinstance(parser, flags.IntegerParser):
+            flags.register_validator(name, _fits, "must lie between −2⁶³ and 2⁶³")
+
+
+def _is_finite(number: float | None) -> bool:
+    return number is None or math.isfinite(number)
+
+
+def _fits(number: int | None) -> bool:
+    return number is None or -(2**63) <= number < 2**63

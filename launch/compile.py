@@ -28,9 +28,15 @@ from launch import common
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of a TPU slice, as v5p:4x4x8.")
 WHAT = flags.DEFINE_enum("what", "tune", ("tune", "decode"), "The program to compile.")
 MODE = flags.DEFINE_enum("mode", "lossy", mode.NAMES, "How to decode.")
-ROWS = flags.DEFINE_integer("rows", 1, "Rows decoded on each share of the mesh's data × fsdp.")
-POSITIONS = flags.DEFINE_integer("positions", 2048, "Positions of each row that is decoded.")
-BLOCKS = flags.DEFINE_integer("blocks", None, "Compile a model of so many blocks, exits scaled.")
+ROWS = flags.DEFINE_integer(
+    "rows", 1, "Rows decoded on each share of the mesh's data × fsdp.", lower_bound=1
+)
+POSITIONS = flags.DEFINE_integer(
+    "positions", 2048, "Positions of each row that is decoded.", lower_bound=1
+)
+BLOCKS = flags.DEFINE_integer(
+    "blocks", None, "Compile a model of so many blocks, exits scaled.", lower_bound=2
+)
 
 SECONDS_PER_DAY = 86_400
 

@@ -56,7 +56,7 @@ REPEATED = flags.DEFINE_float(
 UNFINISHED = flags.DEFINE_bool(
     "unfinished", DEFAULT.rules.unfinished, "Keep answers that were cut off."
 )
-SEED = flags.DEFINE_integer("seed", DEFAULT.seed, "Of everything that is drawn.")
+SEED = flags.DEFINE_integer("seed", DEFAULT.seed, "Of everything that is drawn.", **common.SEEDS)
 
 
 def main(argv):

@@ -57,7 +57,7 @@ NEW = flags.DEFINE_integer("max_new_tokens", 160, "Most tokens to answer with.",
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most probable tokens; 0 is all.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among tokens of this total probability.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", **common.SEEDS)
 COLOUR = flags.DEFINE_enum(
     "colour", "auto", ["auto", "always", "never"], "Colour tokens by depth (auto: on a terminal)."
 )

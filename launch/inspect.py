@@ -2,6 +2,7 @@
 
     python -m launch.inspect runs/smollm2        (a run, or what one was exported to)
     python -m launch.inspect org/name            (a source of weights: a hub id, a folder, …)
+    python -m launch.inspect --settings          (all that a config can say)
 
 Costs are of one token, without attention to others, or of one image: multiply-adds, and the bytes
 of the parameters that are read; each also as so many mean blocks and as a share of the full model.
@@ -9,10 +10,11 @@ of the parameters that are read; each also as so many mean blocks and as a share
 
 import dataclasses
 import itertools
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
-from absl import app
+from absl import app, flags
 
 from early_exit import tree
 from early_exit.backbones.base import BackboneConfig
@@ -22,8 +24,11 @@ from early_exit.exits.heads import ExitConfig
 from early_exit.pretrained.describe import Described, describe
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.metrics import table
+from early_exit.settings.listing import listing
 from early_exit.storage import files
 from launch import common
+
+SETTINGS = flags.DEFINE_bool("settings", False, "List every setting: default, range and meaning.")
 
 REDUCED = 4096  # classes of the reduced heads that are shown
 
@@ -39,6 +44,10 @@ class Subject:
 
 
 def main(argv):
+    if SETTINGS.value:
+        common.no_arguments(argv)
+        print(listing(shutil.get_terminal_size((100, 24)).columns))
+        return
     if len(argv) != 2:
         raise app.UsageError("name one thing: a run, an export, or a source of weights")
     subject = _subject(argv[1])

@@ -34,6 +34,10 @@ def read(config: ConfigDict | Mapping[str, Any]) -> Settings:
       SettingsError: unknown names, values of another type or out of range, or settings that
         contradict each other; all of them at once.
     """
+    if not isinstance(config, ConfigDict | Mapping):
+        raise SettingsError(
+            [f"a config is a ConfigDict, such as defaults(…) makes, not {config!r}"]
+        )
     given = _plain(config)
     problems = _strangers(given)
     top, wrong = checked(Settings, given)

@@ -98,7 +98,7 @@ class DataSettings(Section):
     prefix: ClassVar[str] = "data."
 
     source: str = setting(
-        "", "Texts, labelled texts or images: see data.sources and data.examples."
+        "", "Always needed: texts (see data.sources), labelled texts or images (data.examples)."
     )
     batch_size: int = setting(8, "Rows of a batch, over all devices and processes.", least=1)
     sequence_length: int = setting(

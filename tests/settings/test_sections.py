@@ -12,6 +12,7 @@ from early_exit.calibration import certify, methods, risk
 from early_exit.data.inputs import AUGMENTS
 from early_exit.exits import heads, init
 from early_exit.settings.fields import rules
+from early_exit.settings.listing import listing
 from early_exit.settings.read import SECTIONS
 from early_exit.training import recipe, schedule
 
@@ -55,3 +56,22 @@ def test_every_setting_has_a_rule():
     for section, kind in SECTIONS.items():
         names = {field.name for field in dataclasses.fields(kind)}
         assert names - rules(kind).keys() == (SECTIONS.keys() - {""} if not section else set())
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_list_has_every_setting_with_all_that_there_is_to_know(width):
+    text = listing(width)
+    lines = text.split("\n")
+    assert max(map(len, lines)) <= width
+    flat = " ".join(text.split())
+    for section, kind in SECTIONS.items():
+        assert f"{section or 'at the top'}: {kind.__doc__}" in lines
+        for name, rule in rules(kind).items():
+            (line,) = (x for x in lines if x.split()[:1] == [f"{kind.prefix}{name}"])
+            assert line.startswith(f"  {kind.prefix}{name} ")
+            assert " ".join(rule.says.split()) in flat and rule.allowed in flat
+    # Defaults and ranges stand in columns.
+    steps, clip = (
+        next(x for x in lines if x.startswith(f"  tune.{name} ")) for name in ("steps", "clip_norm")
+    )
+    assert steps.index("1000") == clip.index("1.0") and steps.index("an int") == clip.index("a num")
