@@ -18,10 +18,10 @@ from experiments import bars
 
 # What would ask more of the small decoder than it has.
 CONSTANTS = {
-    "experiments.decoding_speed.depth": {"LIMITS": {3: 1.0, 6: 1.0, 9: 1.0}},
+    "experiments.decoding_speed.depth": {"LIMITS": {2: 1.0, 4: 1.0, 6: 1.0}},
     "experiments.decoding_speed.lengths": {"FILLED": (64, 128, 256), "ALLOCATED": 512},
 }
-POINTS = "points=3:6:9,classes=128"
+POINTS = "points=2:4:7,classes=128"
 
 
 def shrink(decoder: str, folder: pathlib.Path) -> None:

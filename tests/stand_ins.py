@@ -35,7 +35,7 @@ def make_talkative(model: pathlib.Path) -> None:
     safetensors.numpy.save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
-def deep_chat(folder: pathlib.Path, blocks: int = 12) -> None:
+def deep_chat(folder: pathlib.Path, blocks: int = 9) -> None:
     """Writes the tiny chat model with more blocks, its own over and over."""
     shutil.copytree(FIXTURES / "tiny_chat", folder)
     about = json.loads((folder / "config.json").read_text())
