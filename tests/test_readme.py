@@ -117,7 +117,8 @@ def sandbox(tmp_path_factory):
     for entry in ("early_exit", "launch", "tests", "experiments", "Makefile", "README.md"):
         (folder / entry).symlink_to(ROOT / entry)
     (folder / "texts").mkdir()
-    shutil.copy(ROOT / "README.md", folder / "texts" / "readme.md")
+    for i in range(40):  # some for each split
+        (folder / "texts" / f"{i}.txt").write_text(f"{i} {README[: 900 + i]}")
     shutil.copytree(ROOT / "tests/fixtures/tiny_chat", folder / "talkative")
     stand_ins.make_talkative(folder / "talkative")
 
