@@ -4,9 +4,13 @@ VENV ?= .venv
 RUN ?= runs/demo
 CONFIG ?= configs/smollm2_135m.py
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q
+# The same packages, and the large ones that only comparisons need.
+EXTRAS ?= .venv-extras
+SITE := 'import site; print(site.getsitepackages()[0])'
 PROMPT ?= Write a Python function that reverses a list.
 
-.PHONY: demo test test-processes lint clean
+.PHONY: demo test test-quick fuzz test-studies test-processes test-extras lint clean
 
 # A real language model with three exits: tuned, calibrated, measured, shown. Runs that were
 # finished or interrupted go on where they were; remove $(RUN) to start afresh.
@@ -21,18 +25,37 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m launch.evaluate --workdir=$(RUN)
 	@$(BIN)/python -m launch.report --workdir=$(RUN)
 
+# Every test that takes less than minutes, and then those that read what XLA optimised.
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15 -m "not processes and not slurm"
+	@$(PYTEST) -n auto --dist worksteal --durations=15 \
+	    -m "not (processes or slurm or studies or parity or tpu_compile or production)"
+	@$(PYTEST) -n auto --dist worksteal -m production
+
+# One of everything.
+test-quick: $(VENV)/.test
+	@$(PYTEST) -n auto --dist worksteal -m quick
+
+# What hypothesis draws is the same in every run of the tests; here it looks for what is wrong.
+fuzz: $(VENV)/.test
+	@$(PYTEST) -n auto --dist worksteal -m hypothesis --hypothesis-profile=fuzz
+
+# Studies and README's commands, whole, on small models.
+test-studies: $(VENV)/.test
+	@$(PYTEST) -n auto --dist loadfile --durations=15 -m "studies and not tpu_compile"
 
 # One run on several processes, and jobs on a Slurm of its own where slurm-wlm and munge are there.
 test-processes: $(VENV)/.test
-	@$(BIN)/python -m pytest -q --durations=5 -m "processes or slurm"
+	@$(PYTEST) --durations=5 -m "processes or slurm"
+
+# Beside transformers on torch, and with the TPU's compiler.
+test-extras: $(EXTRAS)/.done
+	@$(EXTRAS)/bin/python -m pytest -q --durations=5 -m "parity or tpu_compile"
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(EXTRAS) build
 
 $(VENV)/.demo: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one with PYTHON=...")'
@@ -43,4 +66,13 @@ $(VENV)/.demo: setup.py pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+# A folder of packages is named in a .pth file: what is there already is not installed again.
+$(EXTRAS)/.done: $(VENV)/.test
+	@$(PYTHON) -m venv $(EXTRAS)
+	@$(BIN)/python -c $(SITE) > "$$($(EXTRAS)/bin/python -c $(SITE))/lean.pth"
+	@echo "Installing into $(EXTRAS) …"
+	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --editable '.[parity,tpu-compile]'
 	@touch $@

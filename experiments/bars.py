@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 from absl import logging as absl_logging
+from scipy import special
 
 from early_exit.runs.metrics import table
 
@@ -29,6 +32,26 @@ class Bar:
     def kept(self) -> bool:
         """NaN keeps no bar."""
         return bool(self.figure >= self.limit if self.at_least else self.figure <= self.limit)
+
+
+def share_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """(low, high) of a share, such as an accuracy, by how many it was counted on.
+
+    Clopper and Pearson 1934: it holds the true share with at least this probability.
+    """
+    tail, failures = (1 - confidence) / 2, trials - successes
+    low = special.betaincinv(successes, failures + 1, tail) if successes else 0.0
+    high = special.betaincinv(successes + 1, failures, 1 - tail) if failures else 1.0
+    return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """(mean, half-width of its interval) over a few runs, by Student's t; NaN wide for one run."""
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    t = special.stdtrit(len(values) - 1, (1 + confidence) / 2)
+    return float(values.mean()), float(t * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def run(main) -> None:

@@ -19,6 +19,7 @@ from early_exit.policy import ExitPolicy
 from early_exit.report import plots
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.assemble import Tuned
+from early_exit.runs.metrics import table
 from early_exit.settings.read import changed
 from early_exit.settings.sections import Settings
 from early_exit.training.loop import tune
@@ -84,12 +85,28 @@ def measured(
     curve = family(run.records_of(tuned), policy.confidence)
     results = run_classifier.measure(tuned, {CHOSEN: policy}, baselines, curve)
     print("\n\n".join(run_classifier.tables(results)))
+    print("\n" + _intervals(results))
     if PLOT.value:
         of = results["classification"]
         plot = plots.accuracy_against_cost(of["rows"], of["static"], of["curve"])
         Path(PLOT.value).write_text(plot + "\n", encoding="utf-8")
         print(f"\nplot in {PLOT.value}")
     return results
+
+
+def _intervals(results: dict) -> str:
+    """How well so many examples tell each accuracy; of one seed and one split."""
+    of, count = results["classification"], results["data"]["count"]
+    rows = [
+        (
+            row["policy"],
+            row["accuracy"],
+            *bars.share_interval(round(row["accuracy"] * count), count),
+        )
+        for row in (*of["rows"], *of["static"])
+    ]
+    header = ("policy", f"accuracy on {count}", "from", "to (95 %)")
+    return table(rows, header=header)
 
 
 def policy_bars(

@@ -1,19 +1,20 @@
-"""Strictness for all tests, and one tiny model that most of them share."""
+"""Strictness for all tests, how programs are compiled, and one tiny model that most share.
 
+The one idea: most tests need a program that is soon there, so XLA is told not to optimise. Those
+that read what XLA made of a program (its copies, its memory) are marked `production`, and have a
+pytest of their own, `pytest -m production`, in which XLA does what it does for users.
+"""
+
+import hashlib
 import os
+import platform
 from pathlib import Path
-
-# Programs that run for milliseconds need not be good, only soon there. Processes that tests start
-# have it from here.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    " --xla_cpu_use_fusion_emitters=false"
-)
 
 import jax
 import numpy as np
 import profiles
 import pytest
+import selection
 from flax import nnx
 
 from early_exit.backbones import base
@@ -21,10 +22,52 @@ from early_exit.backbones.decoder import DecoderConfig
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 
+# Programs that run for milliseconds need not be good, only soon there.
+SOON = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+PRODUCTION = "production"
+BUILD = Path(__file__).parents[1] / "build"
+CACHED = 1 << 31  # bytes of compiled programs that are kept
+
 # Broadcasting by accident is how a bug that is right only at batch 1 hides.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 profiles.register_profiles()
+
+
+def pytest_configure(config):
+    """Before any program is compiled, and before any test module reads the environment."""
+    if config.option.markexpr == PRODUCTION:
+        return
+    # Processes that tests start have it from here.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + SOON
+    keep_compiled_programs()
+
+
+def keep_compiled_programs() -> None:
+    """Programs that took long to compile are there in the next run, and for the other workers.
+
+    A folder for each kind of processor: what is compiled for one may not run on another. That its
+    size is limited makes JAX lock it, so that nobody reads what somebody is still writing.
+    Processes that tests start do not share it, for some are killed.
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    kind = hashlib.sha256(f"{platform.node()} {platform.processor()} {features}".encode())
+    jax.config.update("jax_compilation_cache_dir", str(BUILD / f"xla-{kind.hexdigest()[:12]}"))
+    jax.config.update("jax_compilation_cache_max_size", CACHED)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_modifyitems(config, items):
+    profiles.keep_to_profile(items)
+    selection.mark_quick(items)
+    if config.option.markexpr != PRODUCTION:
+        elsewhere = pytest.mark.skip(reason="reads what XLA optimised: pytest -m production")
+        for item in items:
+            if item.get_closest_marker(PRODUCTION):
+                item.add_marker(elsewhere)
+
 
 TINY = DecoderConfig(
     vocab_size=61,
@@ -62,10 +105,6 @@ def build(config=TINY, seed=0, **exits):
     )
     params["exits"] = jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params["exits"])
     return model, params
-
-
-def pytest_collection_modifyitems(items):
-    profiles.keep_to_profile(items)
 
 
 MAPS = Path("/proc/self/maps")

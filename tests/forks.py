@@ -15,25 +15,25 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# No command itself: it defines its flags when it is run.
+# Nothing that defines flags: a command does when it is run, and each its own.
 PRELOADED = (
     "early_exit.evaluation.run",
     "early_exit.report.page",
     "early_exit.training.loop",
     "launch.jobs",
-    "launch.common",
+    "ml_collections.config_flags",
 )
 
 
 class Launcher:
     """Runs commands one after the other; close it when they are done."""
 
-    def __init__(self, folder: pathlib.Path, environment: dict[str, str]):
-        """Keeps what commands print in `folder`."""
+    def __init__(self, folder: pathlib.Path, environment: dict[str, str], cwd: pathlib.Path = ROOT):
+        """Keeps what commands print in `folder`; they are run in `cwd`."""
         self._printed = [folder / name for name in ("stdout", "stderr")]
         self._parent = subprocess.Popen(
             [sys.executable, __file__, *self._printed],
-            cwd=ROOT,
+            cwd=cwd,
             env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -42,7 +42,11 @@ class Launcher:
 
     def __call__(self, command: str, *flags) -> subprocess.CompletedProcess:
         """What `python -m launch.<command> <flags>` printed, and its exit status."""
-        arguments = [command, *map(str, flags)]
+        return self.module(f"launch.{command}", *flags)
+
+    def module(self, name: str, *flags) -> subprocess.CompletedProcess:
+        """What `python -m <name> <flags>` printed, and its exit status."""
+        arguments = [name, *map(str, flags)]
         print(json.dumps(arguments), file=self._parent.stdin, flush=True)
         status = int(self._parent.stdout.readline())
         printed = (path.read_text() for path in self._printed)
@@ -69,7 +73,7 @@ def _become(arguments: list[str], printed: tuple[str, ...]) -> None:
     for descriptor, path in enumerate(printed, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv[:] = arguments
-    runpy.run_module(f"launch.{arguments[0]}", run_name="__main__", alter_sys=True)
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -432,6 +432,7 @@ def test_a_target_is_needed_and_only_one():
         losses.exit_losses(**inputs)
 
 
+@pytest.mark.production
 @pytest.mark.parametrize("target", ["labels", "teacher"])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_memory_does_not_grow_with_the_vocabulary(target, reduced):

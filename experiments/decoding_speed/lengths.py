@@ -32,7 +32,7 @@ def main(argv):
     del argv
     rounds, tokens = (1, 16) if bars.QUICK.value else (5, 24)
     pretrained = load(SOURCE)
-    model = MultiExit(pretrained.config, ExitConfig((15,)))
+    model = MultiExit(pretrained.config, ExitConfig((pretrained.config.depth // 2,)))
     decoder = Decoder(model, {"backbone": pretrained.params}, None, (), LOSSY)
     cases = {}
     for filled in FILLED:

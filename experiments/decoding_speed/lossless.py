@@ -49,14 +49,11 @@ def main(argv):
 
     full = answers(None, LOSSY)
     rows, differences = [], []
-    for name, policy_, mode in (
-        ("exits", policy, verified("exits")),
-        ("lookup", policy, verified("lookup")),
-        ("both", policy, VERIFIED),
-    ):
+    for mode in (verified("exits"), verified("lookup"), VERIFIED):
+        name = mode.name
         equal = 0
         drafts = np.zeros(2, int)
-        for text, reference, answer in zip(texts, full, answers(policy_, mode), strict=True):
+        for text, reference, answer in zip(texts, full, answers(policy, mode), strict=True):
             drafts += [answer.counts.drafted_BW.sum(), answer.counts.accepted_BW.sum()]
             apart = np.flatnonzero(answer.tokens != reference.tokens)
             equal += not len(apart)
@@ -66,9 +63,9 @@ def main(argv):
                 tie = float(gap(tuned.params, jnp.array(padded[None]), len(before) - 1))
                 differences.append((name, texts.index(text), int(apart[0]), tie))
         rows.append((name, len(texts), equal, *drafts.tolist()))
-    print(table(rows, header=("drafts from", "prompts", "equal", "drafted", "accepted")))
+    print(table(rows, header=("mode", "prompts", "equal", "drafted", "accepted")))
     if differences:
-        header = ("drafts from", "prompt", "first difference", "gap of the two best logits")
+        header = ("mode", "prompt", "first difference", "gap of the two best logits")
         print("\n" + table(differences, header=header))
     widest = max((tie for *_, tie in differences), default=0.0)
     bars.conclude(

@@ -1,11 +1,12 @@
 """What each way of decoding is worth: modes × kinds of text × batch, each beside the full model.
 
-    python -m experiments.decoding_speed.modes --workdir=runs/demo            # 12 minutes
+    python -m experiments.decoding_speed.modes --workdir=runs/demo
     python -m experiments.decoding_speed.modes --workdir=runs/demo --check
     python -m experiments.decoding_speed.modes --workdir=runs/demo --peers    # extra `parity`
 
 Greedy, float32. All cases of a kind take turns in one process; a speed-up is the median over rounds
-of the ratio within a round. Needs a tuned run of SmolLM2-135M (`make demo` leaves one).
+of the ratio within a round. Beside the rate of decoding stands the time to the last token, in which
+the prompt's pass counts. Needs a tuned run of SmolLM2-135M (`make demo` leaves one).
 """
 
 import tempfile
@@ -17,13 +18,19 @@ import numpy as np
 from absl import flags
 
 from early_exit.decoding.generate import Decoder
-from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, verified
+from early_exit.decoding.mode import DEFERRED, LOSSY
 from early_exit.pretrained.export import export_backbone
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from experiments import bars
-from experiments.decoding_speed import prompts
-from experiments.decoding_speed.timing import Turns, decode_case
+from experiments.decoding_speed import mode_bars, prompts
+from experiments.decoding_speed.timing import (
+    Case,
+    Timed,
+    Turns,
+    decode_case,
+    one_after_the_other,
+)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
 PEERS = flags.DEFINE_bool("peers", False, "Time transformers too, on the same weights (torch).")
@@ -34,28 +41,18 @@ FULL = "full model"
 
 def main(argv):
     del argv
-    count, new_tokens, rounds = (2, 32, 1) if bars.QUICK.value else (4, 96, 2)
+    count, new_tokens, rounds = (2, 32, 1) if bars.QUICK.value else (8, 96, 2)
     tuned = assemble.load_tuned(Path(WORKDIR.value))
     policy = assemble.load_policy(tuned)
-    modes = {
-        FULL: (None, LOSSY),
-        "lossy": (policy, LOSSY),
-        "deferred": (policy, DEFERRED),
-        "verified: exits": (policy, verified("exits")),
-        "verified: lookup": (policy, verified("lookup")),
-        "verified: exits + lookup": (policy, VERIFIED),
-    }
-    kinds = prompts.load(tuned, count)
+    modes = {FULL: (None, LOSSY)}
+    for mode in (LOSSY, DEFERRED, *mode_bars.CHECKED):
+        modes[mode.name] = policy, mode
     rows, speedups = [], {}
-    for kind, texts in kinds.items():
+    for kind, texts in prompts.load(tuned, count).items():
         for batch in (1, len(texts)):
-            if batch > 1 and kind not in ("code", "copy"):
-                continue
             cases = {
-                name: _case(
-                    Decoder(tuned.model, tuned.params, p, (), mode), texts, new_tokens, batch
-                )
-                for name, (p, mode) in modes.items()
+                name: _case(Decoder(tuned.model, tuned.params, p, (), m), texts, new_tokens, batch)
+                for name, (p, m) in modes.items()
             }
             if PEERS.value and (kind, batch) == ("code", 1):
                 cases |= _peers(tuned, texts, new_tokens)
@@ -64,47 +61,37 @@ def main(argv):
                 speedup = 1 / turns.ratio(name, FULL)
                 speedups[kind, batch, name] = speedup
                 rate = len(texts) * new_tokens / turns.median(name)
-                rows.append((kind, batch, name, rate, speedup, *_facts(turns, name, tuned)))
+                whole = turns.median(name, "whole") * batch / len(texts)
+                with_prefill = 1 / turns.ratio(name, FULL, "whole")
+                figures = rate, speedup, whole, with_prefill
+                rows.append((kind, batch, name, *figures, *_facts(turns, name)))
             print(table(rows[-len(cases) :], header=_HEADER), flush=True)
     if PLOT.value:
         _plot(speedups, Path(PLOT.value))
-    checked = [name for name in modes if name.startswith("verified")]
-    worst = {key: s for key, s in speedups.items() if key[2] in checked and key[1] == 1}
-    slowest = min(worst, key=worst.get)
-    checks = [
-        bars.Bar(f"verified, slowest ({slowest[0]}, {slowest[2]})", worst[slowest], 0.95, True),
-        bars.Bar(
-            "verified on code, fastest", max(speedups["code", 1, m] for m in checked), 1.25, True
-        ),
-        bars.Bar("verified: lookup, on copy", speedups["copy", 1, "verified: lookup"], 1.8, True),
-    ]
-    if PEERS.value:
-        speedup = 1 / speedups["code", 1, "transformers"]
-        checks.append(bars.Bar("full model ÷ transformers", speedup, 2.0, True))
-    bars.conclude({"/".join(map(str, key)): s for key, s in speedups.items()}, checks)
+    bars.conclude(
+        {"speedups": {"/".join(map(str, key)): s for key, s in speedups.items()}, "rows": rows},
+        mode_bars.of(speedups),
+    )
 
 
-_HEADER = ("text", "batch", "mode", "tokens/s", "speed-up", "equal", "blocks/token", "accepted")
+_HEADER = ("text", "batch", "mode", "tokens/s", "speed-up", "s to the last token", "speed-up")
+_HEADER += ("equal", "blocks/token", "accepted")
 
 
-def _case(decoder, texts, new_tokens, batch):
+def _case(decoder: Decoder, texts: list[list[int]], new_tokens: int, batch: int) -> Case:
     """All texts, `batch` at a time."""
-    parts = [
-        decode_case(decoder, texts[i : i + batch], new_tokens, 512)
-        for i in range(0, len(texts), batch)
-    ]
-
-    def run():
-        results = [part() for part in parts]
-        return sum(seconds for seconds, _ in results), [g for _, gs in results for g in gs]
-
-    return run
+    return one_after_the_other(
+        [
+            decode_case(decoder, texts[i : i + batch], new_tokens, 512)
+            for i in range(0, len(texts), batch)
+        ]
+    )
 
 
-def _facts(turns, name, tuned) -> tuple:
+def _facts(turns: Turns, name: str) -> tuple:
     """Share of tokens equal to the full model's run, blocks per token, share of drafts accepted."""
     answers = turns.answers[name]
-    if answers is None:
+    if not answers:
         return None, None, None
     full = np.stack([answer.tokens for answer in turns.answers[FULL]])
     tokens = np.stack([answer.tokens for answer in answers])
@@ -126,11 +113,11 @@ def _peers(tuned, texts, new_tokens) -> dict:
 
     def case(**settings):
         def run():
-            seconds = 0.0
+            prefills = seconds = 0.0
             for text in texts:
                 inputs = torch.tensor([text])
                 lengths = {"min_new_tokens": new_tokens + 1, "max_new_tokens": new_tokens + 1}
-                # The first token comes out of the prompt's pass, which is not timed here either.
+                # The first token comes out of the prompt's pass, here as there.
                 began = time.perf_counter()
                 with torch.no_grad():
                     peer.generate(inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
@@ -139,7 +126,8 @@ def _peers(tuned, texts, new_tokens) -> dict:
                 with torch.no_grad():
                     peer.generate(inputs, do_sample=False, pad_token_id=0, **lengths, **settings)
                 seconds += time.perf_counter() - began - prefill
-            return seconds, None
+                prefills += prefill
+            return Timed(seconds, prefills)
 
         return run
 

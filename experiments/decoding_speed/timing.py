@@ -1,5 +1,6 @@
 """What the decoding studies share: a case is a function that takes time, and cases take turns."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,38 +10,83 @@ import numpy as np
 from early_exit.decoding.generate import Decoder, Generation
 
 
+@dataclasses.dataclass
+class Timed:
+    """What a case took and gave.
+
+    Attributes:
+      seconds: of decoding, from the prompt's pass to the last token.
+      prefill: seconds of the prompt's pass, which gives the first token.
+    """
+
+    seconds: float
+    prefill: float = 0.0
+    answers: Sequence[Generation] = ()
+
+    @property
+    def whole(self) -> float:
+        """Seconds to the last token, the prompt's pass included."""
+        return self.prefill + self.seconds
+
+
+Case = Callable[[], Timed]
+
+
 def decode_case(
     decoder: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int, slots: int | None = None
-) -> Callable[[], tuple[float, list[Generation]]]:
-    """A function that answers the prompts as one batch: (seconds after the prefill, answers)."""
+) -> Case:
+    """A case that answers the prompts as one batch."""
 
     def run():
         keys = jax.random.split(jax.random.key(0), len(prompts))
+        began = time.perf_counter()
         state = decoder.start(prompts, [new_tokens + 1] * len(prompts), keys, slots)
+        state = jax.block_until_ready(state)
+        prefill = time.perf_counter() - began
         state = decoder.run(state, steps=0)  # compiles, off the clock
         began = time.perf_counter()
         state = decoder.run(state)
         seconds = time.perf_counter() - began
-        return seconds, decoder.generations(state, [seconds] * len(prompts))
+        answers = decoder.generations(state, [seconds] * len(prompts))
+        return Timed(seconds, prefill, answers)
+
+    return run
+
+
+def one_after_the_other(cases: Sequence[Case]) -> Case:
+    """A case that is all of these."""
+
+    def run():
+        found = [case() for case in cases]
+        return Timed(
+            sum(part.seconds for part in found),
+            sum(part.prefill for part in found),
+            [answer for part in found for answer in part.answers],
+        )
 
     return run
 
 
 class Turns:
-    """Seconds of every case, round by round, so that the machine's drift cancels in ratios."""
+    """Times of every case, round by round, so that the machine's drift cancels in ratios."""
 
-    def __init__(self, cases: Mapping[str, Callable], rounds: int):
-        self.answers: dict = {}
-        self.seconds: dict[str, list[float]] = {name: [] for name in cases}
+    def __init__(self, cases: Mapping[str, Case], rounds: int):
+        self.answers: dict[str, Sequence[Generation]] = {}
+        self._rounds: dict[str, list[Timed]] = {name: [] for name in cases}
         for index in range(rounds + 1):  # the first round compiles
             for name, case in cases.items():
-                seconds, self.answers[name] = case()
+                timed = case()
+                self.answers[name] = timed.answers
                 if index:
-                    self.seconds[name].append(seconds)
+                    self._rounds[name].append(timed)
 
-    def median(self, name: str) -> float:
-        return float(np.median(self.seconds[name]))
+    def median(self, name: str, of: str = "seconds") -> float:
+        """Over rounds, of the seconds of decoding, or of the `whole`."""
+        return float(np.median(self._of(name, of)))
 
-    def ratio(self, name: str, to: str) -> float:
+    def ratio(self, name: str, to: str, of: str = "seconds") -> float:
         """Median over rounds of the ratio of times within a round."""
-        return float(np.median(np.divide(self.seconds[name], self.seconds[to])))
+        return float(np.median(np.divide(self._of(name, of), self._of(to, of))))
+
+    def _of(self, name: str, of: str) -> list[float]:
+        return [getattr(timed, of) for timed in self._rounds[name]]

@@ -1,11 +1,14 @@
-"""Do exits cost the network they are trained with anything?
+"""What do exits cost the network they are trained with?
 
     python -m experiments.joint_tuning.run --check
     python -m experiments.joint_tuning.run --quick
 
-Trains a small decoder from random weights on the standard library's text, with three exits in
-tandem and without any: the same batches in the same order, for several seeds. What counts is the
-final exit's loss on held-out text. The weights are EE-LLM's for exits at a quarter and at half of
+Trains a small decoder from random weights on the standard library's text, jointly with three exits
+and without any: the same batches in the same order, for several seeds. What counts is the final
+exit's loss on held-out text, as a ratio to the run of the same seed without exits: a difference
+that is smaller than the interval of its mean over seeds is none.
+
+The weights are EE-LLM's for exits at a quarter and at half of
 the depth, with one more exit between that and the end; a second run brings them up from zero.
 """
 
@@ -81,20 +84,24 @@ def main(argv):
                 print(
                     name, seed, *(f"{row['exit']}: {row['loss']:.4f}" for row in found), flush=True
                 )
-    means = {name: np.mean([row[-2] for row in found]) for name, found in rows.items()}
-    spread = {name: np.std([row[-2] for row in found]) for name, found in rows.items()}
+    finals = {name: np.array([row[-2] for row in found]) for name, found in rows.items()}
+    ratios = {
+        name: bars.mean_interval(final / finals["no exits"]) for name, final in finals.items()
+    }
     shown = []
     for name, found in rows.items():
         mean = np.mean(found, axis=0)
         early = mean[:-2] if len(mean) > 2 else ["–"] * len(POINTS)
-        shown.append((name, *early, mean[-2], spread[name], mean[-2] / means["no exits"], mean[-1]))
+        _, around = bars.mean_interval(finals[name])
+        shown.append((name, *early, mean[-2], around, *ratios[name], mean[-1]))
     header = ("trained with", *(f"exit {point}" for point in POINTS))
-    print("\n" + table(shown, header=(*header, "final", "± seeds", "÷ no exits", "seconds")))
+    header += ("final", "± (95 %)", "÷ no exits", "± (95 %)", "seconds")
+    print("\n" + table(shown, header=header))
     bars.conclude(
-        {"rows": rows},
+        {"rows": rows, "ratios": ratios},
         [
-            bars.Bar(f"final loss, {name} ÷ no exits", mean / means["no exits"], 1.01)
-            for name, mean in means.items()
+            bars.Bar(f"final loss, {name} ÷ no exits, mean of seeds", ratio, 1.01)
+            for name, (ratio, _) in ratios.items()
             if name != "no exits"
         ],
     )

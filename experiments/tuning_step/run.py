@@ -147,7 +147,7 @@ def _epochs(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
 def _temporary_bytes(config: DecoderConfig, exits: int, vocab_size: int) -> int:
     """Of a compiled step with so many norm heads that share the output matrix; nothing is run."""
     config = DecoderConfig(**{**vars(config), "vocab_size": vocab_size})
-    points = tuple(np.linspace(5, config.depth - 1, exits).astype(int).tolist())
+    points = tuple(np.linspace(config.depth // 6, config.depth - 1, exits).astype(int).tolist())
     model = MultiExit(config, ExitConfig(points, head="norm", output="shared"))
     optimizer = make_optimizer(read(get_config()).tune)
     _, backbone = base.abstract(config.build)

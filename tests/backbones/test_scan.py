@@ -106,6 +106,7 @@ def temporaries(function, *args):
     return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.production
 def test_the_stack_is_not_copied():
     """Temporary memory of a frozen pass is of a block's order, not of all blocks'."""
     config = dataclasses.replace(TINY, width=64, mlp_width=256, depth=32, scan=True)
@@ -123,6 +124,7 @@ def test_the_stack_is_not_copied():
     assert temporaries(forward, params, inputs) < 4 * block
 
 
+@pytest.mark.production
 def test_keeping_less_for_the_backward_pass_takes_less_memory():
     config = dataclasses.replace(TINY, depth=16, scan=True)
 

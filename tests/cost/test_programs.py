@@ -89,6 +89,7 @@ def compiled(function, *args):
     return programs.read(jax.jit(function).lower(*args).compile().as_text(), {"data": 1})
 
 
+@pytest.mark.production
 def test_products_in_nested_loops_and_branches_of_this_host():
     square = jnp.ones((16, 16))
 
@@ -108,6 +109,7 @@ def test_products_in_nested_loops_and_branches_of_this_host():
     assert (read.collectives, read.open_loops) == ((), 0)
 
 
+@pytest.mark.production
 def test_convolutions_count_what_is_not_padding():
     image, kernel = jnp.ones((1, 5, 5, 3)), jnp.ones((3, 3, 3, 7))
     read = compiled(
@@ -120,6 +122,7 @@ def test_convolutions_count_what_is_not_padding():
     assert read.flops == 2 * 3 * 7 * np.outer(inside, inside).sum()
 
 
+@pytest.mark.production
 def test_a_loop_until_something_holds_is_counted_once_and_told():
     read = compiled(
         lambda x: jax.lax.while_loop(lambda x: x.sum() < 1e3, lambda x: x @ x, x), jnp.ones((4, 4))

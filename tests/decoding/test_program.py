@@ -56,6 +56,7 @@ PROGRAMS = [
 ]
 
 
+@pytest.mark.production
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: "-".join(map(str, p)))
 def test_the_cache_is_never_copied(program):
     """Copying it once a token costs as much as the weights do, long before the context is full."""
@@ -65,6 +66,7 @@ def test_the_cache_is_never_copied(program):
     assert not re.findall(rf"= {cache_shape}\S* copy\(", text)
 
 
+@pytest.mark.production
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: "-".join(map(str, p)))
 def test_what_the_state_holds_is_updated_in_place(program):
     """Donated: the caches, first of all."""
@@ -72,6 +74,7 @@ def test_what_the_state_holds_is_updated_in_place(program):
     assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes - 1024
 
 
+@pytest.mark.production
 @pytest.mark.parametrize(
     "program", [PROGRAMS[i] for i in (2, 5, 9)], ids=lambda p: "-".join(map(str, p))
 )

@@ -4,17 +4,15 @@ import functools
 import json
 import pathlib
 import re
-import shutil
 import types
 
 import jax
 import numpy as np
 import pytest
-import tokenizers
-import transformers
+import stand_ins
 from PIL import Image
 
-from configs import digits_resnet, news_minilm
+from configs import digits_resnet
 from early_exit import policy as policies
 from early_exit import tree
 from early_exit.calibration import drift
@@ -24,7 +22,6 @@ from early_exit.runs import assemble, checkpoint
 from early_exit.settings.read import read
 
 ROOT = pathlib.Path(__file__).parents[2]
-WORDS = [f"word{i}" for i in range(61)]
 
 
 def save_run(config, folder, *, keeps=True):
@@ -79,25 +76,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     root = tmp_path_factory.mktemp("texts")
-    model = root / "model"
-    shutil.copytree(ROOT / "tests/fixtures/tiny_bert", model)
-    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, WORDS[1])
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=WORDS[0]
-    ).save_pretrained(model)
-    rng = np.random.default_rng(0)
-    rows = root / "rows.jsonl"
-    with rows.open("w") as file:
-        for i in range(60):
-            text = " ".join(rng.choice(WORDS, rng.integers(2, 12)))
-            file.write(json.dumps({"text": text, "label": ["art", "law", "sea"][i % 3]}) + "\n")
-    config = news_minilm.get_config(f"data=rows:{rows},train=exits")
-    config.model.source, config.model.changes = str(model), {}
-    config.exits.points = (1, 2)
-    config.data.sequence_length = 16
-    return save_run(read(config), root / "run")
+    return save_run(read(stand_ins.topics(root, 60, train="exits")), root / "run")
 
 
 @pytest.fixture(params=["kept", "exported", "not kept"])

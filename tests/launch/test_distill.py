@@ -9,32 +9,14 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import safetensors.numpy
+import stand_ins
 
 from early_exit.data import conversations, shards, sources
-from early_exit.pretrained.tokenizer import load_tokenizer
 from early_exit.runs.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY_CHAT = ROOT / "tests/fixtures/tiny_chat"
-# Whose pairs are no tokens: what is drawn is what its text encodes to.
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def make_talkative(model):
-    """Changes a copy of the tiny model: it draws letters, and now and then the end of a turn."""
-    *letters, end = load_tokenizer(model).encode(f"{LETTERS}<|im_end|>")
-    tensors = safetensors.numpy.load_file(model / "model.safetensors")
-    # A part of the hidden states that is always there, for biases.
-    tensors["model.embed_tokens.weight"][:, 0] = 8
-    output = np.zeros_like(tensors["lm_head.weight"])
-    output[:, 0] = -4
-    output[letters] = np.random.default_rng(0).normal(0, 0.35, (len(letters), output.shape[1]))
-    output[[*letters, end], 0] = [*[0] * len(letters), 0.6]
-    tensors["lm_head.weight"] = output
-    safetensors.numpy.save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +24,7 @@ def flags(tmp_path_factory):
     """What names the model, and keeps what it makes small."""
     model = tmp_path_factory.mktemp("source") / "model"
     shutil.copytree(TINY_CHAT, model)
-    make_talkative(model)
+    stand_ins.make_talkative(model)
     sizes = {"per_shard": 12, "batch": 4, "max_question_tokens": 40, "max_new_tokens": 40}
     return [
         "--config=configs/tiny.py",

@@ -57,6 +57,7 @@ def test_parts_of_a_batch_give_the_whole_batchs_gradient(loss):
         np.testing.assert_allclose(parts_metrics[name], metrics[name], rtol=1e-5)
 
 
+@pytest.mark.production
 def test_parts_take_less_memory():
     config = dataclasses.replace(TINY, width=128, heads=4, kv_heads=4, head_dim=32, mlp_width=512)
     model, _ = build(config, head="norm")

@@ -339,11 +339,13 @@ def temporary_bytes(points, vocab_size):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.production
 def test_more_exits_take_little_more_memory():
     one, six = temporary_bytes((4,), 49152), temporary_bytes((1, 2, 3, 4, 5, 7), 49152)
     assert six <= 1.25 * one, (one, six)
 
 
+@pytest.mark.production
 def test_a_larger_vocabulary_takes_no_more_memory():
     small, large = temporary_bytes((4,), 12288), temporary_bytes((4,), 49152)
     assert large <= 1.02 * small, (small, large)
