@@ -19,6 +19,7 @@ from early_exit.report import plots
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.assemble import Tuned
 from early_exit.settings.overrides import ConfigDict
+from early_exit.storage import files
 from early_exit.training.loop import tune
 from experiments import bars
 
@@ -84,7 +85,7 @@ def measured(
     if PLOT.value:
         of = results["classification"]
         plot = plots.accuracy_against_cost(of["rows"], of["static"], of["curve"])
-        Path(PLOT.value).write_text(plot + "\n", encoding="utf-8")
+        files.write_text(Path(PLOT.value), plot + "\n")
         print(f"\nplot in {PLOT.value}")
     return results
 

@@ -11,7 +11,6 @@ how many left where, and how fast that was; and a warning if they leave unlike c
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -195,7 +194,7 @@ def _write(
             }
             if labels[i] >= 0:
                 row["known_label"] = classes[labels[i]]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(files.json_text(row, ensure_ascii=False) + "\n")
 
 
 def _summary(exit_depths: np.ndarray, answers: Classified, labels: np.ndarray, speed: float) -> str:

@@ -11,7 +11,6 @@ slices of GKE. Finished runs are skipped, so a sweep that was stopped goes on wh
 Writes results.jsonl.
 """
 
-import json
 import runpy
 import signal
 import sys
@@ -22,6 +21,7 @@ from ml_collections import config_flags
 
 from early_exit.runs.metrics import table
 from early_exit.settings.overrides import Overrides
+from early_exit.storage import files
 from early_exit.training import preemption
 from launch import common, jobs
 from launch.slurm import submit
@@ -62,7 +62,7 @@ def main(argv):
 
     rows = [row for run in runs if run.is_finished for row in run.results()]
     results = common.workdir() / "results.jsonl"
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files.write_json_lines(results, rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if rows:
         print(table([[row.get(key) for key in columns] for row in rows], header=columns))

@@ -63,8 +63,7 @@ def write_backbone(
         known = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
         # The family's own come last: a RoBERTa's positions start at its padding.
         hf = {name: token for name, token in known.items() if token is not None} | hf
-    text = json.dumps(hf | {"dtype": dtype}, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    files.write_json(folder / "config.json", hf | {"dtype": dtype})
 
 
 def _family_of(config: base.BackboneConfig) -> tuple[ModuleType, Mapping[str, Any]]:

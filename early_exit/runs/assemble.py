@@ -200,8 +200,12 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
     """Writes the run's config; a folder that holds a run must hold one with the same heads.
 
     Raises:
-      ValueError: the folder belongs to a run with other settings; names those that differ.
+      ValueError: the folder belongs to a run with other settings, and those that differ are named;
+        or a setting is NaN or infinite, which a file of settings cannot hold.
     """
+    written = json.loads(config.to_json())
+    if unfit := sorted(_differences(written, files.plain(written))):
+        raise ValueError(f"settings are finite numbers; mend {unfit[0].partition(':')[0]}")
     if artefact.is_in(workdir):
         raise ValueError(f"{workdir} holds an exported model; use another --workdir")
     path = workdir / "config.json"
@@ -210,8 +214,7 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
         _check_same_run(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        with files.replacing(path) as partial:  # another process may be reading
-            partial.write_text(config.to_json(indent=2) + "\n")
+        files.write_json(path, written)
 
 
 def _check_same_run(config: ConfigDict, workdir: Path) -> None:
