@@ -57,6 +57,7 @@ def main(argv):
     common.no_arguments(argv)
     if (INPUT.value is None) == (SPLIT.value is None):
         raise ValueError("give either --input or --split")
+    common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
     model = tuned.model
     if not model.config.classifies:

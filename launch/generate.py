@@ -72,6 +72,7 @@ def main(argv):
         pending=PENDING.value,
         sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
     )
+    common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.CONFIG.value)
     settings = {
         "policy": None if FULL.value else assemble.load_policy(tuned),

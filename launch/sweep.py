@@ -12,7 +12,6 @@ Writes results.jsonl.
 """
 
 import runpy
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -22,7 +21,6 @@ from ml_collections import config_flags
 from early_exit.runs.metrics import table
 from early_exit.settings.overrides import Overrides
 from early_exit.storage import files
-from early_exit.training import preemption
 from launch import common, jobs
 from launch.slurm import submit
 from launch.tpu import jobset
@@ -39,8 +37,6 @@ for module in (submit, jobset):  # what --help lists
 
 def main(argv):
     common.no_arguments(argv)
-    # A sweep that is asked to leave lets its runs save.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
     flag = flags.FLAGS["config"]
     config_file = config_flags.get_config_filename(flag)
     fixed = config_flags.get_override_values(flag)
@@ -48,6 +44,7 @@ def main(argv):
     if twice := sorted(fixed.keys() & {key for run in runs for key in run.overrides}):
         raise ValueError(f"the sweep itself sets {', '.join(twice)}; leave it out of the flags")
 
+    common.own(common.workdir())
     left = [run for run in runs if not run.is_finished]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished before")
     # Images have a Python of their own.

@@ -26,6 +26,7 @@ def main(argv):
     common.no_arguments(argv)
     profile = steps_of(PROFILE.value)
     processes.initialize()
+    common.tell_devices()
     rows = tune(common.CONFIG.value, common.workdir(), profile)
     if jax.process_index():
         return

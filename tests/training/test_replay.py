@@ -106,9 +106,9 @@ def test_a_replay_is_the_runs_own_step(tmp_path):
     third = [next(batches) for _ in range(3)][2]
     batches.close()
     path = bad_batch.save(tmp_path, 3, run.place_batch(third))
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / CHECKPOINTS).rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     found = replay.replay(config, tmp_path, path)
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / CHECKPOINTS).rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     assert found.checkpoint == 2  # that of step 3 came after the batch
     assert checkpoint.latest_step(tmp_path / CHECKPOINTS) == 3
     line = next(line for line in read_metrics(tmp_path) if line["step"] == 3)
