@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from early_exit import sharding, tree
 from early_exit.backbones import base
@@ -227,8 +228,10 @@ class Run:
 
     def clock(self, state: steps.TuneState, batch: dict) -> pace.Pace:
         """For steps like this one, which may be about to run for the first time."""
-        utilised = None
-        if peak := pace.peak(self.mesh.devices.flat):
+        utilised, devices = None, list(self.mesh.devices.flat)
+        if (told := pace.unknown(devices)) and not jax.process_index():
+            logging.warning("%s", told)
+        if peak := pace.peak(devices):
             # The step is traced in any case, and only once.
             utilised = pace.flops(self.step.trace(state, self.given, batch)) / peak
         return pace.Pace(self.feed.unit, self.feed.per_batch, utilised)
