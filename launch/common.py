@@ -93,6 +93,8 @@ def read_lines(path: Path, name: str) -> list[str]:
 def run(main, *, on_run: bool = True, configured: bool = False) -> None:
     """Runs an absl main, printing expected errors as one message (exit status 1).
 
+    Asked to leave by SIGTERM, it does so at once with status 75, unless `main` listens by itself.
+
     Args:
       on_run: the command works on a run's folder; else it has no --workdir, and --config only
         where it is `configured`. With both, either of the two says what it works on.

@@ -2,6 +2,7 @@
 
     workdir/config.json  checkpoints/  records.npz  policy.json  evaluation.json
             metrics.jsonl  speed.jsonl  tensorboard/  report.html  bad_batch_<step>.npz
+            in_use.json    as long as a command writes there (see `lock`)
 
 The one idea: a run is its folder. Every command after `tune` needs only the folder, because the
 config and the backbone's fingerprint are in it, and refuses one that does not fit the weights.

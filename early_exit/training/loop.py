@@ -1,7 +1,8 @@
 """The tuning run: data in, tuned exits and their checkpoints out, resumable at any moment.
 
 The one idea: a run is a function of (config, data, weights). All that changes is the state and
-the data iterator, saved together, so a killed run goes on bit-equal to one never killed.
+the data iterator, saved together, so a killed run goes on bit-equal to one never killed. With
+another number of processes or devices it goes on equal to rounding: they sum in another order.
 """
 
 import contextlib
