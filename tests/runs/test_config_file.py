@@ -1,4 +1,4 @@
-"""What a run's folder says of it."""
+"""The settings in a run's folder: what is saved is read, by any reader of JSON."""
 
 import json
 
