@@ -91,10 +91,10 @@ def held(folder: Path) -> Iterator[Owner]:
         ended.set()
         beating.join()
         del _mine[path]
-        if (_read(path) or {}).get("token") == token:
-            path.unlink(missing_ok=True)
-        if not there:  # a command that was refused leaves nothing behind
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the disk may have gone, which others tell better
+            if (_read(path) or {}).get("token") == token:
+                path.unlink(missing_ok=True)
+            if not there:  # a command that was refused leaves nothing behind
                 path.parent.rmdir()
 
 
@@ -109,10 +109,14 @@ def _take(path: Path) -> str:
             except FileExistsError:
                 _wait_for_the_dead(path)
                 continue
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(files.json_text(_described() | {"token": token}, indent=2) + "\n")
-                file.flush()
-                os.fsync(descriptor)
+            try:
+                with open(descriptor, "w", encoding="utf-8") as file:
+                    file.write(files.json_text(_described() | {"token": token}, indent=2) + "\n")
+                    file.flush()
+                    os.fsync(descriptor)
+            except BaseException:  # a full disk, or asked to leave: nobody's file
+                path.unlink(missing_ok=True)
+                raise
             return token
     except OSError as error:
         raise OSError(f"cannot write to {path.parent}: {error}") from error

@@ -184,6 +184,17 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
         take(tmp_path / "file")
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_who_fails_while_taking_it_leaves_no_file(tmp_path, monkeypatch, error):
+    def fail(descriptor):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(error)):
+        take(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_within_a_thread_it_may_be_asked_for_again_and_no_other_gets_it(tmp_path):
     def other():
         with pytest.raises(RuntimeError, match=f"process {os.getpid()} on"):
