@@ -240,7 +240,8 @@ def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
     def worded(value):
         return _WORDS.get(value, value)
 
-    text = json.dumps(
+    files.write_json(
+        path,
         {
             "enabled": enabled,
             "confidence": policy.confidence,
@@ -249,12 +250,9 @@ def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
             "budget": numbers(policy.budget),
             "temperatures": numbers(policy.temperatures),
             "reject": worded(numbers(policy.reject)),
-            "provenance": dict(policy.provenance),
+            "provenance": policy.provenance,
         },
-        indent=2,
     )
-    with files.replacing(path) as partial:
-        partial.write_text(text + "\n")
 
 
 def load(path: Path, *, exit_depths: np.ndarray) -> ExitPolicy | None:

@@ -1,7 +1,6 @@
 """Stated bars: what a study claims, as figures that a command can find wanting."""
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from absl import logging as absl_logging
 from scipy import special
 
 from early_exit.runs.metrics import table
+from early_exit.storage import files
 
 CHECK = flags.DEFINE_bool("check", False, "Exit 1 and name the bars that fall short.")
 QUICK = flags.DEFINE_bool("quick", False, "A small version: less exact, quick.")
@@ -76,7 +76,7 @@ def conclude(figures: dict, bars: Sequence[Bar]) -> None:
         path = Path(OUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)
         bar_rows = [dataclasses.asdict(bar) | {"kept": bar.kept} for bar in bars]
-        path.write_text(json.dumps({"figures": figures, "bars": bar_rows}, indent=1) + "\n")
+        files.write_json(path, {"figures": figures, "bars": bar_rows})
         print(f"figures in {path}")
     short = [f"{bar.name}: {bar.figure:.3f}" for bar in bars if not bar.kept]
     if CHECK.value and short:

@@ -22,6 +22,7 @@ from early_exit.runs.assemble import Tuned
 from early_exit.runs.metrics import table
 from early_exit.settings.read import changed
 from early_exit.settings.sections import Settings
+from early_exit.storage import files
 from early_exit.training.loop import tune
 from experiments import bars
 
@@ -89,7 +90,7 @@ def measured(
     if PLOT.value:
         of = results["classification"]
         plot = plots.accuracy_against_cost(of["rows"], of["static"], of["curve"])
-        Path(PLOT.value).write_text(plot + "\n", encoding="utf-8")
+        files.write_text(Path(PLOT.value), plot + "\n")
         print(f"\nplot in {PLOT.value}")
     return results
 

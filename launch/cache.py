@@ -10,8 +10,6 @@ Alone, or as one process of several (see `launch.processes`), each with shards o
 """
 
 import math
-import signal
-import sys
 import time
 from pathlib import Path
 
@@ -42,7 +40,9 @@ def main(argv):
     common.no_arguments(argv)
     config, folder = common.settings(), Path(STATES.value)
     processes.initialize()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
+    preemption.leave_at_once()
+    common.own(folder)
+    common.tell_devices()
     batches = config.tune.steps if BATCHES.value is None else BATCHES.value
     rank = Rank(jax.process_index(), jax.process_count())
     numbers = range(math.ceil(batches / hidden_states.BATCHES_IN_SHARD))

@@ -41,6 +41,8 @@ SETTINGS = (
 
 def main(argv):
     common.no_arguments(argv)
+    common.own(common.workdir())
+    common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     given = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
     policy, records = run.calibrate(tuned, dataclasses.replace(tuned.config.calibrate, **given))

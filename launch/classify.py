@@ -11,7 +11,6 @@ how many left where, and how fast that was; and a warning if they leave unlike c
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -58,6 +57,7 @@ def main(argv):
     common.no_arguments(argv)
     if (INPUT.value is None) == (SPLIT.value is None):
         raise ValueError("give either --input or --split")
+    common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     model = tuned.model
     if not model.config.classifies:
@@ -188,7 +188,7 @@ def _write(
             }
             if labels[i] >= 0:
                 row["known_label"] = classes[labels[i]]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(files.json_text(row, ensure_ascii=False) + "\n")
 
 
 def _summary(exit_depths: np.ndarray, answers: Classified, labels: np.ndarray, speed: float) -> str:

@@ -1,6 +1,7 @@
 """What every command shares: the run's folder, and errors that are a sentence, not a stack."""
 
-import logging
+import collections
+import contextlib
 import math
 import os
 import sys
@@ -13,9 +14,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from early_exit.runs import lock
 from early_exit.settings.read import read
 from early_exit.settings.sections import Settings
-from early_exit.storage.packages import cache_folder
+from early_exit.storage import programs
 from early_exit.training import preemption
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -32,6 +34,9 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the whole stack of an error.")
 
 # What users meet: bad settings, missing files, damaged weights, a full disk, a diverged run.
 EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError)
+
+
+_until_the_end = contextlib.ExitStack()
 
 
 def workdir() -> Path:
@@ -51,6 +56,24 @@ def settings() -> Settings | None:
     return read(CONFIG.value)
 
 
+def own(folder: Path) -> None:
+    """Makes a folder this command's own until it ends, however it ends.
+
+    Raises:
+      RuntimeError: another command is at work there.
+      OSError: the folder cannot be written to.
+    """
+    _until_the_end.enter_context(lock.held(folder))
+
+
+def tell_devices() -> None:
+    """Says what this command computes on, such as `on 8 × NVIDIA H100 80GB HBM3`; once for all."""
+    if not jax.process_index():
+        kinds = collections.Counter(device.device_kind for device in jax.devices())
+        told = ", ".join(f"{n} × {kind}" if n > 1 else kind for kind, n in kinds.items())
+        print(f"on {told}", file=sys.stderr)
+
+
 def no_arguments(argv: list[str]) -> None:
     """Refuses words that are no flag: a misspelt flag must not be ignored."""
     if len(argv) > 1:
@@ -59,6 +82,8 @@ def no_arguments(argv: list[str]) -> None:
 
 def run(main, *, on_run: bool = True, configured: bool = False) -> None:
     """Runs an absl main, printing expected errors as one message (exit status 1).
+
+    Asked to leave by SIGTERM, it does so at once with status 75, unless `main` listens by itself.
 
     Args:
       on_run: the command works on a run's folder; else it has no --workdir, and --config only
@@ -80,15 +105,11 @@ def run(main, *, on_run: bool = True, configured: bool = False) -> None:
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:  # Orbax tells its every step at level INFO
             absl_logging.set_verbosity(absl_logging.WARNING)
-        # Compiled programs outlive the process, so that only a first run pays for them.
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+            jax.config.update("jax_compilation_cache_dir", str(programs.folder()))
         try:
-            main(argv)
-        except preemption.Preempted as left:
-            if not jax.process_index():
-                print(f"{left}; the same command goes on from there", file=sys.stderr)
-            sys.exit(preemption.EXIT_STATUS)
+            with _until_the_end:
+                main(argv)
         except KeyboardInterrupt:
             _fail("\ninterrupted; the same command goes on from the last save", 130)
         except Exception as error:
@@ -98,8 +119,13 @@ def run(main, *, on_run: bool = True, configured: bool = False) -> None:
             sentence = f"{type(error).__name__}: {error}\n(--debug shows where)"
             _fail(sentence if told else traceback.format_exc(), 1)
 
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
-    app.run(guarded, flags_parser=_parse_flags)
+    try:
+        preemption.leave_at_once()
+        app.run(guarded, flags_parser=_parse_flags)
+    except preemption.Preempted as left:
+        if not (jax.distributed.is_initialized() and jax.process_index()):
+            print(f"{left}; the same command goes on with what is saved", file=sys.stderr)
+        sys.exit(preemption.EXIT_STATUS)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -10,7 +10,6 @@ kept of it, see `data.conversations`. Killed, it goes on after the last finished
 processes share the work (see `launch.processes`). At the end, prints what became of all questions.
 """
 
-import signal
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from early_exit.data.stream import Rank
 from early_exit.decoding.sampling import Sampling
 from early_exit.distillation.converse import Settings, Speaker, converse
 from early_exit.runs import assemble, metrics
-from early_exit.training.preemption import Preempted
+from early_exit.training import preemption
 from launch import common, processes
 
 DEFAULT = Settings()
@@ -62,7 +61,7 @@ SEED = flags.DEFINE_integer("seed", DEFAULT.seed, "Of everything that is drawn."
 def main(argv):
     common.no_arguments(argv)
     processes.initialize()
-    signal.signal(signal.SIGTERM, _leave)
+    preemption.leave_at_once()
     settings = Settings(
         question=Sampling(QUESTION_TEMPERATURE.value),
         answer=Sampling(TEMPERATURE.value, top_p=TOP_P.value),
@@ -74,6 +73,8 @@ def main(argv):
         per_shard=PER_SHARD.value,
     )
     folder = Path(MADE.value)
+    common.own(folder)
+    common.tell_devices()
     prompts = text_files.listed(Path(INPUT.value), "prompt") if INPUT.value else None
     made = converse(
         _speaker(),
@@ -102,10 +103,6 @@ def _speaker() -> Speaker:
         pretrained, _ = assemble.load_backbone(common.settings())
         return Speaker(pretrained)
     return Speaker(assemble.load_tuned(common.workdir()).backbone)
-
-
-def _leave(*_):
-    raise Preempted("asked to leave; every finished shard is saved")
 
 
 if __name__ == "__main__":

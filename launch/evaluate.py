@@ -24,6 +24,8 @@ BASELINE = flags.DEFINE_list(
 
 def main(argv):
     common.no_arguments(argv)
+    common.own(common.workdir())
+    common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     if tuned.model.config.classifies:
         results = run_classifier.evaluate(tuned, [Path(folder) for folder in BASELINE.value])

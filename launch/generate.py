@@ -75,6 +75,7 @@ def main(argv):
         pending=PENDING.value,
         sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
     )
+    common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     if tuned.model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
@@ -149,7 +150,7 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
                 "log_probs": answer.log_probs.tolist(),
                 "statistics": facts,
             }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(files.json_text(row, ensure_ascii=False) + "\n")
     columns = ("new_tokens", "layers_per_token", "megabytes_per_token", "tokens_per_second")
     means = [float(np.mean([row[name] for row in rows])) for name in columns]
     print(table([(len(rows), *means)], header=("answers", *columns)))

@@ -8,6 +8,7 @@ and it does not matter what started it.
 import collections
 import dataclasses
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from early_exit.training import preemption
 
 _VALIDATION = r"validation/(?P<figure>\w+)/exit_(?P<exit>\d+)"
 _UNFIT_FOR_A_NAME = r"[^-+.\w]"
+_LONGEST_NAME = 255  # bytes, of every usual file system
 
 # Between looks at what is running.
 _POLL_SECONDS = 0.2
@@ -71,8 +73,8 @@ def expand(sweep: Callable, base: ConfigDict, workdir: Path) -> list[Run]:
     """The runs that `sweep(add)` adds to `base`, each in its own folder of `workdir`.
 
     Raises:
-      ValueError: no run, two runs of one name, overrides that `base` does not take (unknown keys,
-        other types), or settings that make no run; all are listed.
+      ValueError: no run, two runs of one name, a name too long for a folder, overrides that `base`
+        does not take (unknown keys, other types), or settings that make no run; all are listed.
     """
     asked: list[Overrides] = []
     sweep(lambda **overrides: asked.append(overrides))
@@ -85,6 +87,12 @@ def expand(sweep: Callable, base: ConfigDict, workdir: Path) -> list[Run]:
         except (ValueError, TypeError) as error:
             problems.append(str(error))
     names = _names(asked)
+    problems += [
+        f"{name[:40]}… is a name of {size} bytes, and a folder's has {_LONGEST_NAME} at most; let "
+        "the sweep set less of it, or shorter values"
+        for name in names
+        if (size := len(name.encode())) > _LONGEST_NAME
+    ]
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     problems += [f"{name}: more than one run has this name" for name in twice]
     runs = []
@@ -141,6 +149,6 @@ def run_local(jobs: Sequence[Job], parallel: int = 1) -> None:
 
 
 def _outcome(process: subprocess.Popen) -> str:
-    if process.returncode == preemption.EXIT_STATUS:
+    if process.returncode in (preemption.EXIT_STATUS, -signal.SIGTERM):  # the latter: just begun
         return "saved and left"
     return f"failed with status {process.returncode}" if process.returncode else "finished"

@@ -11,9 +11,7 @@ slices of GKE. Finished runs are skipped, so a sweep that was stopped goes on wh
 Writes results.jsonl.
 """
 
-import json
 import runpy
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -22,7 +20,7 @@ from ml_collections import config_flags
 
 from early_exit.runs.metrics import table
 from early_exit.settings.overrides import Overrides
-from early_exit.training import preemption
+from early_exit.storage import files
 from launch import common, jobs
 from launch.slurm import submit
 from launch.tpu import jobset
@@ -39,8 +37,6 @@ for module in (submit, jobset):  # what --help lists
 
 def main(argv):
     common.no_arguments(argv)
-    # A sweep that is asked to leave lets its runs save.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
     flag = flags.FLAGS["config"]
     config_file = config_flags.get_config_filename(flag)
     fixed = config_flags.get_override_values(flag)
@@ -48,6 +44,7 @@ def main(argv):
     if twice := sorted(fixed.keys() & {key for run in runs for key in run.overrides}):
         raise ValueError(f"the sweep itself sets {', '.join(twice)}; leave it out of the flags")
 
+    common.own(common.workdir())
     left = [run for run in runs if not run.is_finished]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished before")
     # Images have a Python of their own.
@@ -62,7 +59,7 @@ def main(argv):
 
     rows = [row for run in runs if run.is_finished for row in run.results()]
     results = common.workdir() / "results.jsonl"
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files.write_json_lines(results, rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if rows:
         print(table([[row.get(key) for key in columns] for row in rows], header=columns))

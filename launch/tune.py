@@ -26,6 +26,7 @@ def main(argv):
     common.no_arguments(argv)
     config, profile = common.settings(), steps_of(PROFILE.value)
     processes.initialize()
+    common.tell_devices()
     rows = tune(config, common.workdir(), profile)
     if jax.process_index():
         return

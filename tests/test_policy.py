@@ -205,6 +205,17 @@ def test_infinite_thresholds_are_words_in_the_file(path):
     assert json.loads(path.read_text())["thresholds"] == ["never", 0.25, "always"]
 
 
+def test_a_provenance_is_strict_json_and_old_ones_are_read(path):
+    """Where nobody leaves, some figures are NaN; files of before say so in Python's own way."""
+    stated = {"error": [float("nan"), 0.5], "bound": float("inf"), "of": {"risk": float("nan")}}
+    policies.save(policies.make([0.25], **stated), path)
+    strict = json.loads(path.read_text(), parse_constant=pytest.fail)
+    wanted = {"error": [None, 0.5], "bound": "Infinity", "of": {"risk": None}}
+    assert strict["provenance"] == load(path).provenance == wanted
+    path.write_text(json.dumps(strict | {"provenance": stated}))
+    assert "NaN" in path.read_text() and load(path).provenance["bound"] == float("inf")
+
+
 def test_a_disabled_policy_is_none(path):
     policies.save(policies.make([0.5]), path, enabled=False)
     assert load(path) is None

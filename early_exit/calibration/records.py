@@ -165,7 +165,7 @@ class Records:
             arrays |= {f"{_SOFTENED}{name}": array for name, array in fields.items()}
         # Opened here, for a name would get `.npz` appended.
         with files.replacing(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, metadata=np.array(json.dumps(self.metadata)), **arrays)
+            np.savez_compressed(file, metadata=np.array(files.json_text(self.metadata)), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> "Records":

@@ -10,7 +10,6 @@ the numbers out among them, and what was damaged later is told from what was nev
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def begin(folder: Path, made_from: dict[str, Any]) -> None:
       ValueError: the folder holds other records; names what differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    new = json.loads(json.dumps(made_from))
+    new = files.plain(made_from)
     if before := about(folder):
         if before != new:
             names = before.keys() | new.keys()
@@ -64,6 +63,8 @@ def finished(folder: Path) -> dict[int, dict[str, Any]]:
 def write(folder: Path, number: int, records: Iterable[bytes], counted: dict[str, Any]) -> None:
     """Writes a shard; it counts as finished when all of it is on the disk.
 
+    Nobody else may write the same one meanwhile; what was left of it by a kill is removed.
+
     Args:
       records: may be lazy; `counted`, which stands in the shard's description, is read after them.
 
@@ -72,6 +73,7 @@ def write(folder: Path, number: int, records: Iterable[bytes], counted: dict[str
     """
     path = folder / f"{number:05}.array_record"
     count = 0
+    files.remove_partial(path)
     with files.replacing(path) as partial:
         # Groups of one: each record can be read without its neighbours.
         writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")

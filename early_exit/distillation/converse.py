@@ -29,6 +29,7 @@ from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.pretrained import chat
 from early_exit.pretrained.load import Pretrained
+from early_exit.runs import lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,21 @@ def converse(
     Raises:
       ValueError: neither prompts nor tokens, a model that cannot think of questions, a first shard
         of which nothing can be kept, or a folder that holds other conversations.
+      RuntimeError: another command is at work in the folder.
     """
+    with lock.held(folder):
+        yield from _converse(speaker, folder, settings, prompts, tokens, batch, rank)
+
+
+def _converse(
+    speaker: Speaker,
+    folder: Path,
+    settings: Settings,
+    prompts: Sequence[str] | None,
+    tokens: int | None,
+    batch: int,
+    rank: Rank,
+) -> Iterator[dict[str, Any]]:
     if prompts is None:
         if tokens is None:
             raise ValueError("say how many tokens to make, or give prompts to answer")

@@ -38,7 +38,7 @@ from early_exit.data import shards
 from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead
 from early_exit.data.transforms import Batch
 from early_exit.exits.multi_exit import MultiExit
-from early_exit.runs import assemble
+from early_exit.runs import assemble, lock
 from early_exit.settings.sections import Settings
 
 # Beside the hidden states.
@@ -95,8 +95,21 @@ def fill(
 
     Raises:
       ValueError: settings that make no states, or not those of the states in the folder.
+      RuntimeError: another command is at work in the folder.
       OSError: a shard cannot be written.
     """
+    with lock.held(folder):
+        _fill(config, folder, batches, top_k, done, rank)
+
+
+def _fill(
+    config: Settings,
+    folder: Path,
+    batches: int,
+    top_k: int,
+    done: Callable[[int], None],
+    rank: Rank,
+) -> None:
     if batches < 1:
         raise ValueError(f"batches must be at least 1, not {batches}")
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())

@@ -19,7 +19,7 @@ from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY, VERIFIED, Mode
 from early_exit.evaluation import exits, tradeoff
 from early_exit.policy import ExitPolicy
-from early_exit.runs import assemble
+from early_exit.runs import assemble, lock
 from early_exit.runs.assemble import Tuned
 from early_exit.settings.sections import CalibrateSettings
 from early_exit.storage import files
@@ -50,11 +50,16 @@ def records_of(tuned: Tuned, *, soften: bool = False) -> Records:
 def calibrate(
     tuned: Tuned, settings: CalibrateSettings | None = None
 ) -> tuple[ExitPolicy, Records]:
-    """Fits a policy, as the settings (or the config's) ask, and saves it as `policy.json`."""
+    """Fits a policy, as the settings (or the config's) ask, and saves it as `policy.json`.
+
+    Raises:
+      RuntimeError: another command is at work in the run's folder.
+    """
     settings = tuned.config.calibrate if settings is None else settings
-    records = records_of(tuned, soften=settings.temperature)
-    policy = methods.fit(records, settings)
-    policies.save(policy, tuned.workdir / assemble.POLICY)
+    with lock.held(tuned.workdir):
+        records = records_of(tuned, soften=settings.temperature)
+        policy = methods.fit(records, settings)
+        policies.save(policy, tuned.workdir / assemble.POLICY)
     return policy, records
 
 
@@ -63,7 +68,17 @@ def evaluate(tuned: Tuned) -> dict:
 
     Speed and agreement are measured on prompts cut from the test split of the run's text, at
     several ε, with the confidence of the run's policy (config section `evaluate`).
+
+    Raises:
+      RuntimeError: another command is at work in the run's folder.
     """
+    with lock.held(tuned.workdir):
+        results = _measured(tuned)
+        files.write_json(tuned.workdir / "evaluation.json", results)
+    return results
+
+
+def _measured(tuned: Tuned) -> dict:
     settings = tuned.config.evaluate
     policy = assemble.load_policy(tuned)
     records = records_of(tuned)
@@ -109,7 +124,7 @@ def evaluate(tuned: Tuned) -> dict:
                     "depths": answer.depths.tolist(),
                 }
             )
-    results = {
+    return {
         "model": {
             "source": tuned.config.model.source,
             "depth": tuned.model.config.depth,
@@ -136,8 +151,6 @@ def evaluate(tuned: Tuned) -> dict:
             "system": platform.system(),
         },
     }
-    files.write_json(tuned.workdir / "evaluation.json", results)
-    return results
 
 
 def cut_prompts(tuned: Tuned, count: int, length: int) -> list[list[int]]:

@@ -23,7 +23,7 @@ from early_exit.data import feed as feeds
 from early_exit.evaluation import classifiers, exits, run
 from early_exit.evaluation.classifiers import Case
 from early_exit.policy import ExitPolicy
-from early_exit.runs import assemble
+from early_exit.runs import assemble, lock
 from early_exit.runs.assemble import Tuned
 from early_exit.runs.metrics import table
 from early_exit.storage import files
@@ -45,16 +45,22 @@ def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
 
     Raises:
       ValueError: a baseline with exits or other data.
+      RuntimeError: another command is at work in the run's folder.
     """
+    with lock.held(tuned.workdir):
+        results = _measured(tuned, baselines)
+        files.write_json(tuned.workdir / "evaluation.json", results)
+    return results
+
+
+def _measured(tuned: Tuned, baselines: Sequence[Path]) -> dict:
     records = run.records_of(tuned)
     own = assemble.load_policy(tuned) if (tuned.workdir / assemble.POLICY).exists() else None
     confidence = own.confidence if own else tuned.config.calibrate.confidence
     policies: dict[str, ExitPolicy | None] = {methods.described(own): own} if own else {}
     for policy in classifiers.by_epsilon(records, confidence, tuned.config.evaluate.epsilons):
         policies.setdefault(methods.described(policy), policy)
-    results = measure(tuned, policies, [assemble.load_tuned(folder) for folder in baselines])
-    files.write_json(tuned.workdir / "evaluation.json", results)
-    return results
+    return measure(tuned, policies, [assemble.load_tuned(folder) for folder in baselines])
 
 
 def measure(

@@ -9,7 +9,6 @@ artefact names them by fingerprint; and names itself by one, so that damage does
 """
 
 import dataclasses
-import json
 import types
 import typing
 from pathlib import Path
@@ -94,8 +93,7 @@ def write(
         [(name, leaf.shape, leaf.dtype) for name, leaf in flat.items()],
         lambda name: np.asarray(flat[name]),
     )
-    text = json.dumps(described, indent=2)
-    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    files.write_json(folder / DESCRIPTION, described)
 
 
 def describe(folder: Path) -> Artefact:

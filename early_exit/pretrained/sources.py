@@ -93,8 +93,10 @@ def _fetch_hub(repo: str, revision: str | None) -> pathlib.Path:
     # The hub raises HfHubHTTPError (an OSError) or the HTTP client's own errors.
     except Exception as error:
         raise FileNotFoundError(
-            f"{repo!r} is no local folder, and the hub does not provide it"
+            f"there is no folder {pathlib.Path(repo).absolute()}, so {repo!r} was taken for a "
+            f"repository on the hub, which does not provide it"
             f"{f' at revision {revision!r}' if revision else ''}: {error}\n"
-            "Check the name, the connection and HF_HUB_OFFLINE, log in if the repository is "
-            "private or gated, or name a local folder"
+            "If a folder was meant, check its path and where the command is started; if a "
+            "repository, its name, the connection and HF_HUB_OFFLINE, and log in if it is private "
+            "or gated"
         ) from error

@@ -7,7 +7,7 @@ plots, text), so it can be mailed, archived or printed, and made again without t
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,14 @@ def write(workdir: Path) -> Path:
     path = workdir / "evaluation.json"
     if not path.exists():
         raise FileNotFoundError(f"no evaluation at {path}; write one with `launch.evaluate`")
-    evaluation = _read_json(path, "write it again with `launch.evaluate`")
+    evaluation = _with_nan(_read_json(path, "write it again with `launch.evaluate`"))
     try:
         text = _render(workdir, evaluation)
     except (KeyError, jinja2.UndefinedError) as error:
         raise ValueError(
             f"{path} lacks what the report needs ({error}); write it again with `launch.evaluate`"
         ) from error
-    with files.replacing(workdir / FILE) as partial:
-        partial.write_text(text, encoding="utf-8")
+    files.write_text(workdir / FILE, text)
     return workdir / FILE
 
 
@@ -73,9 +72,9 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%",
-        "ms": lambda milliseconds: f"{milliseconds:.3g}\N{NO-BREAK SPACE}ms",
-        "figures": lambda number: f"{number:.3g}" if number < 1000 else f"{number:,.0f}",
+        "percent": _or_dash(lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%"),
+        "ms": _or_dash(lambda milliseconds: f"{milliseconds:.3g}\N{NO-BREAK SPACE}ms"),
+        "figures": _or_dash(lambda x: f"{x:.3g}" if x < 1000 else f"{x:,.0f}"),
         "name": _name,
         "colour": lambda depth: tokens.hex_colour(tokens.background(depth, depths)),
     }
@@ -95,6 +94,27 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
         legend=Markup(tokens.html_spans([f" {d} " for d in depths], depths, depths)),
         **own,
     )
+
+
+def _or_dash(written: Callable[[float], str]) -> Callable[[float], str]:
+    """The same, with a dash for a figure that there is not."""
+    return lambda figure: "–" if math.isnan(figure) else written(figure)
+
+
+# What is measured of any row, and is NaN where there was nothing to measure it on.
+_MEASURED = ("accuracy", "agreement", "abstained", "correct", "coverage", "loss")
+
+
+def _with_nan(found: Any) -> Any:
+    """Undoes what `files.json_text` makes of NaN, for what is measured."""
+    if isinstance(found, list):
+        return [_with_nan(item) for item in found]
+    if isinstance(found, dict):
+        return {
+            name: math.nan if item is None and name in _MEASURED else _with_nan(item)
+            for name, item in found.items()
+        }
+    return found
 
 
 def _decoding(

@@ -2,6 +2,7 @@
 
     workdir/config.json  checkpoints/  records.npz  policy.json  evaluation.json
             metrics.jsonl  speed.jsonl  tensorboard/  report.html  bad_batch_<step>.npz
+            in_use.json    as long as a command writes there (see `lock`)
 
 The one idea: a run is its folder. Every command after `tune` needs only the folder, because the
 config and the backbone's fingerprint are in it, and refuses one that does not fit the weights.
@@ -234,8 +235,7 @@ def save_config(config: Settings, workdir: Path) -> None:
         _check_same_run(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        with files.replacing(path) as partial:  # another process may be reading
-            partial.write_text(read.to_json(config), encoding="utf-8")
+        files.write_json(path, read.as_dict(config))
 
 
 def _check_same_run(config: Settings, workdir: Path) -> None:

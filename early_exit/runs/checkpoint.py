@@ -32,7 +32,8 @@ def _context() -> ocp.Context:
 class Saver:
     """Writes checkpoints into `folder`, in the background, and keeps the latest `keep`.
 
-    There may be one at a time for a folder: what a killed run left half-written is removed.
+    There may be one at a time for a folder (see `lock`): what a killed run left half-written is
+    removed.
     A context manager; leaving it waits for the last checkpoint.
     """
 

@@ -58,7 +58,7 @@ class MetricsWriter:
 
     def _write(self, file: str, step: int, scalars: Mapping[str, Any]) -> None:
         numbers = {name: _number(value) for name, value in scalars.items()}
-        self._files[file].write(json.dumps({"step": int(step), **numbers}) + "\n")
+        self._files[file].write(files.json_text({"step": int(step), **numbers}) + "\n")
         self._files[file].flush()
         for name, value in scalars.items():
             self._events.add_scalar(name, float(value), int(step))
@@ -92,8 +92,7 @@ def _drop_later_lines(path: pathlib.Path, last_step: int | None) -> None:
         for line in _whole_lines(path)
         if last_step is not None and json.loads(line)["step"] <= last_step
     ]
-    with files.replacing(path) as rewritten:
-        rewritten.write_text("".join(kept))
+    files.write_text(path, "".join(kept))
 
 
 def _number(value: Any) -> int | float | None:

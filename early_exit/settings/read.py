@@ -93,13 +93,8 @@ def changed(settings: Settings, overrides: Overrides) -> Settings:
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
-    """Section → name → value, as JSON has it but for tuples."""
+    """Section → name → value, as JSON has it but for tuples; `read_saved` reads that."""
     return dataclasses.asdict(settings)
-
-
-def to_json(settings: Settings) -> str:
-    """What `read_saved` reads."""
-    return json.dumps(as_dict(settings), indent=2) + "\n"
 
 
 def defaults(**given: Any) -> ConfigDict:

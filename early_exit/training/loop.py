@@ -1,7 +1,8 @@
 """The tuning run: data in, tuned exits and their checkpoints out, resumable at any moment.
 
 The one idea: a run is a function of (config, data, weights). All that changes is the state and
-the data iterator, saved together, so a killed run goes on bit-equal to one never killed.
+the data iterator, saved together, so a killed run goes on bit-equal to one never killed. With
+another number of processes or devices it goes on equal to rounding: they sum in another order.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from early_exit import sharding
 from early_exit.backbones import base
@@ -20,7 +22,7 @@ from early_exit.data.stream import Rank, TrainingBatches
 from early_exit.distillation import hidden_states
 from early_exit.evaluation import exits as evaluation
 from early_exit.pretrained.load import Pretrained
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, lock
 from early_exit.runs.assemble import CHECKPOINTS
 from early_exit.runs.metrics import MetricsWriter, progress
 from early_exit.settings.sections import Settings
@@ -43,33 +45,45 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
     Raises:
       ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`, or
         steps to trace that are not run.
-      RuntimeError: the step was compiled more than once, which on a pod costs more than it trains.
+      RuntimeError: another command is at work in `workdir`; or the step was compiled more than
+        once, which on a pod costs more than it trains.
       FloatingPointError: the loss or a gradient is not finite; the last good checkpoint is kept,
         and the batch beside it (see `replay`).
       OSError: a checkpoint cannot be written.
-      preemption.Preempted: asked to leave by SIGTERM; saved after the step that was running.
+      preemption.Preempted: asked to leave by SIGTERM; saved after the step that was running, or
+        nothing to save yet.
     """
+    with preemption.watch() as leaving, lock.held(workdir) as own:
+        return _tune(config, workdir, profile, leaving, own)
+
+
+def _tune(
+    config: Settings,
+    workdir: Path,
+    profile: tuple[int, int] | None,
+    leaving: preemption.Watch,
+    own: lock.Owner,
+) -> list[dict]:
     total, first = config.tune.steps, checkpoint.latest_step(workdir / CHECKPOINTS) or 0
     if profile and not first < profile[0] <= profile[1] <= total:
         raise ValueError(
             f"the steps to profile, {profile[0]}:{profile[1]}, do not rise, or are not among those "
             f"that are to be run: {f'{first + 1} to {total}' if first < total else 'none are left'}"
         )
+    assemble.save_config(config, workdir)
     run = Run(config, workdir)
     run.check_splits()
-    size = run.feed.per_batch
-    batches = run.batches()
-    if first:
-        like = plan.state(config, run.model, run.mesh)
-        state, iterator_state = checkpoint.restore(workdir / CHECKPOINTS, like, first)
-        batches.set_state(iterator_state)
-    else:
-        state = run.state()
-    run.loaded = None
-
     rows, first_process = None, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        asked_to_leave = stack.enter_context(preemption.watch())
+        size, batches = run.feed.per_batch, run.batches()
+        stack.callback(batches.close)  # or its threads go on, whatever ends the run
+        if first:
+            like = plan.state(config, run.model, run.mesh)
+            state, iterator_state = checkpoint.restore(workdir / CHECKPOINTS, like, first)
+            batches.set_state(iterator_state)
+        else:
+            state = run.state()
+        run.loaded = None
         keep = config.tune.keep_checkpoints
         saver = stack.enter_context(checkpoint.Saver(workdir / CHECKPOINTS, keep=keep))
         if first_process:
@@ -98,6 +112,7 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
 
         trace = stack.enter_context(contextlib.ExitStack())
         unsettled, clock = None, None
+        leaving.begin()
         for step in range(first + 1, total + 1):
             batch = run.place_batch(next(batches))
             clock = clock or run.clock(state, batch)
@@ -111,7 +126,7 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
             if unsettled:  # read while this step runs
                 settle(*unsettled)
             unsettled = step, metrics, batch
-            leaves = asked_to_leave(step) and step < total
+            leaves = leaving.asked(step) and step < total
             saves = leaves or step == total or step % config.tune.checkpoint_every == 0
             validates = step == total or step % config.tune.validate_every == 0
             traced = profile is not None and step == profile[1]
@@ -126,15 +141,14 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
                     name = f"exit_{row['exit']}"
                     writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
             if saves:  # last: a checkpoint stands for all that was written before it
+                own.check()
                 saver.save(step, state, batches.get_state(), run.metadata)
             if saves or validates:
                 run.check_compiled_once(step)
             if saves or validates or traced:
                 clock.start()
             if leaves:
-                batches.close()
                 raise preemption.Preempted(f"asked to leave, saved after step {step} of {total}")
-    batches.close()
     return run.validate(state["params"]) if rows is None else rows
 
 
@@ -160,7 +174,6 @@ class Run:
         self.recipe = plan.recipe(config, self.mesh, assemble.abstract_model(config).config)
         self._rank = Rank(*sharding.row_rank(self.mesh, config.data.batch_size))
         self._states = hidden_states.opened(config)
-        assemble.save_config(config, workdir)
         where = functools.partial(sharding.shardings, mesh=self.mesh)
         pretrained, model = assemble.load_backbone(config, where)
         self.model = assemble.for_tuning(config, model)
@@ -220,8 +233,10 @@ class Run:
 
     def clock(self, state: steps.TuneState, batch: dict) -> pace.Pace:
         """For steps like this one, which may be about to run for the first time."""
-        utilised = None
-        if peak := pace.peak(self.mesh.devices.flat):
+        utilised, devices = None, list(self.mesh.devices.flat)
+        if (told := pace.unknown(devices)) and not jax.process_index():
+            logging.warning("%s", told)
+        if peak := pace.peak(devices):
             # The step is traced in any case, and only once.
             utilised = pace.flops(self.step.trace(state, self.given, batch)) / peak
         return pace.Pace(self.feed.unit, self.feed.per_batch, utilised)

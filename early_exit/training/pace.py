@@ -19,27 +19,49 @@ from early_exit.cost import multiply_adds
 from early_exit.cost.chips import CHIPS
 
 # Regex of jax's `device_kind` → dense bfloat16 FLOP/s of one device; the first match wins.
-# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, as in `cost.chips`.
-# NVIDIA's data sheets of the A100 (2021) and the H100 (2023); what they give for the H100 is "with
-# sparsity", twice the dense rate.
+# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, as in `cost.chips`, and /tpu7x (Ironwood),
+# where a chip has 2307e12 and is two devices to JAX.
+# NVIDIA's data sheets of the A100 (2021), the H100 (2023), the H200 (2024), and the DGX B200 and
+# GB200 NVL72 (2024), by 8 and 72 GPUs; but for the A100 they say what is so "with sparsity", twice
+# the dense rate. AMD's data sheet of the Instinct MI300X (2023), without sparsity.
 PEAKS = (
     (r"^TPU v4$", 275e12),
     (r"^TPU v5( lite|e)$", CHIPS["v5e"].flops),
     (r"^TPU v5p?$", CHIPS["v5p"].flops),
     (r"^TPU v6( lite|e)$", CHIPS["v6e"].flops),
+    (r"^TPU7x$", 2307e12 / 2),
     (r"A100", 312e12),
     (r"H100 PCIe", 756e12),
     (r"H100 NVL", 835e12),
     (r"H100", 989e12),
+    (r"H200 NVL", 835e12),
+    (r"H200", 989e12),
+    (r"GB200", 2500e12),
+    (r"B200", 2250e12),
+    (r"MI300X", 1307.4e12),
 )
 _STATM = Path("/proc/self/statm")
 
 
 def peak(devices: Sequence[Any]) -> float | None:
     """Of all the devices together, dense bfloat16 FLOP/s; None if a kind of them is not known."""
-    kinds = [device.device_kind for device in devices]
-    found = [next((p for kind, p in PEAKS if re.search(kind, name)), None) for name in kinds]
+    found = [_peak(device.device_kind) for device in devices]
     return None if None in found else sum(found)
+
+
+def unknown(devices: Sequence[Any]) -> str | None:
+    """What to say of accelerators without a peak; None where all is known, or all are CPUs.
+
+    Of CPUs no share of a peak is ever told.
+    """
+    kinds = {d.device_kind for d in devices if d.platform != "cpu" and _peak(d.device_kind) is None}
+    if not kinds:
+        return None
+    return f"MFU unknown: the peak of {', '.join(sorted(kinds))} is not in training.pace.PEAKS"
+
+
+def _peak(kind: str) -> float | None:
+    return next((peak for pattern, peak in PEAKS if re.search(pattern, kind)), None)
 
 
 def flops(traced: Any) -> int:

@@ -16,6 +16,7 @@ from early_exit.calibration import plans
 from early_exit.calibration.records import Records
 from early_exit.report import plots
 from early_exit.runs.metrics import table
+from early_exit.storage import files
 from experiments import bars
 
 RECORDS = flags.DEFINE_string("records", None, "File of records.", required=True)
@@ -76,7 +77,7 @@ def main(argv):
             ]
             for m, method in enumerate(budgets.METHODS)
         }
-        Path(PLOT.value).write_text(plots.quality_against_cost(curves, COSTS.value, good))
+        files.write_text(Path(PLOT.value), plots.quality_against_cost(curves, COSTS.value, good))
         print(f"plot in {PLOT.value}")
     eero, tight, _, search = range(len(budgets.METHODS))
     over = (spent_fresh - 1) * limits[:, None, None] / np.ptp(costs) * np.sqrt(groups // 2)

@@ -25,6 +25,7 @@ from early_exit.calibration import certify, risk, thresholds
 from early_exit.calibration.records import Records
 from early_exit.report import plots
 from early_exit.runs.metrics import table
+from early_exit.storage import files
 from experiments import bars
 
 RECORDS = flags.DEFINE_string("records", None, "File of records.", required=True)
@@ -131,7 +132,7 @@ def main(argv):
             method: [(row[2], row[5], row[6]) for row in rows if row[:2] == (method, "all")]
             for method in (*certify.METHODS, BEST)
         }
-        Path(PLOT.value).write_text(plots.target_against_achieved(achieved))
+        files.write_text(Path(PLOT.value), plots.target_against_achieved(achieved))
         print(f"plot in {PLOT.value}")
 
     # A promise that nobody makes use of cannot be broken.

@@ -9,7 +9,6 @@ A language model reads a stretch of each text: labelled ones (`rows:…`), of al
 the training split.
 """
 
-import json
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -18,6 +17,7 @@ from early_exit.data import excerpts, sources, tokenising
 from early_exit.data.examples import examples
 from early_exit.evaluation import exits
 from early_exit.runs import assemble
+from early_exit.storage import files
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
 SOURCE = flags.DEFINE_string(
@@ -52,7 +52,7 @@ def main(argv):
     path = Path(OUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     records.save(path)
-    print(json.dumps(exits.summary(records), indent=1))
+    print(files.json_text(exits.summary(records), indent=1))
     units = len(set(records.groups.tolist()))
     print(f"{records.labels.size} positions of {units} texts or examples in {path}")
 

@@ -18,6 +18,7 @@ from early_exit.calibration.records import Records
 from early_exit.calibration.risk import one_of_each_group
 from early_exit.report import plots
 from early_exit.runs.metrics import table
+from early_exit.storage import files
 from experiments import bars
 
 RECORDS = flags.DEFINE_string("records", None, "File of records.", required=True)
@@ -46,7 +47,7 @@ def main(argv):
             f"block {depth}": rejection.risk_coverage(s, ok)[:2]
             for depth, s, ok in zip(records.exit_depths, scores, right, strict=True)
         }
-        Path(PLOT.value).write_text(plots.risk_against_coverage(curves))
+        files.write_text(Path(PLOT.value), plots.risk_against_coverage(curves))
         print(f"plot in {PLOT.value}")
 
     records = one_of_each_group(records, seed=0)  # what a promise is about

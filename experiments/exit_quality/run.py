@@ -29,6 +29,7 @@ from early_exit.runs.metrics import table
 from early_exit.settings.overrides import override
 from early_exit.settings.read import read
 from early_exit.settings.sections import Settings
+from early_exit.storage import files
 from early_exit.training.loop import tune
 from experiments import bars
 
@@ -91,7 +92,7 @@ def tuned(case: Case) -> float:
     if checkpoint.latest_step(case.folder / assemble.CHECKPOINTS) != config.tune.steps:
         began = time.perf_counter()
         tune(config, case.folder)
-        minutes.write_text(json.dumps((time.perf_counter() - began) / 60))
+        files.write_text(minutes, files.json_text((time.perf_counter() - began) / 60))
     return json.loads(minutes.read_text())
 
 
@@ -103,7 +104,7 @@ def cached(text: str) -> float:
     if not minutes.exists():
         began = time.perf_counter()
         hidden_states.fill(config, folder, batches=config.tune.steps, top_k=64)
-        minutes.write_text(json.dumps((time.perf_counter() - began) / 60))
+        files.write_text(minutes, files.json_text((time.perf_counter() - began) / 60))
     return json.loads(minutes.read_text())
 
 
@@ -118,7 +119,7 @@ def measured(case: Case) -> dict[str, list[dict]]:
             feed = feeds.make(config, found.model.config, found.tokenizer)
             batches = list(feed.held_out("test", 1 if bars.QUICK.value else BATCHES))
             rows[text] = evaluation.summary(evaluation.record(found.model, found.params, batches))
-        path.write_text(json.dumps(rows, indent=1))
+        files.write_json(path, rows)
     return json.loads(path.read_text())
 
 

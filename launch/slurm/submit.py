@@ -15,6 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
+from early_exit.storage import files
 from launch.jobs import Job
 
 JOB_ID = "slurm_job"
@@ -71,7 +72,7 @@ def run(jobs: Sequence[Job], parallel: int | None, wait: bool) -> None:
             before = ids[-parallel] if parallel and len(ids) >= parallel else None
             # Of a cluster's name behind a semicolon there is no need.
             number = _slurm(*submission(job, before)).strip().partition(";")[0]
-            kept.write_text(number + "\n")
+            files.write_text(kept, number + "\n")
         print(f"job {number}: {job.folder.name}", flush=True)
         ids.append(number)
     if wait:

@@ -15,6 +15,7 @@ from string import Template
 
 from absl import flags
 
+from early_exit.storage import files
 from early_exit.training import preemption
 from launch.jobs import Job
 
@@ -84,7 +85,7 @@ def run(jobs: Sequence[Job], workdir: Path) -> None:
     for job, text in zip(jobs, manifests, strict=True):
         job.folder.mkdir(parents=True, exist_ok=True)
         path = job.folder / MANIFEST
-        path.write_text(text)
+        files.write_text(path, text)
         command = ["kubectl", "apply", f"--filename={path}"]
         print(" ".join(command), flush=True)
         if APPLY.value and (status := subprocess.run(command).returncode):

@@ -47,7 +47,9 @@ def main(argv):
         raise app.UsageError("a command for the hosts goes behind `run`, and only there")
     if verb != "delete" and not TYPE.value:
         raise app.UsageError("--type is missing")
-    verbs[verb](*[" ".join(words)] if words else [])
+    # One word is a command line; several are a command's own words, spaces within them and all.
+    command = words if len(words) < 2 else [shlex.join(words)]
+    verbs[verb](*command)
 
 
 def create() -> None:

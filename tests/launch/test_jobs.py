@@ -1,3 +1,4 @@
+import json
 import pathlib
 import runpy
 import sys
@@ -73,11 +74,21 @@ def test_runs_that_cannot_be_are_refused_before_any_starts(tmp_path):
     assert second.startswith("clip_norm=0.0: tune.clip_norm=0.0 must be above 0")
 
 
+@pytest.mark.parametrize("value", ["a" * 251, "é" * 130, [10] * 100])
+def test_a_name_too_long_for_a_folder_is_refused_before_anything_runs(tmp_path, value):
+    """A file system counts bytes, and not characters."""
+    overrides = {"text": value} if isinstance(value, str) else {"exits.points": value}
+    with pytest.raises(ValueError, match=r"… is a name of \d+ bytes, and a folder's has 255 at m"):
+        runs_of(overrides, workdir=tmp_path)
+    (run,) = runs_of({"text": "é" * 125}, workdir=tmp_path)
+    run.folder.mkdir()
+
+
 @pytest.mark.parametrize("name", ["smollm2_135m", "tiny"])
 def test_the_sweeps_beside_the_configs_fit_them(name, tmp_path):
     file = runpy.run_path(pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py")
     runs = jobs.expand(file["sweep"], file["get_config"](), tmp_path)
-    assert len({read.to_json(run.config) for run in runs}) == len(runs) > 1
+    assert len({json.dumps(read.as_dict(run.config)) for run in runs}) == len(runs) > 1
 
 
 def job(folder, script):
@@ -89,13 +100,14 @@ def test_a_failed_job_does_not_stop_the_next(tmp_path, capsys):
         job(tmp_path / "a", "import sys; print('one'); sys.exit('two')"),
         job(tmp_path / "b", "print('three')"),
         job(tmp_path / "c", f"import sys; sys.exit({preemption.EXIT_STATUS})"),
+        job(tmp_path / "d", "import os; os.kill(os.getpid(), 15)"),  # before it had an ear for it
     ]
     jobs.run_local(started)
     texts = [each.log.read_text() for each in started]
-    assert [sorted(text.split()) for text in texts] == [["one", "two"], ["three"], []]
+    assert [sorted(text.split()) for text in texts] == [["one", "two"], ["three"], [], []]
     printed = capsys.readouterr().out
-    assert "[1/3] a: failed with status 1" in printed and "[2/3] b: finished" in printed
-    assert "[3/3] c: saved and left" in printed
+    assert "[1/4] a: failed with status 1" in printed and "[2/4] b: finished" in printed
+    assert "[3/4] c: saved and left" in printed and "[4/4] d: saved and left" in printed
     jobs.run_local(started[1:2])
     assert started[1].log.read_text() == "three\nthree\n"  # what an earlier start said is kept
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import types
 
@@ -234,6 +235,21 @@ def test_what_pod_would_do(capsys):
         f"{hosts} '--command=pip list'",
         f"{hosts} '--command=python -m launch.tune'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (["python", "x", "--a=b c"], "python x '--a=b c'"),
+        (["cd a && python x --a='b c'"], "cd a && python x --a='b c'"),  # a line for the shell
+        (["echo", "$HOME", "a'b"], "echo '$HOME' 'a'\"'\"'b'"),
+    ],
+)
+def test_a_command_keeps_its_words_on_the_way_to_the_hosts(capsys, words, given):
+    with flagsaver.flagsaver(dry_run=True, type="v5p-256"):
+        pod.main(["pod", "run", *words])
+    *_, last = shlex.split(capsys.readouterr().out)
+    assert last == f"--command={given}"
 
 
 @pytest.mark.parametrize(

@@ -218,3 +218,15 @@ def test_the_command_says_what_is_missing(tmp_path):
     done = launch(tmp_path)
     assert done.returncode == 1
     assert "launch.evaluate" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("figure", [None, float("nan")])
+def test_a_figure_that_there_is_not_is_a_dash(write_run, figure):
+    """Null in the file; in files of before, NaN."""
+
+    def change(evaluation):
+        evaluation["exits"][0] |= {"correct": figure, "coverage": figure}
+        evaluation["decoding"][1]["agreement"] = figure
+
+    text = page.write(write_run(change)).read_text()
+    assert text.count("<td>–</td>") == 3 and not re.search(r"\b(nan|None)\b", text)

@@ -56,7 +56,7 @@ def test_configs_and_runs_saved_before_settings_had_types_agree(case):
 @pytest.mark.parametrize("case", SAVED, ids=lambda case: case["config"])
 def test_saved_settings_come_back(case):
     settings = read.read(case["saved"])
-    again = read.read_saved(read.to_json(settings))
+    again = read.read_saved(json.dumps(read.as_dict(settings)))
     assert again == settings
     assert isinstance(again.exits.points, tuple) and isinstance(again.tune.learning_rate, float)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import tiny
+from conftest import SHORT_RUN
 from early_exit.cost import chips
 from early_exit.runs.metrics import SPEED, read_metrics
 from early_exit.settings.overrides import override
@@ -17,7 +18,8 @@ from early_exit.training.observe import observe
 
 
 def device(kind, **stats):
-    return types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats or None)
+    memory = {"memory_stats": lambda: stats or None}
+    return types.SimpleNamespace(device_kind=kind, platform="tpu", **memory)
 
 
 @pytest.mark.parametrize(
@@ -34,10 +36,18 @@ def device(kind, **stats):
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 NVL", 835),
+        ("TPU7x", 1153.5),  # half a chip
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("AMD Instinct MI300X", 1307.4),
     ],
 )
 def test_peaks(kind, teraflops):
-    assert pace.peak([device(kind)] * 4) == 4e12 * teraflops
+    assert pace.peak([device(kind)] * 4) == pytest.approx(4e12 * teraflops)
+    assert pace.unknown([device(kind)]) is None
 
 
 def test_no_peak_is_made_up():
@@ -45,6 +55,21 @@ def test_no_peak_is_made_up():
     assert pace.peak([device("TPU v5e"), device("TPU v9")]) is None
     assert pace.peak([device("TPU v4 lite")]) is None
     assert {chip.flops for chip in chips.CHIPS.values()} <= {peak for _, peak in pace.PEAKS}
+
+
+def test_what_has_no_peak_is_named_once():
+    devices = [device("TPU v5e"), device("TPU v9"), device("Abacus"), device("Abacus")]
+    assert pace.unknown(devices).startswith("MFU unknown: the peak of Abacus, TPU v9 is not in")
+    assert pace.unknown(jax.devices()) is None
+
+
+def test_a_run_says_that_its_mfu_is_unknown(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(pace, "unknown", lambda devices: "MFU unknown: the peak of Abacus")
+    short = SHORT_RUN | {"tune.steps": 2, "tune.warmup_steps": 1}
+    config = read(override(tiny.get_config(), short))
+    with caplog.at_level("WARNING"):
+        loop.tune(config, tmp_path)
+    assert [r.getMessage() for r in caplog.records].count("MFU unknown: the peak of Abacus") == 1
 
 
 def test_what_is_computed_again_is_no_model_flop():

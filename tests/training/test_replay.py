@@ -90,7 +90,7 @@ def test_steps_that_ruined_the_parameters(tmp_path):
         "exits/3"
     }
     assert all(map(math.isfinite, [*found.losses.values(), *found.gradient_norms.values()]))
-    still = override(config, {"tune.learning_rate": 1e-30, "tune.steps": 3})
+    still = changed(config, {"tune.learning_rate": 1e-30, "tune.steps": 3})
     loop.tune(still, tmp_path / "still")
     third = next(line for line in read_metrics(tmp_path / "still") if line["step"] == 3)
     assert found.losses["loss"] == pytest.approx(third["loss"], rel=1e-6)
@@ -115,9 +115,9 @@ def test_a_replay_is_the_runs_own_step(tmp_path):
     third = [next(batches) for _ in range(3)][2]
     batches.close()
     path = bad_batch.save(tmp_path, 3, run.place_batch(third))
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / CHECKPOINTS).rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     found = replay.replay(config, tmp_path, path)
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / CHECKPOINTS).rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     assert found.checkpoint == 2  # that of step 3 came after the batch
     assert checkpoint.latest_step(tmp_path / CHECKPOINTS) == 3
     line = next(line for line in read_metrics(tmp_path) if line["step"] == 3)

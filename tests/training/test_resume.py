@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from configs import tiny
-from early_exit.runs import checkpoint
+from early_exit.runs import assemble, checkpoint, lock
 from early_exit.runs.assemble import CHECKPOINTS, load_config
 from early_exit.runs.metrics import FILE
 from early_exit.settings.overrides import override
@@ -112,6 +113,92 @@ def test_a_run_asked_to_leave_saves_and_goes_on_bit_equal(
     assert (tmp_path / FILE).read_text() == (folder / FILE).read_text()
 
 
+def asked_when(monkeypatch, owner, name):
+    """The process is asked to leave as soon as this is called."""
+    real = getattr(owner, name)
+
+    def called(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (checkpoint, "latest_step"),
+        (assemble, "save_config"),
+        (assemble, "load_backbone"),
+        (loop.Run, "state"),
+        (checkpoint.Saver, "__init__"),
+    ],
+)
+def test_before_the_first_step_a_run_asked_to_leave_does_so_at_once(
+    config, tmp_path, monkeypatch, owner, name
+):
+    asked_when(monkeypatch, owner, name)
+    before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
+    with pytest.raises(preemption.Preempted, match="asked to leave before the first step"):
+        loop.tune(config, tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert threading.active_count() <= threads
+    assert not list((tmp_path / "run").glob(lock.FILE))
+    monkeypatch.undo()
+    assert checkpoint.latest_step(tmp_path / "run" / CHECKPOINTS) is None
+
+
+def test_asked_while_the_step_compiles_it_takes_the_step_and_saves(config, tmp_path, monkeypatch):
+    asked_when(monkeypatch, loop.Run, "clock")
+    with pytest.raises(preemption.Preempted, match="saved after step 1 of 60"):
+        loop.tune(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path / CHECKPOINTS) == 1
+
+
+def test_nobody_mends_being_asked_as_an_error(config, tmp_path, monkeypatch):
+    """Loading has places that turn whatever goes wrong into advice."""
+
+    def mended(*args, real=assemble.load_backbone, **kwargs):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+        except Exception as error:
+            raise FileNotFoundError("check the connection") from error
+
+    monkeypatch.setattr(assemble, "load_backbone", mended)
+    with pytest.raises(preemption.Preempted):
+        loop.tune(config, tmp_path)
+
+
+def test_a_command_asked_while_it_loads_is_to_be_started_again(model, tmp_path):
+    command = [sys.executable, "-m", "launch.tune", "--config=configs/tiny.py"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--config.model.source={model}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + 100
+    while not (tmp_path / "run" / lock.FILE).exists():
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.005)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == preemption.EXIT_STATUS, said
+    assert "the same command goes on with what is saved" in said and "Traceback" not in said
+    assert not (tmp_path / "run" / lock.FILE).exists()
+
+
+def test_a_run_whose_folder_was_taken_saves_nothing_more(config, tmp_path, monkeypatch):
+    def place_batch(run, batch, place=loop.Run.place_batch):
+        batches.append(batch)
+        if len(batches) == 15:
+            (tmp_path / lock.FILE).write_text('{"token": "another"}')
+        return place(run, batch)
+
+    batches = []
+    monkeypatch.setattr(loop.Run, "place_batch", place_batch)
+    with pytest.raises(RuntimeError, match="is no longer this command's"):
+        loop.tune(config, tmp_path)
+    assert checkpoint.steps(tmp_path / CHECKPOINTS) == [10]
+
+
 def test_a_finished_run_says_what_it_found_and_does_nothing(config, uninterrupted):
     folder, rows = uninterrupted
     checkpoints, metrics = files_of(folder / CHECKPOINTS), (folder / FILE).read_text()
@@ -139,8 +226,13 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoints(config, tmp_path):
     ruinous = changed(
         config, {"tune.learning_rate": 1e30, "tune.steps": 6, "tune.checkpoint_every": 1}
     )
-    with pytest.raises(FloatingPointError, match="step 3: the loss is .* lower tune.learning_rate"):
+    threads = set(threading.enumerate())
+    message = "step 3: the loss is .* lower tune.learning_rate"
+    with pytest.raises(FloatingPointError, match=message) as caught:
         loop.tune(ruinous, tmp_path)
+    # Also while a notebook still has the error. (Pools that wait for work go later.)
+    left = {thread.name for thread in set(threading.enumerate()) - threads}
+    assert caught and not any("ThreadPrefetch" in name or "_beat" in name for name in left)
     assert checkpoint.latest_step(tmp_path / CHECKPOINTS) == 2
     like = loop.Run(ruinous, tmp_path).state()
     for step in (1, 2):
@@ -152,5 +244,5 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoints(config, tmp_path):
 def test_settings_that_failed_before_the_first_checkpoint_can_be_mended(config, tmp_path):
     with pytest.raises(ValueError, match=r"exit points \[9\] lie outside 1…5"):
         loop.tune(changed(config, {"exits.points": (2, 9)}), tmp_path)
-    loop.Run(changed(config, {"exits.points": (2,)}), tmp_path)
+    assemble.save_config(changed(config, {"exits.points": (2,)}), tmp_path)
     assert load_config(tmp_path).exits.points == (2,)

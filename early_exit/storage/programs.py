@@ -1,0 +1,50 @@
+"""Where compiled programs are kept, so that only a first run on a machine pays for them.
+
+The one idea: the folder's name says what its programs depend on, and JAX's own key does not. For
+CPUs that is what the processor can do: a home that unlike machines share would otherwise serve
+one of them instructions that only the other has.
+"""
+
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+from collections.abc import Iterable
+
+from early_exit.storage.packages import cache_folder
+
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
+# Of x86 and of ARM, as the kernel spells them; the others, such as the clock, change all the time.
+_OF_A_KIND = {
+    "vendor_id",
+    "cpu family",
+    "model",
+    "model name",
+    "flags",
+    "CPU implementer",
+    "CPU architecture",
+    "CPU variant",
+    "CPU part",
+    "Features",
+}
+
+
+def folder() -> pathlib.Path:
+    """In `cache_folder()`, of these versions of JAX and this kind of processor."""
+    versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
+    return cache_folder() / "xla" / f"{versions}-{_processor()}"
+
+
+def _processor() -> str:
+    """Twelve digits that differ where processors do."""
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    described = [platform.machine(), platform.processor(), *sorted(set(_told(lines)))]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:12]
+
+
+def _told(lines: Iterable[str]) -> Iterable[str]:
+    """What tells one kind of processor from another; its features in whatever order."""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in _OF_A_KIND:
+            yield f"{name.strip()}: {' '.join(sorted(value.split()))}"
