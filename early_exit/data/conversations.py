@@ -40,11 +40,16 @@ class Fault(enum.StrEnum):
 
 
 class Words(NamedTuple):
-    """What a question or an answer consists of, without the token that ended it, if one did."""
+    """What a question or an answer consists of, without the token that ended it, if one did.
+
+    Attributes:
+      end: that token, where it is known.
+    """
 
     text: str
     tokens: Sequence[int]
     ended: bool
+    end: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Conversation:
     """One question and its answer.
 
     Attributes:
-      text: all of it with the template's tokens, but for the one that ends it: pipelines end every
+      text: all of it with the template's tokens, but for the end of a text: pipelines end every
         document by themselves.
       prompt, answer: the words of each.
       tokens: how many tokens `text` encodes to, and the one that ends it.

@@ -102,9 +102,10 @@ class Speaker:
         return [self._words(answer.tokens.tolist(), stop_ids) for answer in written]
 
     def _words(self, tokens: list[int], stop_ids: Sequence[int]) -> Words:
-        ended = tokens[-1] in stop_ids
-        tokens = tokens[:-1] if ended else tokens
-        return Words(self.tokenizer.decode(tokens), tokens, ended)
+        if tokens[-1] not in stop_ids:
+            return Words(self.tokenizer.decode(tokens), tokens, ended=False)
+        *tokens, end = tokens
+        return Words(self.tokenizer.decode(tokens), tokens, ended=True, end=end)
 
 
 def converse(
@@ -202,11 +203,14 @@ def _shard(
         )
         for (question, opening), answer in zip(asked, answers, strict=True):
             fault = settings.rules.fault_of_answer(answer, speaker.special)
-            text = conversations.text_of(speaker.tokenizer, opening + answer.tokens)
+            whole = opening + answer.tokens
+            if answer.end not in (None, speaker.tokenizer.eos_token_id):  # such as a turn's own end
+                whole = [*whole, answer.end]
+            text = conversations.text_of(speaker.tokenizer, whole)
             if fault is None and text is None:
                 fault = Fault.OTHER_TOKENS
             if fault is None:
-                size = len(opening) + len(answer.tokens) + 1
+                size = len(whole) + 1
                 kept.append(Conversation(text, question, answer.text, size))
             else:
                 faults.append(fault)

@@ -23,7 +23,7 @@ def export_backbone(
     config: base.BackboneConfig,
     params: base.Params,
     tokenizer=None,
-    writes: Generation = Generation(),  # noqa: B008
+    writes: Generation = generation.SILENT,
 ) -> None:
     """Writes a new folder; it appears whole or not at all.
 
@@ -46,7 +46,7 @@ def write_backbone(
     config: base.BackboneConfig,
     params: base.Params,
     tokenizer=None,
-    writes: Generation = Generation(),  # noqa: B008
+    writes: Generation = generation.SILENT,
 ) -> None:
     """Like `export_backbone`, into a folder that is there."""
     family, hf = families.writing(config)

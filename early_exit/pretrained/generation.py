@@ -38,6 +38,10 @@ class Generation:
         return {**self.stored, **own}
 
 
+# Of a model that nobody has told how to write.
+SILENT = Generation()
+
+
 def read(
     path: pathlib.Path, config: Mapping[str, Any], tokenizer: Any, vocab_size: int
 ) -> Generation:

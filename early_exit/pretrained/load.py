@@ -38,7 +38,7 @@ class Pretrained:
     params: base.Params
     tokenizer: Any
     source: str
-    generation: Generation = Generation()
+    generation: Generation = generation.SILENT
     known: identity.Identity | None = None
 
     @functools.cached_property
@@ -70,7 +70,7 @@ def load(
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     if tokenizer is not None and vocab_size:
         _check_tokenizer(tokenizer, vocab_size, checkpoint)
-    writes = Generation()
+    writes = generation.SILENT
     if not found.config.classifies:
         writes = generation.read(checkpoint.path, checkpoint.config, tokenizer, vocab_size)
     places = {} if shardings is None else tree.flatten(shardings(found.params))

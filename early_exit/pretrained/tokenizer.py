@@ -129,6 +129,12 @@ def _from_gguf(path: pathlib.Path) -> "PreTrainedTokenizerFast":
     )
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {f"{ours}_token": get(f"{theirs}_token_id") for ours, theirs in named.items()}
+    for token, i in ids.items():
+        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
+            raise ValueError(
+                f"{path} has the {token} {i!r}, which is none of its {len(tokens)} tokens; the "
+                "file is damaged, download it again"
+            )
     return _fast_tokenizer()(
         tokenizer_object=bpe,
         add_bos_token=get("add_bos_token", False),

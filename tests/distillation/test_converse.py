@@ -125,6 +125,23 @@ def test_a_text_gives_pipelines_what_was_read_and_written(tiny, tokenizer, tmp_p
         assert len(tokens) == conversation.tokens and name.startswith(f"{tmp_path.name}:")
 
 
+def test_an_answer_that_ends_otherwise_than_a_text_keeps_its_end(tiny, tokenizer, tmp_path):
+    """Pipelines end a document with the end of a text; a turn may have an end of its own."""
+    end_of_text, end_of_turn = ENDS
+    assert tokenizer.eos_token_id == end_of_turn
+    for number, (end, kept) in enumerate(((end_of_text, "<|endoftext|>"), (end_of_turn, ""))):
+
+        class Ending(Scripted):
+            def write(self, *given, end=end):
+                written = super().write(*given)
+                return [self._words([*words.tokens, end], ENDS) for words in written]
+
+        list(converse(Ending(tiny, tokenizer), tmp_path / str(number), SETTINGS, tokens=1))
+        made = made_conversations(tmp_path / str(number))
+        assert made and all(c.text.endswith(c.answer + kept) for c in made)
+        assert all(len(tokenizer.encode(c.text)) + 1 == c.tokens for c in made)
+
+
 def test_what_is_dropped_is_counted(tiny, tokenizer, tmp_path):
     speaker = Scripted(tiny, tokenizer, share_ended=0.7)
     list(converse(speaker, tmp_path, SETTINGS, tokens=3000))

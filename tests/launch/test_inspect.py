@@ -9,6 +9,7 @@ from absl import app
 from configs import tiny as tiny_config
 from conftest import build
 from early_exit import tree
+from early_exit.backbones import identity
 from early_exit.exits import artefact
 from early_exit.pretrained.export import write_backbone
 from early_exit.runs import assemble
@@ -95,7 +96,8 @@ def test_an_export(inspected, tmp_path, beside):
         write_backbone(path, model.config, params["backbone"])
     folder.mkdir(exist_ok=True)
     config = {"model": {"source": str(source)}, "data": {"source": "texts"}}
-    artefact.write(folder, model, params, config, step=7)
+    known = identity.of(model.config, params["backbone"])
+    artefact.write(folder, model, params, known, config, step=7)
     facts, rows, _ = inspected(folder)
     assert facts["source"] == str(folder if beside else source)
     with_or_without = "with" if beside else "without"

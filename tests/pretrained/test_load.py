@@ -56,14 +56,17 @@ def test_gguf_equals_its_folder(write_gguf, tiny_llama):
     config = dataclasses.replace(load(str(tiny_llama)).config, norm_eps=float(np.float32(1e-3)))
     assert pretrained.config == config and len(pretrained.tokenizer) == 101
     assert_same_params(pretrained.params, load(str(tiny_llama)).params)
+    assert pretrained.identity == load(str(tiny_llama)).identity
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_narrow_weights_are_widened_without_change(write_folder, tiny_tensors, dtype):
     narrow = {name: tensor.astype(dtype) for name, tensor in tiny_tensors.items()}
-    ours = load(str(write_folder(narrow))).params
+    first = load(str(write_folder(narrow)))
     widened = {name: tensor.astype(np.float32) for name, tensor in narrow.items()}
-    assert_same_params(ours, load(str(write_folder(widened))).params)
+    again, ours = load(str(write_folder(widened))), first.params
+    assert_same_params(ours, again.params)
+    assert first.identity == again.identity
     assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {jnp.dtype(jnp.float32)}
 
 

@@ -47,6 +47,8 @@ def test_gguf_tokenizers_of_other_kinds_are_refused(write_gguf):
         ValueError, match=r"tiny.gguf gives 2 types \(tokenizer.ggml.token_type\) to"
     ):
         load_tokenizer(write_gguf(types=[3, 3]))
+    with pytest.raises(ValueError, match="tiny.gguf has the pad_token 101, which is none of"):
+        load_tokenizer(write_gguf(more={"tokenizer.ggml.padding_token_id": 101}))
     with pytest.raises(ValueError, match="tokenizer model 'llama'; only byte-level BPE"):
         load_tokenizer(write_gguf(model="llama"))
 
