@@ -7,7 +7,7 @@ recompiles) and a small JSON file that says where they came from.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,23 @@ class ExitPolicy:
         depths = tuple(int(depth) for depth in exit_depths)
         return np.asarray(_exit_index(self, scores_EN, jnp.asarray(progress_N), depths))
 
-    def check(self, exit_depths: np.ndarray) -> None:
-        """Raises ValueError where the policy does not fit a model with exits at these depths."""
+    def check(self, exit_depths: np.ndarray, scores: Sequence[str] = confidences.NAMES) -> None:
+        """Raises ValueError where the policy does not fit a model.
+
+        Args:
+          exit_depths: int [E + 1], blocks run at each of the model's exits.
+          scores: the confidences that its exits have (`MultiExit.confidences`).
+        """
         (found,) = self.thresholds.shape
         if found != len(exit_depths) - 1:
             raise ValueError(
                 f"the policy has {found} thresholds but the model has {len(exit_depths) - 1} "
                 "exits; calibrate this model, or name its own policy"
+            )
+        if self.confidence not in scores:
+            raise ValueError(
+                f"the policy scores by {self.confidence}, which the exits of this model do not "
+                f"have; fit it for one of {', '.join(scores)}"
             )
         if self.budget is not None and self.budget < exit_depths[0]:
             raise ValueError(
