@@ -241,8 +241,8 @@ def patient(exits: int, patience: int) -> ExitPolicy:
 _WORDS = {NEVER: "never", ALWAYS: "always"}
 
 
-def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
-    """Writes the policy as JSON, whole or not at all."""
+def as_json(policy: ExitPolicy) -> dict[str, Any]:
+    """What a policy is and where it came from, for a JSON file."""
 
     def numbers(array):
         return None if array is None else np.asarray(array).astype(float).tolist()
@@ -250,21 +250,39 @@ def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
     def worded(value):
         return _WORDS.get(value, value)
 
-    text = json.dumps(
-        {
-            "enabled": enabled,
-            "confidence": policy.confidence,
-            "thresholds": list(map(worded, numbers(policy.thresholds))),
-            "decay": numbers(policy.decay),
-            "budget": numbers(policy.budget),
-            "temperatures": numbers(policy.temperatures),
-            "reject": worded(numbers(policy.reject)),
-            "provenance": dict(policy.provenance),
-        },
-        indent=2,
+    return {
+        "confidence": policy.confidence,
+        "thresholds": list(map(worded, numbers(policy.thresholds))),
+        "decay": numbers(policy.decay),
+        "budget": numbers(policy.budget),
+        "temperatures": numbers(policy.temperatures),
+        "reject": worded(numbers(policy.reject)),
+        "provenance": dict(policy.provenance),
+    }
+
+
+def from_json(fields: Mapping[str, Any]) -> ExitPolicy:
+    """The policy that `as_json` has told.
+
+    Raises:
+      KeyError, TypeError, ValueError: it is none.
+    """
+    words = {word: value for value, word in _WORDS.items()}
+    reject = fields["reject"]
+    return make(
+        [float(words.get(x, x)) for x in fields["thresholds"]],
+        fields["confidence"],
+        decay=fields["decay"],
+        budget=fields["budget"],
+        temperatures=fields["temperatures"],
+        reject=None if reject is None else float(words.get(reject, reject)),
+        **fields["provenance"],
     )
-    with files.replacing(path) as partial:
-        partial.write_text(text + "\n")
+
+
+def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
+    """Writes the policy as JSON, whole or not at all."""
+    files.write_json(path, {"enabled": enabled} | as_json(policy))
 
 
 def load(path: Path, *, exit_depths: np.ndarray) -> ExitPolicy | None:
@@ -278,19 +296,8 @@ def load(path: Path, *, exit_depths: np.ndarray) -> ExitPolicy | None:
         raise FileNotFoundError(f"no exit policy at {path}; write one with `launch.calibrate`")
     try:
         fields = json.loads(path.read_text())
-        words = {word: value for value, word in _WORDS.items()}
-        thresholds = [float(words.get(x, x)) for x in fields["thresholds"]]
-        reject = fields["reject"]
         enabled = fields["enabled"]
-        policy = make(
-            thresholds,
-            fields["confidence"],
-            decay=fields["decay"],
-            budget=fields["budget"],
-            temperatures=fields["temperatures"],
-            reject=None if reject is None else float(words.get(reject, reject)),
-            **fields["provenance"],
-        )
+        policy = from_json(fields)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an exit policy: {error!r}") from error
     if not isinstance(enabled, bool):

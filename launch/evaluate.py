@@ -12,9 +12,8 @@ from pathlib import Path
 
 from absl import flags
 
-from early_exit.evaluation import run, run_classifier
+from early_exit.evaluation import run_classifier, run_decoder
 from early_exit.runs import assemble
-from early_exit.runs.metrics import table
 from launch import common
 
 BASELINE = flags.DEFINE_list(
@@ -31,33 +30,7 @@ def main(argv):
         return
     if BASELINE.value:
         raise ValueError("--baseline is for classifiers; this is a language model")
-    results = run.evaluate(tuned)
-    print("Exits on held-out text, a position being a next token to predict:")
-    print(
-        table(
-            [
-                (row["exit"], row["loss"], row["agreement"], row["coverage"])
-                for row in results["exits"]
-            ],
-            header=("exit", "loss", "agreement", "coverage at 95 %"),
-        )
-    )
-    print(f"\nDecoding, batch 1, {results['prompts']} prompts × {results['new_tokens']} tokens:")
-    print(
-        table(
-            [
-                (
-                    row["policy"],
-                    row["tokens_per_second"],
-                    row["speedup"],
-                    row["agreement"],
-                    row["mean_depth"],
-                )
-                for row in results["decoding"]
-            ],
-            header=("policy", "tokens/s", "speed-up", "equal to full", "mean depth"),
-        )
-    )
+    print("\n\n".join(run_decoder.tables(run_decoder.evaluate(tuned))))
 
 
 if __name__ == "__main__":

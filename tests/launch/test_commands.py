@@ -77,14 +77,23 @@ def test_calibrate_prints_what_it_saves(run):
 
 def test_evaluate_and_report(run, launch):
     printed = succeeded(launch("evaluate", f"--workdir={run.folder}"))
-    assert re.search(r"^full model +[\d.]+ +1\.000 +1\.000 +6\.000$", printed, re.MULTILINE)
-    assert re.search(r"^epsilon 0\.6 ", printed, re.MULTILINE)
+    assert max(map(len, printed.splitlines())) <= 100
+    assert re.search(r"^full model +– +[\d.]+ +1\.000 +[\d.]+ +1\.000 +6\.000$", printed, re.M)
+    assert re.search(r"^epsilon 0\.6 +verified: exits \+ lookup +[\d.]+ ", printed, re.M)
     results = json.loads((run.folder / "evaluation.json").read_text())
-    full, fitted, verified = results["decoding"]
-    names = ["full model", "epsilon 0.6", "verified"]
-    assert [row["policy"] for row in results["decoding"]] == names
-    assert [row["epsilon"] for row in results["decoding"]] == [None, 0.6, None]
-    assert fitted["mean_depth"] < 6 and full["agreement"] == verified["agreement"] == 1
+    own, rows = "epsilon 0.6", results["decoding"]["rows"]
+    assert [(row["policy"], row["mode"]) for row in rows] == [
+        (None, None),
+        *((own, mode) for mode in ("lossy", "deferred", "verified: exits")),
+        (own, "verified: exits + lookup"),
+        (None, "verified: lookup"),
+    ]
+    full, lossy, _, *verified = rows
+    assert results["decoding"]["chosen"] == own and lossy["epsilon"] == 0.6
+    assert lossy["blocks_per_token"] < 6
+    assert all(row["agreement"] == 1 for row in (full, *verified))
+    policy = json.loads((run.folder / "policy.json").read_text())
+    assert results["policy"] == {k: v for k, v in policy.items() if k != "enabled"}
     assert [len(sample["pieces"]) for sample in results["samples"]] == [8, 8]
 
     page = succeeded(launch("report", f"--workdir={run.folder}")).strip()
