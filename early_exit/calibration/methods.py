@@ -35,6 +35,8 @@ class Settings:
       temperature: whether each head gets one (`temperature`).
       abstain: share of positions that may stay without an answer; None for none.
       reject_risk: share of wrong answers at most, with probability 1 − δ; None for any.
+      allow_never: whether a policy that never leaves will do where the data are too few to show
+        what is asked (`promise`); otherwise that is refused.
       seed: of what is drawn at random.
     """
 
@@ -53,6 +55,7 @@ class Settings:
     temperature: bool = False
     abstain: float | None = None
     reject_risk: float | None = None
+    allow_never: bool = False
     seed: int = 0
 
 

@@ -4,20 +4,33 @@ The one idea: everything is derived from the newest checkpoint and saved beside 
 the fingerprint of the heads it came from, so results of an older checkpoint are never reused.
 """
 
+import dataclasses
 import os
 import platform
+from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from early_exit import policy as policies
-from early_exit.calibration import methods, thresholds
+from early_exit.calibration import methods, promise, thresholds
 from early_exit.calibration.records import Records
 from early_exit.data import feed as feeds
+from early_exit.data.transforms import next_token_targets
 from early_exit.evaluation import exits
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
 from early_exit.runs.assemble import Tuned
 from early_exit.settings.overrides import ConfigDict
+
+
+def check_exits(tuned: Tuned) -> None:
+    """Raises ValueError for a run without exits."""
+    if not tuned.model.exits.points:
+        raise ValueError(
+            f"{tuned.workdir} has no exits (exits.points=()): there is nothing to calibrate and no "
+            "exit to measure; tune a run that has some"
+        )
 
 
 def records_of(tuned: Tuned, *, soften: bool = False) -> Records:
@@ -29,11 +42,7 @@ def records_of(tuned: Tuned, *, soften: bool = False) -> Records:
     Raises:
       ValueError: a run without exits.
     """
-    if not tuned.model.exits.points:
-        raise ValueError(
-            f"{tuned.workdir} has no exits (exits.points=()): there is nothing to calibrate and no "
-            "exit to measure; tune a run that has some"
-        )
+    check_exits(tuned)
     path = tuned.workdir / "records.npz"
     feed = feeds.make(tuned.config, tuned.model.config, tuned.tokenizer)
     metadata = tuned.metadata | {
@@ -63,13 +72,47 @@ def settings_of(config: ConfigDict, **changes) -> methods.Settings:
         raise ValueError(f"calibrate has no such setting: {error}") from error
 
 
-def calibrate(tuned: Tuned, settings: methods.Settings | None = None) -> tuple[ExitPolicy, Records]:
-    """Fits a policy, as the settings (or the config's) ask, and saves it as `policy.json`."""
+def calibrate(
+    tuned: Tuned,
+    settings: methods.Settings | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[ExitPolicy, Records]:
+    """Fits a policy, as the settings (or the config's) ask, and saves it as `policy.json`.
+
+    Args:
+      tell: is told, before the model runs, what the data can promise at best.
+
+    Raises:
+      ValueError: a run without exits, settings that make no policy, or a promise that the data
+        cannot give.
+    """
+    check_exits(tuned)
     settings = settings_of(tuned.config) if settings is None else settings
+    classifies = tuned.model.config.classifies
+    kind = "examples" if classifies else "texts"
+    if (stated := promise.stated(settings, classifies=classifies, kind=kind)) is not None:
+        found = promise.reach(_groups(tuned), settings, kind)
+        promise.check(found, settings)
+        for one in found:
+            tell(str(one))
     records = records_of(tuned, soften=settings.temperature)
     policy = methods.fit(records, settings)
+    provenance = {**policy.provenance, "promise": stated}
+    policy = dataclasses.replace(policy, provenance=provenance)
     policies.save(policy, tuned.workdir / assemble.POLICY)
     return policy, records
+
+
+def _groups(tuned: Tuned) -> np.ndarray:
+    """The text or example of every position that `records_of` has or will have, int [N]."""
+    feed = feeds.make(tuned.config, tuned.model.config, tuned.tokenizer)
+    batches = tuned.config.calibrate.batches
+    if tuned.model.config.classifies:
+        count = len(feed.examples("calibration"))
+        return np.arange(count if batches is None else min(count, batches * feed.per_batch))
+    return np.concatenate(
+        [batch["groups"][next_token_targets(batch)[1]] for batch in feed.calibration(batches)]
+    )
 
 
 def policies_of(tuned: Tuned, records: Records) -> dict[str, ExitPolicy]:
