@@ -160,6 +160,11 @@ def _decoding(evaluation: dict[str, Any], depths: list[int]) -> dict[str, Any]:
         "chosen": next((row for row in own if row["mode"] == LOSSY.name), None),
         # Of one policy, or of none: those whose answer is the full model's.
         "lossless": [row for row in others if row["mode"].startswith("verified")],
+        "legend_looked_up": Markup(
+            tokens.html_spans(
+                [*(f" {d} " for d in depths), " looked up "], [*depths, tokens.LOOKED_UP], depths
+            )
+        ),
         "speed_plot": Markup(plots.quality_against_speed(rows)),
         "exits_plot": Markup(plots.exit_bars(evaluation["exits"])),
         "heat_maps": [

@@ -159,7 +159,7 @@ def test_generate_answers_a_file_losslessly(run, launch, tmp_path):
         for depth, place in [(2, "block 2"), (4, "block 4"), (6, "block 6"), (0, "text")]:
             assert row["depths"].count(depth) == proposed[place]
         assert sum(facts["drafts_accepted"]) == 24 - proposed["block 6"]
-        assert facts["tokens_per_second"] > 0 and facts["layers_per_token"] >= 6
+        assert facts["tokens_per_second"] > 0 and facts["blocks_per_token"] >= 6
     full, _ = answer(launch("generate", *raw, f"--prompt={prompts[0]}", "--full"))
     assert tokens.printable(rows[0]["text"]) == full
 
@@ -193,7 +193,7 @@ def test_generate_answers_the_lines_of_a_text_file(run, launch, tmp_path):
     given.write_text('Hello!\r\n \n{"prompt": 1}\nHello!')
     flags = [f"--input={given}", f"--output={answers}", "--batch=2", "--max_new_tokens=9"]
     printed = succeeded(launch("generate", f"--workdir={run.folder}", *flags))
-    assert re.search(r"^ *answers .*\n.*\n *3 +9\.000 ", printed)
+    assert re.search(r"^mode +answers .*\n.*\nlossy +3 +9\.000 ", printed)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Hello!", '{"prompt": 1}', "Hello!"]
     assert rows[0]["tokens"] == rows[2]["tokens"] != rows[1]["tokens"]

@@ -142,10 +142,8 @@ def test_the_result_is_of_the_policy_that_was_chosen(write_run, chosen):
     """Found by its name, whichever is the fastest."""
     shown = Page(page.write(write_run(lambda e: e["decoding"].update(chosen=chosen)))).text
     blocks = {"epsilon 0.8": "19.0", "ltt 0.05": "24.5"}[chosen]
-    assert (
-        f"the policy {chosen.replace('epsilon', 'ε =')}, lossy decoding ran {blocks} blocks"
-        in shown
-    )
+    name = chosen.replace("epsilon", "ε =")
+    assert f"the policy {name}, lossy decoding ran {blocks} blocks" in shown
 
 
 def test_a_policy_that_was_not_measured_is_not_shown_with_the_figures(write_run, evaluation):
