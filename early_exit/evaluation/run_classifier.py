@@ -7,6 +7,7 @@ seen, and beside smaller networks without exits, the other way to pay less for a
 import base64
 import io
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -154,10 +155,11 @@ def tables(results: dict) -> Iterator[str]:
     columns = ("accuracy", "equal to full", "mean depth", "M mult-adds", f"mJ, {of['energy']}")
     yield "Quality and cost of an answer:\n" + table(quality, header=("policy", *columns))
     sizes = list(rows[0]["throughput"])
-    yield (
+    said = (
         f"Time: milliseconds of one of {of['singles']} examples one by one, and examples a second "
-        f"in batches; {of['rounds']} rounds in turns:\n"
-    ) + table(
+        f"in batches; {of['rounds']} rounds in turns:"
+    )
+    yield f"{textwrap.fill(said, 100)}\n" + table(
         [
             (
                 row["policy"],
