@@ -48,7 +48,7 @@ def main(argv):
         rows = ROWS.value * mesh.shape["data"] * mesh.shape["fsdp"]
         mode = decoding_flags.mode()
         estimate = ahead.decoding(config, model, mesh, chip, rows, POSITIONS.value, mode)
-        tokens, unit = rows, "sweep at full depth"
+        tokens, unit = rows, "step at full depth"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = TOPOLOGY.value or "this host"
     print(f"{WHAT.value} on {where}: {mesh.size} chips ({axes}), {model.config.depth} blocks\n")

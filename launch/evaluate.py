@@ -3,9 +3,9 @@
     python -m launch.evaluate --workdir=runs/smollm2
     python -m launch.evaluate --workdir=runs/fashion --baseline=runs/fashion8,runs/fashion14
 
-A language model's decoding, or a classifier's answers, beside the full model; the baselines are
-runs of smaller classifiers without exits. Writes evaluation.json, from which `launch.report` makes
-a page.
+A language model's decoding, in every mode, or a classifier's answers: the run's own policy, and one
+for each of evaluate.epsilons, beside the full model. The baselines are runs of smaller classifiers
+without exits. Writes evaluation.json, from which `launch.report` makes a page.
 """
 
 from pathlib import Path

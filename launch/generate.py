@@ -177,6 +177,7 @@ def _statistics(answer: Generation, tuned: assemble.Tuned, settings: dict) -> di
     by_full = settings["mode"].verified | (answer.exits == len(tuned.model.exits.points))
     unsure = np.exp(answer.log_probs) < rejection.least_probability(settings["policy"])
     return {
+        "mode": settings["mode"].name,
         "new_tokens": len(answer.tokens),
         "exits": {
             place: int(n) for place, n in zip(places, found, strict=True) if n or place != "text"

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # No command itself: it defines its flags when it is run.
 PRELOADED = (
-    "early_exit.evaluation.run",
+    "early_exit.evaluation.run_decoder",
     "early_exit.report.page",
     "early_exit.training.loop",
     "launch.jobs",

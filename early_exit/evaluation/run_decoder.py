@@ -12,7 +12,7 @@ from early_exit import tree
 from early_exit.data import sources
 from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, verified
+from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, verified
 from early_exit.decoding.state import check_prompts
 from early_exit.evaluation import exits, run, tradeoff
 from early_exit.evaluation.tradeoff import Case
@@ -159,21 +159,21 @@ def _shown(tuned: Tuned, prompts: Sequence[Sequence[int]]) -> tuple[list[Prompt]
     return asked + [(tuned.tokenizer.decode(ids), ids) for ids in prompts[:2]], left_out
 
 
-def _sample(tuned: Tuned, prompt: Prompt, name: str, policy: ExitPolicy, mode: Mode = LOSSY):
+def _sample(tuned: Tuned, prompt: Prompt, name: str, policy: ExitPolicy) -> dict:
     text, ids = prompt
     (answer,) = generate(
         tuned.model,
         tuned.params,
         [ids],
         policy=policy,
-        mode=mode,
+        mode=LOSSY,
         max_new_tokens=tuned.config.evaluate.sample_tokens,
         stop_ids=tuned.stop_ids,
     )
     return {
         "prompt": text,
         "policy": name,
-        "mode": mode.name,
+        "mode": LOSSY.name,
         "pieces": detokenize.pieces(tuned.tokenizer, answer.tokens),
         "depths": answer.depths.tolist(),
     }
