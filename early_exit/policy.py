@@ -7,7 +7,7 @@ recompiles) and a small JSON file that says where they came from.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,23 @@ class ExitPolicy:
         depths = tuple(int(depth) for depth in exit_depths)
         return np.asarray(_exit_index(self, scores_EN, jnp.asarray(progress_N), depths))
 
-    def check(self, exit_depths: np.ndarray) -> None:
-        """Raises ValueError where the policy does not fit a model with exits at these depths."""
+    def check(self, exit_depths: np.ndarray, scores: Sequence[str] = confidences.NAMES) -> None:
+        """Raises ValueError where the policy does not fit a model.
+
+        Args:
+          exit_depths: int [E + 1], blocks run at each of the model's exits.
+          scores: the confidences that its exits have (`MultiExit.confidences`).
+        """
         (found,) = self.thresholds.shape
         if found != len(exit_depths) - 1:
             raise ValueError(
                 f"the policy has {found} thresholds but the model has {len(exit_depths) - 1} "
                 "exits; calibrate this model, or name its own policy"
+            )
+        if self.confidence not in scores:
+            raise ValueError(
+                f"the policy scores by {self.confidence}, which the exits of this model do not "
+                f"have; fit it for one of {', '.join(scores)}"
             )
         if self.budget is not None and self.budget < exit_depths[0]:
             raise ValueError(
@@ -231,8 +241,8 @@ def patient(exits: int, patience: int) -> ExitPolicy:
 _WORDS = {NEVER: "never", ALWAYS: "always"}
 
 
-def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
-    """Writes the policy as JSON, whole or not at all."""
+def as_json(policy: ExitPolicy) -> dict[str, Any]:
+    """What a policy is and where it came from, for a JSON file."""
 
     def numbers(array):
         return None if array is None else np.asarray(array).astype(float).tolist()
@@ -240,19 +250,39 @@ def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
     def worded(value):
         return _WORDS.get(value, value)
 
-    files.write_json(
-        path,
-        {
-            "enabled": enabled,
-            "confidence": policy.confidence,
-            "thresholds": list(map(worded, numbers(policy.thresholds))),
-            "decay": numbers(policy.decay),
-            "budget": numbers(policy.budget),
-            "temperatures": numbers(policy.temperatures),
-            "reject": worded(numbers(policy.reject)),
-            "provenance": policy.provenance,
-        },
+    return {
+        "confidence": policy.confidence,
+        "thresholds": list(map(worded, numbers(policy.thresholds))),
+        "decay": numbers(policy.decay),
+        "budget": numbers(policy.budget),
+        "temperatures": numbers(policy.temperatures),
+        "reject": worded(numbers(policy.reject)),
+        "provenance": dict(policy.provenance),
+    }
+
+
+def from_json(fields: Mapping[str, Any]) -> ExitPolicy:
+    """The policy that `as_json` has told.
+
+    Raises:
+      KeyError, TypeError, ValueError: it is none.
+    """
+    words = {word: value for value, word in _WORDS.items()}
+    reject = fields["reject"]
+    return make(
+        [float(words.get(x, x)) for x in fields["thresholds"]],
+        fields["confidence"],
+        decay=fields["decay"],
+        budget=fields["budget"],
+        temperatures=fields["temperatures"],
+        reject=None if reject is None else float(words.get(reject, reject)),
+        **fields["provenance"],
     )
+
+
+def save(policy: ExitPolicy, path: Path, *, enabled: bool = True) -> None:
+    """Writes the policy as JSON, whole or not at all."""
+    files.write_json(path, {"enabled": enabled} | as_json(policy))
 
 
 def load(path: Path, *, exit_depths: np.ndarray) -> ExitPolicy | None:
@@ -266,19 +296,8 @@ def load(path: Path, *, exit_depths: np.ndarray) -> ExitPolicy | None:
         raise FileNotFoundError(f"no exit policy at {path}; write one with `launch.calibrate`")
     try:
         fields = json.loads(path.read_text())
-        words = {word: value for value, word in _WORDS.items()}
-        thresholds = [float(words.get(x, x)) for x in fields["thresholds"]]
-        reject = fields["reject"]
         enabled = fields["enabled"]
-        policy = make(
-            thresholds,
-            fields["confidence"],
-            decay=fields["decay"],
-            budget=fields["budget"],
-            temperatures=fields["temperatures"],
-            reject=None if reject is None else float(words.get(reject, reject)),
-            **fields["provenance"],
-        )
+        policy = from_json(fields)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an exit policy: {error!r}") from error
     if not isinstance(enabled, bool):

@@ -6,8 +6,10 @@
 
 The first asks that of those who leave, 95 % agree with the full model on the records; the second
 promises, with a probability of 90 %, that at most 5 % of all positions of new texts will not; the
-third looks for the best that 15 blocks per position buy. What is not given is the config's. Writes
-records.npz and policy.json.
+third looks for the best that 15 blocks per position buy. What is not given is the config's. A
+promise is about positions of given text (or examples), not about what is decoded; before the model
+runs, it is said what the data can promise at best, and less is refused. Writes records.npz and
+policy.json.
 """
 
 import dataclasses
@@ -36,6 +38,7 @@ SETTINGS = (
     flags.DEFINE_bool("temperature", None, "Fit a temperature for each head."),
     flags.DEFINE_float("abstain", None, "Share of positions that may stay without an answer."),
     flags.DEFINE_float("reject_risk", None, "Share of wrong answers at most, but for delta."),
+    flags.DEFINE_bool("allow_never", None, "Take a policy that never leaves for an answer."),
 )
 
 
@@ -45,7 +48,8 @@ def main(argv):
     common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     given = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
-    policy, records = run.calibrate(tuned, dataclasses.replace(tuned.config.calibrate, **given))
+    asked = dataclasses.replace(tuned.config.calibrate, **given)
+    policy, records = run.calibrate(tuned, asked, tell=print)
     stated = policy.provenance
     rows = [
         (row["exit"], row["agreement"], row["coverage"], share, float(threshold))
@@ -79,7 +83,7 @@ def told(stated):
                 f"most {stated['bound']:.4f}, on {stated['units']} units of the kind "
                 f"{stated['unit']}"
             )
-    elif stated["method"] == "epsilon":
+    elif stated["method"] == "epsilon" and not stated.get("promise"):
         yield "so it is on these records; methods that promise it for new data: ltt, ucb"
     if "temperature" in stated:
         of = stated["temperature"]
@@ -94,6 +98,8 @@ def told(stated):
         of = stated["rejection"]
         wrong = "" if of["wrong"] is None else f"; {of['wrong']:.1%} of the answers are wrong"
         yield f"{of['answered']:.1%} are answered{wrong}"
+    if stated.get("promise"):
+        yield f"what is promised is about {stated['promise']['subject']}"
     if stated["unreachable"]:
         yield f"nothing leaves at exits {stated['unreachable']}: no threshold does what is asked"
 

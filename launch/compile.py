@@ -20,14 +20,12 @@ from absl import flags
 
 from early_exit import sharding
 from early_exit.cost import chips
-from early_exit.decoding import mode
 from early_exit.runs.metrics import table
 from early_exit.training import ahead
-from launch import common
+from launch import common, decoding_flags
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of a TPU slice, as v5p:4x4x8.")
 WHAT = flags.DEFINE_enum("what", "tune", ("tune", "decode"), "The program to compile.")
-MODE = flags.DEFINE_enum("mode", "lossy", mode.NAMES, "How to decode.")
 ROWS = flags.DEFINE_integer(
     "rows", 1, "Rows decoded on each share of the mesh's data × fsdp.", lower_bound=1
 )
@@ -37,6 +35,8 @@ POSITIONS = flags.DEFINE_integer(
 BLOCKS = flags.DEFINE_integer(
     "blocks", None, "Compile a model of so many blocks, exits scaled.", lower_bound=2
 )
+
+flags.adopt_module_key_flags(decoding_flags)  # what --help lists
 
 SECONDS_PER_DAY = 86_400
 
@@ -52,9 +52,9 @@ def main(argv):
         tokens, unit = config.data.batch_size * config.data.sequence_length, "step"
     else:
         rows = ROWS.value * mesh.shape["data"] * mesh.shape["fsdp"]
-        decoding_mode = mode.named(MODE.value)
-        estimate = ahead.decoding(config, model, mesh, chip, rows, POSITIONS.value, decoding_mode)
-        tokens, unit = rows, "sweep at full depth"
+        mode = decoding_flags.mode()
+        estimate = ahead.decoding(config, model, mesh, chip, rows, POSITIONS.value, mode)
+        tokens, unit = rows, "step at full depth"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = TOPOLOGY.value or "this host"
     print(f"{WHAT.value} on {where}: {mesh.size} chips ({axes}), {model.config.depth} blocks\n")

@@ -3,18 +3,17 @@
     python -m launch.evaluate --workdir=runs/smollm2
     python -m launch.evaluate --workdir=runs/fashion --baseline=runs/fashion8,runs/fashion14
 
-A language model's decoding, or a classifier's answers, beside the full model; the baselines are
-runs of smaller classifiers without exits. Writes evaluation.json, from which `launch.report` makes
-a page.
+A language model's decoding, in every mode, or a classifier's answers: the run's own policy, and one
+for each of evaluate.epsilons, beside the full model. The baselines are runs of smaller classifiers
+without exits. Writes evaluation.json, from which `launch.report` makes a page.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from early_exit.evaluation import run, run_classifier
+from early_exit.evaluation import run_classifier, run_decoder
 from early_exit.runs import assemble
-from early_exit.runs.metrics import table
 from launch import common
 
 BASELINE = flags.DEFINE_list(
@@ -33,33 +32,7 @@ def main(argv):
         return
     if BASELINE.value:
         raise ValueError("--baseline is for classifiers; this is a language model")
-    results = run.evaluate(tuned)
-    print("Exits on held-out text, a position being a next token to predict:")
-    print(
-        table(
-            [
-                (row["exit"], row["loss"], row["agreement"], row["coverage"])
-                for row in results["exits"]
-            ],
-            header=("exit", "loss", "agreement", "coverage at 95 %"),
-        )
-    )
-    print(f"\nDecoding, batch 1, {results['prompts']} prompts × {results['new_tokens']} tokens:")
-    print(
-        table(
-            [
-                (
-                    row["policy"],
-                    row["tokens_per_second"],
-                    row["speedup"],
-                    row["agreement"],
-                    row["mean_depth"],
-                )
-                for row in results["decoding"]
-            ],
-            header=("policy", "tokens/s", "speed-up", "equal to full", "mean depth"),
-        )
-    )
+    print("\n\n".join(run_decoder.tables(run_decoder.evaluate(tuned))))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from absl import flags
 
 from early_exit.calibration import drift, rejection
 from early_exit.data import text_files
-from early_exit.decoding import mode as modes
 from early_exit.decoding.detokenize import Detokenizer, pieces
 from early_exit.decoding.generate import Generation, generate, stream
 from early_exit.decoding.sampling import Sampling
@@ -28,26 +27,12 @@ from early_exit.report import tokens as token_colours
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from early_exit.storage import files
-from launch import common
+from launch import common, decoding_flags
 
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer, or - for standard input.")
 INPUT = flags.DEFINE_string("input", None, "File of prompts, instead of --prompt.")
 OUTPUT = flags.DEFINE_string("output", None, "JSONL file for the answers to --input.")
 BATCH = flags.DEFINE_integer("batch", 8, "Prompts of --input decoded together.", lower_bound=1)
-MODE = flags.DEFINE_enum(
-    "mode",
-    "lossy",
-    list(modes.NAMES),
-    "lossy: early tokens stand, and skipped blocks get projected keys and values; deferred: they "
-    "stand, and skipped blocks are caught up with, exactly; verified: the full model checks what "
-    "--drafters propose, and the answer is its own.",
-)
-DRAFTERS = flags.DEFINE_multi_enum(
-    "drafters",
-    list(modes.DRAFTERS),
-    list(modes.DRAFTERS),
-    "What proposes tokens with --mode=verified: exits, or earlier text. Give it once for each.",
-)
 PENDING = flags.DEFINE_integer("pending", 8, "Most positions in one pass, except with lossy.")
 RAW = flags.DEFINE_bool(
     "raw", False, "Continue the prompt as it is, special tokens and all, without the chat template."
@@ -62,6 +47,8 @@ COLOUR = flags.DEFINE_enum(
     "colour", "auto", ["auto", "always", "never"], "Colour tokens by depth (auto: on a terminal)."
 )
 
+flags.adopt_module_key_flags(decoding_flags)  # what --help lists
+
 
 def main(argv):
     common.no_arguments(argv)
@@ -71,7 +58,7 @@ def main(argv):
         raise ValueError("--input and --output go together")
     texts = text_files.listed(Path(INPUT.value), "prompt") if INPUT.value else None
     mode = dataclasses.replace(
-        modes.named(MODE.value, tuple(d for d in modes.DRAFTERS if d in DRAFTERS.value)),
+        decoding_flags.mode(),
         pending=PENDING.value,
         sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
     )
@@ -80,7 +67,7 @@ def main(argv):
     if tuned.model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
     settings = {
-        "policy": None if FULL.value else assemble.load_policy(tuned),
+        "policy": assemble.load_policy(tuned) if mode.exits and not FULL.value else None,
         "mode": mode,
         "max_new_tokens": NEW.value,
         "stop_ids": tuned.stop_ids,
@@ -118,15 +105,16 @@ def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
 
     print("\n")
     if coloured:
-        print(token_colours.legend_ansi(exit_depths))
+        print(token_colours.legend_ansi(exit_depths, looked_up=settings["mode"].lookup))
     decoded = len(answer.tokens) - 1
     facts = _statistics(answer, tuned, settings)
     left = ", ".join(f"{where}: {n}" for where, n in facts["exits"].items())
+    dropped = ", drafts that were not kept included" if settings["mode"].verified else ""
     print(
-        f"{len(answer.tokens)} tokens, "
+        f"{len(answer.tokens)} tokens, {settings['mode'].name}, "
         f"{decoded / answer.seconds if decoded else 0:.1f} tokens/s after the prompt, "
-        f"{facts['layers_per_token']:.1f} of {tuned.model.config.depth} blocks per token; "
-        f"proposed after {left}"
+        f"{facts['blocks_per_token']:.1f} blocks run per token{dropped} (the full model runs "
+        f"{tuned.model.config.depth}); proposed after {left}"
     )
     if facts["flagged"]:
         said = pieces(tuned.tokenizer, answer.tokens)
@@ -151,9 +139,15 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
                 "statistics": facts,
             }
             file.write(files.json_text(row, ensure_ascii=False) + "\n")
-    columns = ("new_tokens", "layers_per_token", "megabytes_per_token", "tokens_per_second")
-    means = [float(np.mean([row[name] for row in rows])) for name in columns]
-    print(table([(len(rows), *means)], header=("answers", *columns)))
+    columns = {
+        "new tokens": "new_tokens",
+        "blocks per token": "blocks_per_token",
+        "MB per token, modelled": "modelled_megabytes_per_token",
+        "tokens/s": "tokens_per_second",
+    }
+    means = [float(np.mean([row[name] for row in rows])) for name in columns.values()]
+    values = [(settings["mode"].name, len(rows), *means)]
+    print(table(values, header=("mode", "answers", *columns)))
     print(path)
     # Only what exits said by themselves compares with what they said in calibration.
     mode, policy = settings["mode"], settings["policy"]
@@ -167,7 +161,11 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
 
 
 def _statistics(answer: Generation, tuned: assemble.Tuned, settings: dict) -> dict:
-    """What an answer took after its first token, which comes out of the prompt's pass."""
+    """What an answer took after its first token, which comes out of the prompt's pass.
+
+    Blocks are those that were run, for drafts that were not kept too; megabytes are not measured
+    but follow from the cost model (`cost.traffic`).
+    """
     decoded = max(len(answer.tokens) - 1, 1)
     places = [*(f"block {depth}" for depth in tuned.model.exit_depths), "text"]
     found = np.bincount(answer.exits, minlength=len(places))
@@ -175,16 +173,17 @@ def _statistics(answer: Generation, tuned: assemble.Tuned, settings: dict) -> di
     by_full = settings["mode"].verified | (answer.exits == len(tuned.model.exits.points))
     unsure = np.exp(answer.log_probs) < rejection.least_probability(settings["policy"])
     return {
+        "mode": settings["mode"].name,
         "new_tokens": len(answer.tokens),
         "exits": {
             place: int(n) for place, n in zip(places, found, strict=True) if n or place != "text"
         },
         "flagged": np.flatnonzero(by_full & unsure).tolist(),
-        "layers_per_token": answer.layer_tokens / decoded,
+        "blocks_per_token": answer.layer_tokens / decoded,
         "evaluations": counts.evaluations_BE.tolist(),
         "drafts_checked": counts.drafted_BW.tolist(),
         "drafts_accepted": counts.accepted_BW.tolist(),
-        "megabytes_per_token": answer.bytes_read / decoded / 1e6,
+        "modelled_megabytes_per_token": answer.bytes_read / decoded / 1e6,
         "seconds": answer.seconds,
         "tokens_per_second": decoded / answer.seconds if answer.seconds else 0.0,
     }

@@ -17,14 +17,16 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from early_exit import tree
+from early_exit.backbones import base
 from early_exit.backbones.base import BackboneConfig
 from early_exit.cost import multiply_adds
 from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
-from early_exit.pretrained.describe import Described, describe
+from early_exit.pretrained.describe import describe
 from early_exit.runs import assemble, checkpoint
 from early_exit.runs.metrics import table
 from early_exit.settings.listing import listing
+from early_exit.settings.sections import Settings
 from early_exit.storage import files
 from launch import common
 
@@ -35,9 +37,22 @@ REDUCED = 4096  # classes of the reduced heads that are shown
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is inspected: where the weights are, and what is known beside them."""
+    """What is inspected.
+
+    Attributes:
+      source: where the weights come from, in words.
+      family: of the network.
+      network: its config.
+      stored: types of the tensors that there are weights of; none where no weights are yet.
+      dtype: to compute in.
+      exits: attached to it.
+      state: of the run, or of what it was exported to.
+    """
 
     source: str
+    family: str
+    network: BackboneConfig
+    stored: tuple[str, ...] = ()
     dtype: str = "float32"
     exits: ExitConfig | None = None
     state: str | None = None
@@ -51,11 +66,10 @@ def main(argv):
     if len(argv) != 2:
         raise app.UsageError("name one thing: a run, an export, or a source of weights")
     subject = _subject(argv[1])
-    found = describe(subject.source)
-    of = multiply_adds.backbone(found.config, jnp.dtype(subject.dtype))
-    print("\n".join(f"{name:<12}{value}" for name, value in _facts(subject, found)))
-    print(f"\n{_costs(found.config, of, subject)}")
-    print(f"\n{_attachable(found.config, of)}")
+    of = multiply_adds.backbone(subject.network, jnp.dtype(subject.dtype))
+    print("\n".join(f"{name:<12}{value}" for name, value in _facts(subject)))
+    print(f"\n{_costs(subject.network, of, subject)}")
+    print(f"\n{_attachable(subject.network, of)}")
 
 
 def _subject(name: str) -> Subject:
@@ -63,46 +77,74 @@ def _subject(name: str) -> Subject:
     if artefact.is_in(folder):
         described = artefact.describe(folder)
         beside = (folder / "config.json").exists()
-        return Subject(
-            name if beside else assemble.load_config(folder).model.source,
-            described.dtype,
-            described.exits,
-            f"exported from step {described.step}, {'with' if beside else 'without'} its backbone",
+        whole = _of_weights(name) if beside else _of_config(assemble.load_config(folder))
+        return dataclasses.replace(
+            whole,
+            dtype=described.dtype,
+            exits=described.exits,
+            state=f"exported from step {described.step}, {'with' if beside else 'without'} its "
+            "backbone",
         )
     path = folder / "config.json"
     if path.exists() and {"model", "exits", "tune"} <= files.read_json(path).keys():
         config = assemble.load_config(folder)
         step = checkpoint.latest_step(folder / assemble.CHECKPOINTS)
-        return Subject(
-            config.model.source,
-            config.model.dtype,
-            assemble.exit_config(config),
-            "a run without a checkpoint yet" if step is None else f"a run at step {step}",
+        state = "a run without a checkpoint yet" if step is None else f"a run at step {step}"
+        return dataclasses.replace(
+            _of_config(config), exits=assemble.exit_config(config), state=state
         )
-    return Subject(name)
+    return _of_weights(name)
 
 
-def _facts(subject: Subject, found: Described):
-    config, checkpoint_ = found.config, found.checkpoint
-    parameters = tree.count(found.params)
+def _of_weights(source: str) -> Subject:
+    found = describe(source)
+    described = found.checkpoint.config
+    return Subject(
+        source,
+        described.get("model_type", described.get("architecture")),
+        found.config,
+        tuple(sorted(set(found.checkpoint.dtypes.values()))),
+    )
+
+
+def _of_config(config: Settings) -> Subject:
+    """The network that a run's config names, its changes included."""
+    model = config.model
+    if model.new:
+        subject = Subject("made anew", model.new["family"], assemble.abstract_model(config).config)
+    elif checkpoint.latest_step(Path(model.source) / assemble.CHECKPOINTS) is not None:
+        before = _of_config(assemble.load_config(Path(model.source)))
+        subject = dataclasses.replace(before, source=f"the run in {model.source}", stored=())
+    else:
+        subject = _of_weights(model.source)
+    network = assemble.abstract_model(config).config
+    changed = "" if network == subject.network else ", changed"
+    return dataclasses.replace(
+        subject, source=f"{subject.source}{changed}", network=network, dtype=model.dtype
+    )
+
+
+def _facts(subject: Subject):
+    config = subject.network
+    _, params = base.abstract(config.build)
+    parameters = tree.count(params)
     size = parameters * jnp.dtype(subject.dtype).itemsize
-    described = checkpoint_.config
     yield "source", subject.source
     if subject.state:
         yield "state", subject.state
-    yield "family", described.get("model_type", described.get("architecture"))
+    yield "family", subject.family
     yield "depth", f"{config.depth} blocks"
     yield "width", f"{config.width}"
     yield "parameters", f"{parameters:,}"
-    stored = ", ".join(sorted(set(checkpoint_.dtypes.values())))
-    yield "dtype", f"{subject.dtype}, {_mb(size)} MB (stored as {stored})"
+    stored = f" (stored as {', '.join(subject.stored)})" if subject.stored else ""
+    yield "dtype", f"{subject.dtype}, {_mb(size)} MB{stored}"
     if hasattr(config, "context_length"):
         yield "context", f"{config.context_length:,} positions"
     if hasattr(config, "vocab_size"):
         yield "vocabulary", f"{config.vocab_size:,} tokens"
     if config.num_classes != getattr(config, "vocab_size", None):
         yield "classes", f"{config.num_classes:,}" if config.num_classes else "none: features only"
-    if subject.exits:
+    if subject.exits and subject.exits.points:
         exits = subject.exits
         matrix = f"{exits.classes:,} classes" if exits.classes else "all classes"
         yield "exits", f"after blocks {', '.join(map(str, exits.points))}"

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Nothing that defines flags: a command does when it is run, and each its own.
 PRELOADED = (
-    "early_exit.evaluation.run",
+    "early_exit.evaluation.run_decoder",
     "early_exit.report.page",
     "early_exit.training.loop",
     "launch.jobs",

@@ -352,3 +352,11 @@ def test_other_numbers_and_provenance_compile_nothing_new():
     leaves(make([0.5, 0.1], 2.0, 2.0, "entropy"), jnp.float32(0.6))
     leaves(policies.make([0.5, 0.1]), jnp.float32(0.6))
     assert traced == ["margin", "entropy", "max_prob"]
+
+
+@pytest.mark.parametrize("confidence", ["gate", "similarity"])
+def test_a_policy_is_for_scores_that_the_exits_have(confidence):
+    policy = policies.make([0.5, 0.5], confidence)
+    policy.check(np.array([2, 4, 6]))
+    with pytest.raises(ValueError, match=f"scores by {confidence}, which the exits of this model"):
+        policy.check(np.array([2, 4, 6]), ("max_prob", "margin"))

@@ -74,6 +74,11 @@ def upper(p_value: Callable[[float], float], delta: float) -> float:
     return high
 
 
+def least(test: Test, units: int, delta: float) -> float:
+    """The smallest bound that so many units can give: that of units without any loss."""
+    return upper(lambda alpha: test(np.zeros(units), alpha, delta), delta)
+
+
 def units_needed(alpha: float, delta: float) -> int:
     """How many units without any loss it takes to show that the mean is at most α."""
     return int(np.ceil(np.log(delta) / np.log1p(-alpha) - _FUZZ))

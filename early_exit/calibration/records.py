@@ -145,15 +145,7 @@ class Records:
         Raises:
           ValueError: a share that leaves one of the parts without any group.
         """
-        names, of_N = np.unique(self.groups, return_inverse=True)
-        count = round(share * len(names))
-        if not 0 < count < len(names):
-            raise ValueError(
-                f"a share of {share:g} of {len(names)} groups leaves one part of the records "
-                "empty; record more texts or examples"
-            )
-        first = np.random.default_rng(seed).permutation(len(names))[:count]
-        chosen = np.isin(of_N, first)
+        chosen = chosen_groups(self.groups, share, seed)
         return self.take(chosen), self.take(~chosen)
 
     def save(self, path: Path) -> None:
@@ -196,3 +188,23 @@ class Records:
                 f"{path} holds no records ({error!r}); delete it, and `launch.calibrate` will "
                 "write it again"
             ) from error
+
+
+def chosen_groups(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which positions are of a random share of the groups, bool [N].
+
+    Args:
+      groups: int [N].
+
+    Raises:
+      ValueError: a share that leaves no group, or leaves none out.
+    """
+    names, of_N = np.unique(groups, return_inverse=True)
+    count = round(share * len(names)) if np.isfinite(share) else 0
+    if not 0 < count < len(names):
+        raise ValueError(
+            f"a share of {share:g} of {len(names)} groups leaves one part of the records "
+            "empty; record more texts or examples"
+        )
+    first = np.random.default_rng(seed).permutation(len(names))[:count]
+    return np.isin(of_N, first)

@@ -164,12 +164,7 @@ class Classifier:
 
 
 def _check(policy: ExitPolicy, model: MultiExit) -> None:
-    policy.check(model.exit_depths)
-    if policy.confidence not in model.confidences:
-        raise ValueError(
-            f"the policy scores by {policy.confidence}, which the exits of this model do not have; "
-            f"fit it for one of {', '.join(model.confidences)}"
-        )
+    policy.check(model.exit_depths, model.confidences)
     if policy.budget is not None:
         raise ValueError(
             "the policy's budget is for the tokens of an answer; make the policy without, and call "

@@ -19,7 +19,13 @@ from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters
 from early_exit.decoding.decode import decode, prefill
 from early_exit.decoding.mode import LOSSY, Mode
-from early_exit.decoding.state import Counts, DecodeState, check_prompts, initial_state
+from early_exit.decoding.state import (
+    Counts,
+    DecodeState,
+    check_ids,
+    check_prompts,
+    initial_state,
+)
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 
@@ -43,6 +49,8 @@ class Generation:
         rows of a batch share what they read together.
       counts: this row's `decoding.state.Counts`, as numpy arrays.
       seconds: time spent after the prefill, on all rows of the batch together.
+      prefill_seconds: time of the prefill, up to the first token, on all rows that started
+        together; what a first call of its shape compiles is in it.
     """
 
     tokens: np.ndarray
@@ -53,6 +61,7 @@ class Generation:
     bytes_read: float
     counts: Counts
     seconds: float
+    prefill_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +75,10 @@ class Decoder:
     mode: Mode
 
     def __post_init__(self):
-        """Raises ValueError where the policy is not for the model."""
+        """Raises ValueError where the policy or the stop tokens are not for the model."""
         if self.policy is not None:
-            self.policy.check(self.model.exit_depths)
+            self.policy.check(self.model.exit_depths, self.model.confidences)
+        check_ids(self.model, self.stop_ids, "the stop tokens")
 
     @functools.cached_property
     def _stops(self) -> jax.Array:
@@ -109,7 +119,9 @@ class Decoder:
         )
         return jax.block_until_ready(state)
 
-    def generations(self, state: DecodeState, seconds: Sequence[float]) -> list[Generation]:
+    def generations(
+        self, state: DecodeState, seconds: Sequence[float], prefill_seconds: Sequence[float]
+    ) -> list[Generation]:
         """What every row of a state has so far; in verified decoding, what has been checked."""
         state = jax.device_get(dataclasses.replace(state, cache={}, keys_B=None, hidden_BWD=None))
         settled_B = state.filled_BE[:, -1] if self.mode.verified else state.newest_B
@@ -134,6 +146,7 @@ class Decoder:
                     ),
                     counts=counts,
                     seconds=seconds[row],
+                    prefill_seconds=prefill_seconds[row],
                 )
             )
         return generations
@@ -164,19 +177,22 @@ def stream(
       slots: cache slots to allocate, by default as few as the longest row needs.
 
     Raises:
-      ValueError: an empty prompt, or one that with its answer exceeds the context; a policy for
-        another number of exits, or a budget that they cannot keep.
+      ValueError: no prompt, an empty one, one of something else than the model's tokens, or one
+        that with its answer exceeds the context; stop tokens that the model does not have; a policy
+        for another number of exits or for a score that they lack, or a budget that they cannot
+        keep.
     """
     decoder = Decoder(model, params, policy, stop_ids, mode)
+    began = time.perf_counter()
     state = decoder.start(prompts, max_new_tokens, jax.random.key(seed), slots)
+    seconds, prefill_seconds = 0.0, [time.perf_counter() - began] * len(prompts)
     state = decoder.run(state, steps=0)  # compiles, off the clock
-    seconds = 0.0
-    yield decoder.generations(state, [seconds] * len(prompts))
+    yield decoder.generations(state, [seconds] * len(prompts), prefill_seconds)
     while not bool(state.finished_B.all()):
         began = time.perf_counter()
         state = decoder.run(state, steps=portion)
         seconds += time.perf_counter() - began
-        yield decoder.generations(state, [seconds] * len(prompts))
+        yield decoder.generations(state, [seconds] * len(prompts), prefill_seconds)
 
 
 def generate(
@@ -200,8 +216,6 @@ def generate(
     """
     if batch is not None and batch < 1:
         raise ValueError(f"a batch has at least 1 row, not {batch}")
-    if isinstance(max_new_tokens, int):
-        max_new_tokens = [max_new_tokens] * len(prompts)
     if batch is not None and batch < len(prompts):
         decoder = Decoder(model, params, policy, stop_ids, mode)
         return _queued(decoder, prompts, max_new_tokens, seed, batch, slots)
@@ -221,25 +235,27 @@ def generate(
 
 
 def _queued(decoder: Decoder, prompts, max_new_tokens, seed, batch, slots) -> list[Generation]:
-    check_prompts(decoder.model, prompts, max_new_tokens)
+    max_new_tokens = check_prompts(decoder.model, prompts, max_new_tokens)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     if slots is None:
         longest = max(len(p) + new for p, new in zip(prompts, max_new_tokens, strict=True))
         slots = caches.bucket(longest + decoder.mode.capacity - 1)
     waiting = iter(range(len(prompts)))
     rows: list[int | None] = [None] * batch  # the prompt in each row
-    seconds = np.zeros(batch)
+    seconds, prefill_seconds = np.zeros((2, batch))
     state, answers = None, {}
     while len(answers) < len(prompts):
         for row, prompt in enumerate(rows):
             if prompt is None and (following := next(waiting, None)) is not None:
                 rows[row], seconds[row] = following, 0.0
+                began = time.perf_counter()
                 single = decoder.start(
                     [prompts[following]],
                     [max_new_tokens[following]],
                     keys[following : following + 1],
                     slots,
                 )
+                prefill_seconds[row] = time.perf_counter() - began
                 state = _empty(single, batch) if state is None else state
                 state = _insert(state, single, row)
         state = decoder.run(state, steps=0)  # compiles, off the clock
@@ -249,7 +265,7 @@ def _queued(decoder: Decoder, prompts, max_new_tokens, seed, batch, slots) -> li
         state = decoder.run(state, finishing=ended_already + 1)
         seconds += (time.perf_counter() - began) * np.array(running)
         finished = np.asarray(state.finished_B)
-        generations = decoder.generations(state, seconds)
+        generations = decoder.generations(state, seconds, prefill_seconds)
         for row in np.flatnonzero(finished & running):
             answers[rows[row]], rows[row] = generations[row], None
     return [answers[i] for i in range(len(prompts))]

@@ -132,26 +132,51 @@ class DecodeState:
         return self.change(counts=dataclasses.replace(self.counts, **counts))
 
 
+def check_ids(model: MultiExit, ids: Sequence[int], name: str) -> None:
+    """Raises ValueError where `ids`, called `name`, are no row of the model's token ids."""
+    try:
+        found = np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        found = np.asarray(None)
+    if found.ndim != 1 or found.size and not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"{name} must be one list of token ids, not {ids!r:.60}")
+    if found.size and not 0 <= found.min() <= found.max() < model.config.vocab_size:
+        raise ValueError(
+            f"the token ids of {name} go from {found.min()} to {found.max()}, but the model knows "
+            f"0 to {model.config.vocab_size - 1}; use the model's own tokenizer"
+        )
+
+
 def check_prompts(
-    model: MultiExit, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
-) -> None:
-    """Raises ValueError at the first prompt that cannot be decoded; see `initial_state`."""
-    for i, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+    model: MultiExit, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
+) -> list[int]:
+    """How many new tokens each prompt asks for; see `initial_state`.
+
+    Raises:
+      ValueError: no prompts, or the first one that cannot be decoded.
+    """
+    if not len(prompts):
+        raise ValueError("there are no prompts; give at least one")
+    asked = np.asarray(max_new_tokens)
+    if asked.shape not in ((), (len(prompts),)) or not np.issubdtype(asked.dtype, np.integer):
+        raise ValueError(
+            f"max_new_tokens must be an integer, or one for each of {len(prompts)} prompts, not "
+            f"{max_new_tokens!r:.60}"
+        )
+    asked = np.broadcast_to(asked, len(prompts)).tolist()
+    for i, (prompt, new) in enumerate(zip(prompts, asked, strict=True)):
+        check_ids(model, prompt, f"prompt {i}")
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; give at least one token")
         if new < 1:
             raise ValueError(f"prompt {i} asks for {new} new tokens; ask for at least 1")
-        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise ValueError(
-                f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}, but the model "
-                f"knows 0 to {model.config.vocab_size - 1}; use the model's own tokenizer"
-            )
         if len(prompt) + new > model.config.context_length:
             raise ValueError(
                 f"prompt {i} and its answer need {len(prompt) + new} positions but the model's "
                 f"context is {model.config.context_length}; shorten the prompt or ask for fewer "
                 "new tokens"
             )
+    return asked
 
 
 def initial_state(
@@ -172,13 +197,11 @@ def initial_state(
       slots: cache slots to allocate; by default the smallest bucket that holds the longest row.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, no new tokens, more positions
-        than the context, or slots that do not fit.
+      ValueError: no prompt, an empty one, a token outside the vocabulary, no new tokens, more
+        positions than the context, or slots that do not fit.
     """
     batch, segments = len(prompts), len(model.segments)
-    if isinstance(max_new_tokens, int):
-        max_new_tokens = [max_new_tokens] * batch
-    check_prompts(model, prompts, max_new_tokens)
+    max_new_tokens = check_prompts(model, prompts, max_new_tokens)
     limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
     # A pass writes as many rows as it is wide, the last of them behind the newest token.
     needed = max(limits) + mode.capacity - 1

@@ -6,8 +6,7 @@ seen, and beside smaller networks without exits, the other way to pay less for a
 
 import base64
 import io
-import os
-import platform
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import jax
 import numpy as np
 from PIL import Image
 
+from early_exit import policy as policies
 from early_exit import tree
-from early_exit.calibration import methods
 from early_exit.classifying.classify import Classified
 from early_exit.cost import energy, multiply_adds
 from early_exit.data import feed as feeds
@@ -37,8 +36,7 @@ _TEXT_SHOWN, _PIXELS_SHOWN = 300, 96
 def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
     """Measures the exits, and saves what was found as `evaluation.json`.
 
-    The run's own policy and ε-accuracy policies at several levels (config section `evaluate`) take
-    turns with the full model and with the baselines.
+    The run's policies (`run.policies_of`) take turns with the full model and with the baselines.
 
     Args:
       baselines: folders of runs on the same data, of networks without exits.
@@ -48,30 +46,22 @@ def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
       RuntimeError: another command is at work in the run's folder.
     """
     with lock.held(tuned.workdir):
-        results = _measured(tuned, baselines)
+        found = run.policies_of(tuned, run.records_of(tuned)) if tuned.model.exits.points else {}
+        results = measure(tuned, found, [assemble.load_tuned(folder) for folder in baselines])
         files.write_json(tuned.workdir / "evaluation.json", results)
     return results
 
 
-def _measured(tuned: Tuned, baselines: Sequence[Path]) -> dict:
-    records = run.records_of(tuned)
-    own = assemble.load_policy(tuned) if (tuned.workdir / assemble.POLICY).exists() else None
-    confidence = own.confidence if own else tuned.config.calibrate.confidence
-    policies: dict[str, ExitPolicy | None] = {methods.described(own): own} if own else {}
-    for policy in classifiers.by_epsilon(records, confidence, tuned.config.evaluate.epsilons):
-        policies.setdefault(methods.described(policy), policy)
-    return measure(tuned, policies, [assemble.load_tuned(folder) for folder in baselines])
-
-
 def measure(
     tuned: Tuned,
-    policies: Mapping[str, ExitPolicy],
+    measured: Mapping[str, ExitPolicy],
     baselines: Sequence[Tuned] = (),
     curve: Iterable[ExitPolicy] | None = None,
 ) -> dict:
-    """All of `evaluation.json`, for these policies by name; the first is the one to be shown.
+    """All of `evaluation.json`.
 
     Args:
+      measured: policies by name; the first is the one to be shown.
       curve: policies for the curve of accuracy against cost; by default, one for each ε.
 
     Raises:
@@ -90,7 +80,7 @@ def measure(
 
     full = case(tuned)
     cases = {FULL: full}
-    cases |= {name: Case(model, tuned.params, policy, full.of) for name, policy in policies.items()}
+    cases |= {name: Case(model, tuned.params, policy, full.of) for name, policy in measured.items()}
     for baseline in baselines:
         _check(baseline, tuned)
         cases[baseline.workdir.name] = case(baseline)
@@ -103,8 +93,8 @@ def measure(
         rows=settings.rows,
         sizes=settings.sizes,
     )
-    chosen = next(iter(policies), None)
-    confidence = policies[chosen].confidence if policies else "max_prob"
+    chosen, policy = next(iter(measured.items()), (None, None))
+    confidence = policy.confidence if policy else "max_prob"
     if curve is None and model.exits.points:
         curve = classifiers.by_epsilon(run.records_of(tuned), confidence)
     of_model = len(rows) - len(baselines)
@@ -113,6 +103,7 @@ def measure(
         "model": _described(tuned),
         "exits": exits.summary(test),
         "parts": classifiers.parts(full),
+        "policy": policy and policies.as_json(policy),
         "classification": {
             "chosen": chosen,
             "rows": rows[:of_model],
@@ -126,12 +117,7 @@ def measure(
         },
         "examples": _examples(feed, answers[chosen or FULL], labels, settings.examples),
         "data": {"source": tuned.config.data.source, "split": "test", "count": len(labels)},
-        "machine": {
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "jax": jax.__version__,
-            "system": platform.system(),
-        },
+        "machine": run.machine(),
     }
 
 
@@ -170,10 +156,11 @@ def tables(results: dict) -> Iterator[str]:
     columns = ("accuracy", "equal to full", "mean depth", "M mult-adds", f"mJ, {of['energy']}")
     yield "Quality and cost of an answer:\n" + table(quality, header=("policy", *columns))
     sizes = list(rows[0]["throughput"])
-    yield (
+    said = (
         f"Time: milliseconds of one of {of['singles']} examples one by one, and examples a second "
-        f"in batches; {of['rounds']} rounds in turns:\n"
-    ) + table(
+        f"in batches; {of['rounds']} rounds in turns:"
+    )
+    yield f"{textwrap.fill(said, 100)}\n" + table(
         [
             (
                 row["policy"],

@@ -4,8 +4,9 @@ The one idea: the full model and every policy take turns on the same prompts in 
 that what is reported is a ratio under the same conditions, not two figures from two moments.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,26 @@ import numpy as np
 
 from early_exit import precision
 from early_exit.backbones import base
+from early_exit.decoding import cache as caches
 from early_exit.decoding.generate import Generation, generate
-from early_exit.decoding.mode import Mode
+from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to decode; without anything, the full model as it is.
+
+    Attributes:
+      name: of the policy; None where none is asked.
+      policy: when to leave.
+      mode: None skips nothing and looks nothing up.
+    """
+
+    name: str | None = None
+    policy: ExitPolicy | None = None
+    mode: Mode | None = None
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -50,64 +67,79 @@ def compare(
     model: MultiExit,
     params: base.Params,
     prompts: Sequence[Sequence[int]],
-    cases: Mapping[str, tuple[ExitPolicy | None, Mode]],
+    cases: Sequence[Case],
     *,
     new_tokens: int,
     rounds: int = 3,
-) -> tuple[list[dict], dict[str, list[Generation]]]:
+) -> list[dict]:
     """Greedy decoding, batch 1, of every prompt in every case, in turns.
 
     Args:
-      cases: policy and mode by name; the first is what the speed-ups refer to, the full model.
-      rounds: how often everything is timed; medians are kept.
+      cases: the first, the full model, is what the speed-ups refer to.
+      new_tokens: of each answer, at least 2: the first comes out of the prefill.
+      rounds: how often everything is timed, after once that is not: programs compile then.
+        Medians are kept.
 
     Returns:
-      (a row per case: `policy`, its name, `tokens_per_second` after the prefill, `speedup`,
-      `agreement` (see above; the first token, always the full model's, is left out),
-      `mean_depth`, blocks run per token, `exit_shares` [E + 2], of the exits, the full model and
-      looked-up tokens; the generations of the last round by name).
+      A row per case: `policy`, its name, and `mode`, by `Mode.name`, both None where there is none;
+      `tokens_per_second` after the prefill; `speedup`, of that rate; `seconds_to_last`, from the
+      prompt to the last token of an answer, prefill included; `agreement` (see above; the first
+      token, always the full model's, is left out); `blocks_per_token`, blocks run after the prefill
+      for each token that was kept, drafts that were not kept included; `exit_shares` [E + 2], of
+      the exits, the full model and looked-up tokens.
+
+    Raises:
+      ValueError: fewer than 2 new tokens.
     """
-    reference = next(iter(cases))
-    generations: dict[str, list[Generation]] = {}
-    rates: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, (policy, mode) in cases.items():
-            generations[name] = [
-                generate(
-                    model,
-                    params,
-                    [prompt],
-                    policy=policy,
-                    mode=mode,
-                    max_new_tokens=new_tokens,
-                )[0]
-                for prompt in prompts
-            ]
-            tokens = sum(len(g.tokens) - 1 for g in generations[name])
-            rates[name].append(tokens / sum(g.seconds for g in generations[name]))
+    if new_tokens < 2:
+        raise ValueError(f"a rate needs at least 2 new tokens, not {new_tokens}")
+
+    def answer(case: Case, new: int) -> list[Generation]:
+        mode = case.mode or LOSSY
+        return [
+            generate(
+                model,
+                params,
+                [prompt],
+                policy=case.policy,
+                mode=mode,
+                max_new_tokens=new,
+                slots=caches.bucket(len(prompt) + new_tokens + mode.capacity - 1),
+            )[0]
+            for prompt in prompts
+        ]
+
+    for case in cases:
+        answer(case, 1)
+    rates, to_last = np.zeros((2, len(cases), rounds))
+    for turn in range(rounds):
+        answers = [answer(case, new_tokens) for case in cases]
+        for i, of_case in enumerate(answers):
+            tokens = sum(len(g.tokens) - 1 for g in of_case)
+            rates[i, turn] = tokens / sum(g.seconds for g in of_case)
+            to_last[i, turn] = np.mean([g.prefill_seconds + g.seconds for g in of_case])
     rows = []
-    for name in cases:
-        of_name = generations[name]
-        exits = np.concatenate([g.exits[1:] for g in of_name])
+    for i, (case, of_case) in enumerate(zip(cases, answers, strict=True)):
+        exits = np.concatenate([g.exits[1:] for g in of_case])
         agrees = np.concatenate(
             [
                 agreement(model, params, prompt, g)[1:]
-                for prompt, g in zip(prompts, of_name, strict=True)
+                for prompt, g in zip(prompts, of_case, strict=True)
             ]
         )
         rows.append(
             {
-                "policy": name,
-                "tokens_per_second": float(np.median(rates[name])),
+                "policy": case.name,
+                "mode": case.mode and case.mode.name,
+                "tokens_per_second": float(np.median(rates[i])),
                 # Round by round, so that drift of the machine's speed cancels.
-                "speedup": float(np.median(np.divide(rates[name], rates[reference]))),
+                "speedup": float(np.median(rates[i] / rates[0])),
+                "seconds_to_last": float(np.median(to_last[i])),
                 "agreement": float(agrees.mean()),
-                "mean_depth": float(
-                    np.mean([g.layer_tokens / (len(g.tokens) - 1) for g in of_name])
-                ),
+                "blocks_per_token": sum(g.layer_tokens for g in of_case) / exits.size,
                 "exit_shares": (
-                    np.bincount(exits, minlength=len(model.exit_depths) + 1) / len(exits)
+                    np.bincount(exits, minlength=len(model.exit_depths) + 1) / exits.size
                 ).tolist(),
             }
         )
-    return rows, generations
+    return rows

@@ -7,7 +7,7 @@ plots, text), so it can be mailed, archived or printed, and made again without t
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import numpy as np
 from markupsafe import Markup
 
 from early_exit import policy as policies
+from early_exit.calibration import methods
+from early_exit.decoding.mode import LOSSY
+from early_exit.exits import artefact
 from early_exit.report import plots, tokens
 from early_exit.runs.metrics import read_metrics
 from early_exit.storage import files
@@ -27,7 +30,7 @@ def write(workdir: Path) -> Path:
     """Writes the page and returns its path.
 
     Reads `evaluation.json` and, where they are there, `policy.json`, `metrics.jsonl` and
-    `config.json`.
+    `config.json`. The policy shown is the one that was measured, whatever `policy.json` now holds.
 
     Raises:
       FileNotFoundError: no `evaluation.json`, naming the command that writes it.
@@ -36,13 +39,24 @@ def write(workdir: Path) -> Path:
     path = workdir / "evaluation.json"
     if not path.exists():
         raise FileNotFoundError(f"no evaluation at {path}; write one with `launch.evaluate`")
-    evaluation = _with_nan(_read_json(path, "write it again with `launch.evaluate`"))
+    found = _read_json(path, "write it again with `launch.evaluate`")
+    # A policy is compared as it was saved.
+    evaluation = {name: x if name == "policy" else _with_nan(x) for name, x in found.items()}
+    config, metrics = _config_of(workdir), read_metrics(workdir)
     try:
-        text = _render(workdir, evaluation)
-    except (KeyError, jinja2.UndefinedError) as error:
-        raise ValueError(
-            f"{path} lacks what the report needs ({error}); write it again with `launch.evaluate`"
-        ) from error
+        policy = _measured(evaluation)
+        shown = _evaluated(evaluation, policy)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _lacking(path, repr(error)) from error
+    training = plots.training_curves(metrics, shown["depths"])
+    shown |= {
+        "unmeasured": _unmeasured(workdir / "policy.json", policy, shown["depths"]),
+        "training_plot": training and Markup(training),
+    }
+    try:
+        text = _render(evaluation, config, shown)
+    except jinja2.UndefinedError as error:
+        raise _lacking(path, str(error)) from error
     files.write_text(workdir / FILE, text)
     return workdir / FILE
 
@@ -54,16 +68,65 @@ def _read_json(path: Path, mend: str) -> Any:
         raise ValueError(f"{path} is damaged ({error}); {mend}") from error
 
 
-def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
+def _lacking(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path} lacks what the report needs ({what}); write it again with `launch.evaluate`"
+    )
+
+
+def _config_of(workdir: Path) -> dict[str, Any]:
+    """The run's settings; none where it has no file of them."""
+    if artefact.is_in(workdir):
+        return artefact.describe(workdir).config
+    if not (workdir / "config.json").exists():
+        return {}
+    return _read_json(workdir / "config.json", "restore it, or tune in another --workdir")
+
+
+def _measured(evaluation: dict[str, Any]) -> policies.ExitPolicy | None:
+    """The policy that the figures are of."""
+    fields = evaluation["policy"]
+    return None if fields is None else policies.from_json(fields)
+
+
+def _unmeasured(
+    path: Path, measured: policies.ExitPolicy | None, depths: Sequence[int]
+) -> str | None:
+    """A sentence where the run's policy is no longer the one that was measured."""
+    if not path.exists():
+        return None
+    saved = policies.load(path, exit_depths=np.array(depths))
+    if saved is None or _text_of(saved) == _text_of(measured):
+        return None
+    return (
+        f"{path.name} now holds another policy, {methods.described(saved)}, which is not the one "
+        "that was measured here; launch.evaluate measures it."
+    )
+
+
+def _text_of(policy: policies.ExitPolicy | None) -> str:
+    return json.dumps(policy and policies.as_json(policy), sort_keys=True)
+
+
+def _evaluated(evaluation: dict[str, Any], policy: policies.ExitPolicy | None) -> dict[str, Any]:
+    """All that is drawn or worded for the page."""
     model = evaluation["model"]
     depths = [*model["exit_points"], model["depth"]]
-    policy = None
-    if (workdir / "policy.json").exists():
-        policy = policies.load(workdir / "policy.json", exit_depths=np.array(depths))
-    config = {}
-    if (workdir / "config.json").exists():
-        config = _read_json(workdir / "config.json", "restore it, or tune in another --workdir")
-    training = plots.training_curves(read_metrics(workdir), depths)
+    classifies = "classification" in evaluation
+    own = _classification(evaluation) if classifies else _decoding(evaluation, depths)
+    return {
+        "name": _name(model["source"]),
+        "classifies": classifies,
+        "points": model["exit_points"],
+        "depths": depths,
+        "policy": policy and _policy_facts(policy),
+        "legend": Markup(tokens.html_spans([f" {d} " for d in depths], depths, depths)),
+        **own,
+    }
+
+
+def _render(evaluation: dict[str, Any], config: dict[str, Any], shown: dict[str, Any]) -> str:
+    depths = shown["depths"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("early_exit.report"),
         autoescape=True,
@@ -78,21 +141,13 @@ def _render(workdir: Path, evaluation: dict[str, Any]) -> str:
         "name": _name,
         "colour": lambda depth: tokens.hex_colour(tokens.background(depth, depths)),
     }
-    classifies = "classification" in evaluation
-    own = _classification(evaluation) if classifies else _decoding(evaluation, depths, policy)
-    template = "classifier.html" if classifies else "decoding.html"
+    template = "classifier.html" if shown["classifies"] else "decoding.html"
     return environment.get_template(template).render(
         evaluation,
-        name=_name(model["source"]),
-        classifies=classifies,
-        points=model["exit_points"],
-        depths=depths,
-        policy=policy and _policy_facts(policy),
         settings=_settings(config),
-        training_plot=training and Markup(training),
         training_loss=config.get("tune", {}).get("loss"),
-        legend=Markup(tokens.html_spans([f" {d} " for d in depths], depths, depths)),
-        **own,
+        looked_up=tokens.LOOKED_UP,
+        **shown,
     )
 
 
@@ -117,21 +172,23 @@ def _with_nan(found: Any) -> Any:
     return found
 
 
-def _decoding(
-    evaluation: dict[str, Any], depths: list[int], policy: policies.ExitPolicy | None
-) -> dict[str, Any]:
+def _decoding(evaluation: dict[str, Any], depths: list[int]) -> dict[str, Any]:
     """What the page of a language model shows beside what all show."""
-    decoding = evaluation["decoding"]
-    full = next((row for row in decoding if row["epsilon"] is None), None)
-    if full is None:
-        raise KeyError("a decoding row of the full model")
-    dynamic = [row for row in decoding if row["epsilon"] is not None]
+    of = evaluation["decoding"]
+    full, *others = rows = of["rows"]
+    own = [row for row in others if row["policy"] is not None and row["policy"] == of["chosen"]]
     return {
         "full": full,
-        "lossless": [row for row in decoding if row["epsilon"] is None and row is not full],
-        "chosen": _chosen(dynamic, policy),
-        "fastest": max(dynamic, key=lambda row: row["tokens_per_second"], default=None),
-        "speed_plot": Markup(plots.quality_against_speed(decoding)),
+        "rows": rows,
+        "chosen": next((row for row in own if row["mode"] == LOSSY.name), None),
+        # Of one policy, or of none: those whose answer is the full model's.
+        "lossless": [row for row in others if row["mode"].startswith("verified")],
+        "legend_looked_up": Markup(
+            tokens.html_spans(
+                [*(f" {d} " for d in depths), " looked up "], [*depths, tokens.LOOKED_UP], depths
+            )
+        ),
+        "speed_plot": Markup(plots.quality_against_speed(rows)),
         "exits_plot": Markup(plots.exit_bars(evaluation["exits"])),
         "heat_maps": [
             Markup(tokens.html_spans(sample["pieces"], sample["depths"], depths))
@@ -161,15 +218,6 @@ def _classification(evaluation: dict[str, Any]) -> dict[str, Any]:
 def _name(source: str) -> str:
     """A model's source without the marks that only a loader needs."""
     return source.partition("#")[0].removeprefix("pip:")
-
-
-def _chosen(dynamic: list[dict], policy: policies.ExitPolicy | None) -> dict | None:
-    """The row that the run's own policy stands for; without one, the fastest."""
-    epsilon = policy.provenance.get("epsilon") if policy else None
-    for row in dynamic:
-        if epsilon is not None and math.isclose(row["epsilon"], epsilon):
-            return row
-    return max(dynamic, key=lambda row: row["tokens_per_second"], default=None)
 
 
 def _policy_facts(policy: policies.ExitPolicy) -> dict[str, Any]:

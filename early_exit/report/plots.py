@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from early_exit.decoding.mode import LOSSY
 from early_exit.report import tokens
 
 # Stand-in colour → the page's variable, and what to do without one.
@@ -61,36 +62,41 @@ _LINES = (
     (_MUTED, "-"),
     (_SOFT, "--"),
 )
-_LABEL_WIDTH, _LABEL_HEIGHT = 55, 12  # in points
+_LABEL_WIDTH, _LETTER_WIDTH, _LABEL_HEIGHT = 55, 4.5, 12  # in points
 
 
 def quality_against_speed(decoding: Sequence[dict[str, Any]]) -> str:
     """Share of tokens equal to the full model's against tokens a second; SVG.
 
     Args:
-      decoding: rows with `policy`, `tokens_per_second`, `agreement` (0 … 1) and `epsilon`, which
-        is None for the full model, the first such row, and for lossless decoding.
+      decoding: rows with `policy`, `mode`, `tokens_per_second`, `agreement` (0 … 1) and `epsilon`;
+        the first is the full model. Lossy rows are called by their policy, others by their mode;
+        a line joins those of an ε.
     """
-    dense = [row for row in decoding if row["epsilon"] is None]
-    dynamic = sorted(
-        (row for row in decoding if row["epsilon"] is not None), key=lambda row: row["epsilon"]
+    full, *others = decoding
+    dense = [full, *(row for row in others if row["mode"] != LOSSY.name)]
+    dynamic = [row for row in others if row["mode"] == LOSSY.name]
+    by_epsilon = sorted(
+        (row for row in dynamic if row["epsilon"] is not None), key=lambda row: row["epsilon"]
     )
 
     def place(rows):
         return [r["tokens_per_second"] for r in rows], [100 * r["agreement"] for r in rows]
 
     def draw(axes: Axes):
-        axes.plot(*place(dynamic), color=_ACCENT, linewidth=1.2, marker="o", markersize=6)
-        for speed in place(dense)[0][:1]:
-            axes.axvline(speed, color=_MUTED, linewidth=0.8, dashes=(4, 3))
+        axes.plot(*place(by_epsilon), color=_ACCENT, linewidth=1.2)
+        axes.plot(*place(dynamic), color=_ACCENT, linestyle="none", marker="o", markersize=6)
+        axes.axvline(full["tokens_per_second"], color=_MUTED, linewidth=0.8, dashes=(4, 3))
         axes.plot(*place(dense), linestyle="none", marker="D", markersize=7, color=_INK)
-        labels = [row["policy"] for row in dense] + [f"ε {row['epsilon']:g}" for row in dynamic]
-        axes.margins(x=0.18, y=0.12)
+        labels = ["full model", *(row["mode"] for row in dense[1:])]
+        labels += [row["policy"].replace("epsilon", "ε") for row in dynamic]
+        axes.margins(x=0.2, y=0.12)
         # Quality falls with speed: above and to the right of a point there is no line, but left of
-        # the full model there may be its own point.
+        # the full model there may be its own point, and far to the right there is no room.
         speeds, shares = place([*dense, *dynamic])
-        slower = [speed < speeds[0] for speed in speeds]
-        _label(axes, speeds, shares, labels, on_left=slower, rise=7)
+        middle = (min(speeds) + max(speeds)) / 2
+        on_left = [speed < speeds[0] or speed > middle for speed in speeds]
+        _label(axes, speeds, shares, labels, on_left=on_left, rise=7)
         axes.set_xlabel("tokens a second")
         axes.set_ylabel("equal to the full model's, %")
 
@@ -261,21 +267,24 @@ def training_curves(lines: Sequence[dict[str, Any]], exit_depths: Sequence[int])
     """Training loss of every exit by step; SVG, or None where no line has any.
 
     Args:
-      lines: of `metrics.jsonl`. Those of the training steps have `loss` and, for every exit,
-        `loss/exit_<point>`; validation lines are left out.
+      lines: of `metrics.jsonl`. Those of the training steps have `loss` and, for every exit that
+        took part in the step, `loss/exit_<point>`, None where it was not finite. Validation lines
+        are left out.
     """
     steps = [line for line in lines if "loss" in line]
-    points = sorted(
-        {int(m[1]) for line in steps for name in line if (m := re.fullmatch(_EXIT_LOSS, name))}
-    )
+    curves: dict[int, list[tuple[float, float]]] = {}
+    for line in steps:
+        for name, value in line.items():
+            if value is not None and (match := re.fullmatch(_EXIT_LOSS, name)):
+                curves.setdefault(int(match[1]), []).append((line["step"], value))
+    points = sorted(curves)
     if not points:
         return None
 
     def draw(axes: Axes):
         ends = []
         for point in points:
-            name = f"loss/exit_{point}"
-            x, y = _thinned(np.array([(line["step"], line[name]) for line in steps], float))
+            x, y = _thinned(np.array(curves[point], float))
             colour = tokens.hex_colour(tokens.background(point, exit_depths))
             axes.plot(x, y, color=colour, linewidth=1.8)
             ends.append((x[-1], y[-1]))
@@ -310,9 +319,10 @@ def _label(
     """
     axes.figure.draw_without_rendering()  # settles the places
     at = axes.transData.transform(np.column_stack([x, y])) * 72 / axes.figure.dpi
-    starts = at[:, 0] + np.where(on_left, -_LABEL_WIDTH, 0)
     heights = at[:, 1] + rise
-    near = np.abs(starts[:, None] - starts[None, :]) < _LABEL_WIDTH
+    widths = np.array([max(_LABEL_WIDTH, _LETTER_WIDTH * len(label)) for label in labels])
+    left = at[:, 0] - np.where(on_left, widths, 0)
+    near = (left[:, None] < (left + widths)[None, :]) & (left[None, :] < (left + widths)[:, None])
     # Neighbours too close to each other move apart, by as little as it takes.
     order = np.argsort(heights, kind="stable")
     for _ in range(100):

@@ -19,6 +19,9 @@ _STOPS: tuple[RGB, ...] = (
     (24, 58, 104),
 )
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
+# Of tokens that no depth proposed, but earlier text: grey, which nothing on the scale is.
+_NO_DEPTH: RGB = (122, 126, 130)
+LOOKED_UP = 0  # their depth
 
 # What would move a terminal's cursor, change its state or reverse its text → a visible stand-in.
 _VISIBLE = (
@@ -33,8 +36,11 @@ _VISIBLE = (
 def background(depth: int, exit_depths: Sequence[int]) -> RGB:
     """The colour of a token that left after `depth` blocks, one of the rising `exit_depths`.
 
-    The exits share the scale evenly, wherever in the model they are: all can be told apart.
+    The exits share the scale evenly, wherever in the model they are: all can be told apart. What
+    comes from none of them, as looked-up tokens do, has a colour of its own.
     """
+    if depth not in exit_depths:
+        return _NO_DEPTH
     place = exit_depths.index(depth) / max(len(exit_depths) - 1, 1) * (len(_STOPS) - 1)
     stop = min(int(place), len(_STOPS) - 2)
     return tuple(
@@ -69,7 +75,7 @@ def ansi(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequence[int
     Control characters of the text itself become visible pictures, except newlines and tabs.
 
     Args:
-      depths: blocks run for each token.
+      depths: blocks run to propose each token; `LOOKED_UP` for none.
       exit_depths: blocks run at each exit, the full model's last.
     """
     out = []
@@ -82,24 +88,28 @@ def ansi(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequence[int
     return "".join(out)
 
 
-def legend_ansi(exit_depths: Sequence[int]) -> str:
-    """One line that explains the colours."""
+def legend_ansi(exit_depths: Sequence[int], *, looked_up: bool = False) -> str:
+    """One line that explains the colours; that of looked-up tokens where there may be some."""
     names = [f" {depth} " for depth in exit_depths]
-    return f"blocks run: {ansi(names, exit_depths, exit_depths)}"
+    line = f"blocks run: {ansi(names, exit_depths, exit_depths)}"
+    return f"{line} {ansi([' looked up '], [LOOKED_UP], exit_depths)}" if looked_up else line
 
 
 def html_spans(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequence[int]) -> str:
     """The text as HTML, a `<span>` per token; its place must have `white-space: pre-wrap`.
 
     Args:
-      depths: blocks run for each token.
+      depths: blocks run to propose each token; `LOOKED_UP` for none.
       exit_depths: blocks run at each exit, the full model's last.
     """
     out, full_depth = [], exit_depths[-1]
     for piece, depth in zip(pieces, depths, strict=True):
         behind = background(depth, exit_depths)
-        early = f"exit after block {depth} of {full_depth}"
-        title = early if depth < full_depth else f"all {full_depth} blocks"
+        title = f"exit after block {depth} of {full_depth}"
+        if depth not in exit_depths:
+            title = "from earlier text"
+        elif depth == full_depth:
+            title = f"all {full_depth} blocks"
         colours = f"background:{hex_colour(behind)};color:{hex_colour(foreground(behind))}"
         out.append(
             f'<span title="{title}" style="{colours}">{html.escape(printable(piece))}</span>'

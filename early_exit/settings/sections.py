@@ -309,6 +309,9 @@ class CalibrateSettings(Section):
     reject_risk: float | None = setting(
         None, "Share of wrong answers at most, but for delta; None for any.", above=0, below=1
     )
+    allow_never: bool = setting(
+        False, "Take a policy that never leaves where the data are too few for what is asked."
+    )
     seed: int = setting(0, "Of what calibration draws at random.", least=0, below=2**32)
 
 

@@ -7,7 +7,7 @@ copy     a stretch of library source and its first lines once more: text that re
          as editing, quoting and boilerplate do
 """
 
-from early_exit.evaluation.run import cut_prompts
+from early_exit.evaluation.run_decoder import cut_prompts
 from early_exit.runs.assemble import Tuned
 
 KINDS = ("code", "prose", "chat", "copy")

@@ -111,9 +111,16 @@ def test_figures_of_an_answer_fit_together(tiny, mixed, mode):
 
 
 def test_time_is_counted_from_the_prefill_on(tiny, mixed):
-    portions = stream(*tiny, PROMPTS, policy=mixed, max_new_tokens=9, portion=4)
+    portions = list(stream(*tiny, PROMPTS, policy=mixed, max_new_tokens=9, portion=4))
     seconds = [rows[0].seconds for rows in portions]
     assert seconds[0] == 0 and seconds == sorted(seconds) and seconds[-1] > 0
+    prefill = {row.prefill_seconds for rows in portions for row in rows}
+    assert len(prefill) == 1 and prefill.pop() > 0
+
+
+def test_each_prompt_of_a_queue_has_a_prefill_of_its_own(tiny, mixed):
+    rows = generate(*tiny, PROMPTS, policy=mixed, max_new_tokens=5, batch=2)
+    assert len({row.prefill_seconds for row in rows}) == len(PROMPTS)
 
 
 def test_streaming_gives_the_same_tokens_and_compiles_nothing_new(tiny, mixed):
@@ -153,13 +160,57 @@ def test_streaming_shows_only_what_has_been_checked(tiny):
         ([[]], 3, "prompt 0 is empty"),
         ([[1], [1]], [3, 0], "prompt 1 asks for 0 new tokens"),
         ([[1] * 510], 3, "need 513 positions but the model's context is 512"),
-        ([[1], [2, 61]], 3, "prompt 1 has token ids from 2 to 61, but the model knows 0 to 60"),
-        ([[-1]], 3, "prompt 0 has token ids from -1"),
+        ([[1], [2, 61]], 3, "ids of prompt 1 go from 2 to 61, but the model knows 0 to 60"),
+        ([[-1]], 3, "ids of prompt 0 go from -1"),
+        ([[2**40]], 3, "ids of prompt 0 go from 1099511627776"),
+        ([], 3, "there are no prompts; give at least one"),
+        ([1, 2, 3], 3, "prompt 0 must be one list of token ids, not 1"),
+        ([[1], [[2], [3]]], 3, r"prompt 1 must be one list of token ids, not \[\[2\], \[3\]\]"),
+        ([[1], [[2], [3, 4]]], 3, "prompt 1 must be one list of token ids"),
+        ([[1.5]], 3, r"prompt 0 must be one list of token ids, not \[1.5\]"),
+        (["say"], 3, "prompt 0 must be one list of token ids, not 'say'"),
+        ([[1]], 2.5, "max_new_tokens must be an integer, or one for each of 1 prompts, not 2.5"),
+        ([[1]], [2, 3], r"one for each of 1 prompts, not \[2, 3\]"),
+        ([[1]], None, "max_new_tokens must be an integer"),
     ],
 )
 def test_bad_prompts(tiny, prompts, new, message):
+    for batch in (None, 1):
+        with pytest.raises(ValueError, match=message):
+            generate(*tiny, prompts, policy=None, max_new_tokens=new, batch=batch)
+
+
+def test_numbers_of_numpy_are_numbers(tiny):
+    settings = {"policy": None, "max_new_tokens": 3, "stop_ids": [5]}
+    plain = generate(*tiny, PROMPTS[:2], **settings)
+    settings |= {"max_new_tokens": np.int64(3), "stop_ids": np.array([5])}
+    arrays = [np.array(prompt, np.uint16) for prompt in PROMPTS[:2]]
+    for batch, new in [(None, np.int64(3)), (1, np.int64(3)), (None, np.array([3, 3]))]:
+        found = generate(*tiny, arrays, **settings | {"max_new_tokens": new}, batch=batch)
+        assert [row.tokens.tolist() for row in found] == [row.tokens.tolist() for row in plain]
+
+
+@pytest.mark.parametrize(
+    ("stop_ids", "message"),
+    [
+        ([61], "ids of the stop tokens go from 61 to 61, but the model knows 0 to 60"),
+        ([2**40], "ids of the stop tokens go from"),
+        ([5, -1], "ids of the stop tokens go from -1"),
+        (None, "the stop tokens must be one list of token ids, not None"),
+        ([[5], [6]], "the stop tokens must be one list of token ids"),
+        ("</s>", "the stop tokens must be one list of token ids"),
+    ],
+)
+def test_stop_tokens_that_the_model_lacks_are_refused(tiny, stop_ids, message):
     with pytest.raises(ValueError, match=message):
-        generate(*tiny, prompts, policy=None, max_new_tokens=new)
+        generate(*tiny, PROMPTS[:1], policy=None, max_new_tokens=3, stop_ids=stop_ids)
+
+
+@pytest.mark.parametrize("mode", [LOSSY, VERIFIED], ids=["lossy", "verified"])
+def test_a_policy_for_a_score_that_the_exits_lack_is_refused(tiny, mode):
+    policy = policies.make([0.5, 0.5], "gate")
+    with pytest.raises(ValueError, match="scores by gate, which the exits of this model do not"):
+        generate(*tiny, PROMPTS[:1], policy=policy, mode=mode, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("exits", [1, 3])

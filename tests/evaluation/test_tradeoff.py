@@ -1,11 +1,13 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from early_exit import policy as policies
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY, VERIFIED
 from early_exit.evaluation import tradeoff
+from early_exit.evaluation.tradeoff import Case
 
 PROMPTS = [[7, 3, 52, 11, 29], [1, 2, 3]]
 
@@ -24,53 +26,80 @@ def test_agreement_is_with_the_full_model_after_the_same_text(tiny):
     assert other[:30].all() and not other[30] and other.shape == (70,)
 
 
-def test_rows_count_what_was_decoded(tiny):
+def test_rows_count_what_was_decoded(tiny, monkeypatch):
     model, params = tiny
-    rows, generations = tradeoff.compare(
+    answers = []
+
+    def watched(*args, **kwargs):
+        answers.append(generate(*args, **kwargs))
+        return answers[-1]
+
+    monkeypatch.setattr(tradeoff, "generate", watched)
+    verified = dataclasses.replace(VERIFIED, pending=4)
+    rows = tradeoff.compare(
         model,
         params,
         PROMPTS,
-        {
-            "full": (None, LOSSY),
-            "always": (policies.forced(2, 0), LOSSY),
-            "never": (policies.never(2), LOSSY),
-            "verified": (policies.forced(2, 0), dataclasses.replace(VERIFIED, pending=4)),
-        },
+        [
+            Case(),
+            Case("always", policies.forced(2, 0), LOSSY),
+            Case("never", policies.never(2), LOSSY),
+            Case("always", policies.forced(2, 0), verified),
+        ],
         new_tokens=9,
         rounds=1,
     )
     full, always, never, lookup = rows
-    assert [row["policy"] for row in rows] == ["full", "always", "never", "verified"]
+    assert [(row["policy"], row["mode"]) for row in rows] == [
+        (None, None),
+        ("always", "lossy"),
+        ("never", "lossy"),
+        ("always", "verified: exits + lookup"),
+    ]
     assert full["speedup"] == 1.0
     assert full["agreement"] == never["agreement"] == 1.0
-    assert (full["mean_depth"], always["mean_depth"], never["mean_depth"]) == (6, 2, 6)
+    depths = [row["blocks_per_token"] for row in (full, always, never)]
+    assert depths == [6, 2, 6] and lookup["blocks_per_token"] > 6 * (1 - lookup["exit_shares"][3])
     assert always["exit_shares"] == [1, 0, 0, 0] and never["exit_shares"] == [0, 0, 1, 0]
     # Verified: the full model's own answer, though some of it was proposed elsewhere.
     assert lookup["agreement"] == 1.0
-    for a, b in zip(generations["verified"], generations["full"], strict=True):
+    # Once for nothing, to compile; then once in each case.
+    warm, timed = answers[:8], [[row for (row,) in answers[i : i + 2]] for i in range(8, 16, 2)]
+    assert {len(row.tokens) for (row,) in warm} == {1}
+    of_full, of_always, _, of_verified = timed
+    for a, b in zip(of_verified, of_full, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
-    proposed = np.concatenate([g.exits[1:] for g in generations["verified"]])
+    proposed = np.concatenate([g.exits[1:] for g in of_verified])
     np.testing.assert_allclose(lookup["exit_shares"], [(proposed == e).mean() for e in range(4)])
+    for row, of_row in zip(rows, timed, strict=True):
+        to_last = np.mean([g.prefill_seconds + g.seconds for g in of_row])
+        assert row["seconds_to_last"] == pytest.approx(to_last)
     expected = np.concatenate(
         [
             tradeoff.agreement(model, params, prompt, answer)[1:]
-            for prompt, answer in zip(PROMPTS, generations["always"], strict=True)
+            for prompt, answer in zip(PROMPTS, of_always, strict=True)
         ]
     )
     assert always["agreement"] == expected.mean() < 1
-    assert all(len(g.tokens) == 9 for answers in generations.values() for g in answers)
+    assert all(len(g.tokens) == 9 for of_row in timed for g in of_row)
 
 
 def test_speed_is_relative_to_the_first_case(tiny, monkeypatch):
     """In each round by that round's own time: a machine that slows down changes nothing."""
     generations = tradeoff.generate(*tiny, PROMPTS[:1], policy=None, max_new_tokens=4)
-    seconds = iter([1.0, 0.5, 3.0, 1.0, 10.0, 5.0])  # of one case and the other, in turns
+    seconds = iter([9, 9, 1.0, 0.5, 3.0, 1.0, 10.0, 5.0])  # to compile; then the cases, in turns
 
     def timed(*_, **__):
-        return [dataclasses.replace(generations[0], seconds=next(seconds))]
+        return [dataclasses.replace(generations[0], seconds=next(seconds), prefill_seconds=2.0)]
 
     monkeypatch.setattr(tradeoff, "generate", timed)
-    cases = {"a": (None, LOSSY), "b": (policies.never(2), LOSSY)}
-    (a, b), _ = tradeoff.compare(*tiny, PROMPTS[:1], cases, new_tokens=4, rounds=3)
+    cases = [Case(), Case("never", policies.never(2), LOSSY)]
+    a, b = tradeoff.compare(*tiny, PROMPTS[:1], cases, new_tokens=4, rounds=3)
     assert (a["tokens_per_second"], b["tokens_per_second"]) == (3 / 3, 3 / 1)
     assert (a["speedup"], b["speedup"]) == (1.0, 2.0)
+    assert (a["seconds_to_last"], b["seconds_to_last"]) == (2 + 3.0, 2 + 1.0)
+
+
+def test_a_rate_needs_a_token_after_the_first(tiny):
+    with pytest.raises(ValueError, match="at least 2 new tokens, not 1"):
+        tradeoff.compare(*tiny, PROMPTS[:1], [Case()], new_tokens=1)

@@ -77,14 +77,23 @@ def test_calibrate_prints_what_it_saves(run):
 
 def test_evaluate_and_report(run, launch):
     printed = succeeded(launch("evaluate", f"--workdir={run.folder}"))
-    assert re.search(r"^full model +[\d.]+ +1\.000 +1\.000 +6\.000$", printed, re.MULTILINE)
-    assert re.search(r"^epsilon 0\.6 ", printed, re.MULTILINE)
+    assert max(map(len, printed.splitlines())) <= 100
+    assert re.search(r"^full model +– +[\d.]+ +1\.000 +[\d.]+ +1\.000 +6\.000$", printed, re.M)
+    assert re.search(r"^epsilon 0\.6 +verified: exits \+ lookup +[\d.]+ ", printed, re.M)
     results = json.loads((run.folder / "evaluation.json").read_text())
-    full, fitted, verified = results["decoding"]
-    names = ["full model", "epsilon 0.6", "verified"]
-    assert [row["policy"] for row in results["decoding"]] == names
-    assert [row["epsilon"] for row in results["decoding"]] == [None, 0.6, None]
-    assert fitted["mean_depth"] < 6 and full["agreement"] == verified["agreement"] == 1
+    own, rows = "epsilon 0.6", results["decoding"]["rows"]
+    assert [(row["policy"], row["mode"]) for row in rows] == [
+        (None, None),
+        *((own, mode) for mode in ("lossy", "deferred", "verified: exits")),
+        (own, "verified: exits + lookup"),
+        (None, "verified: lookup"),
+    ]
+    full, lossy, _, *verified = rows
+    assert results["decoding"]["chosen"] == own and lossy["epsilon"] == 0.6
+    assert lossy["blocks_per_token"] < 6
+    assert all(row["agreement"] == 1 for row in (full, *verified))
+    policy = json.loads((run.folder / "policy.json").read_text())
+    assert results["policy"] == {k: v for k, v in policy.items() if k != "enabled"}
     assert [len(sample["pieces"]) for sample in results["samples"]] == [8, 8]
 
     page = succeeded(launch("report", f"--workdir={run.folder}")).strip()
@@ -150,7 +159,7 @@ def test_generate_answers_a_file_losslessly(run, launch, tmp_path):
         for depth, place in [(2, "block 2"), (4, "block 4"), (6, "block 6"), (0, "text")]:
             assert row["depths"].count(depth) == proposed[place]
         assert sum(facts["drafts_accepted"]) == 24 - proposed["block 6"]
-        assert facts["tokens_per_second"] > 0 and facts["layers_per_token"] >= 6
+        assert facts["tokens_per_second"] > 0 and facts["blocks_per_token"] >= 6
     full, _ = answer(launch("generate", *raw, f"--prompt={prompts[0]}", "--full"))
     assert tokens.printable(rows[0]["text"]) == full
 
@@ -184,7 +193,7 @@ def test_generate_answers_the_lines_of_a_text_file(run, launch, tmp_path):
     given.write_text('Hello!\r\n \n{"prompt": 1}\nHello!')
     flags = [f"--input={given}", f"--output={answers}", "--batch=2", "--max_new_tokens=9"]
     printed = succeeded(launch("generate", f"--workdir={run.folder}", *flags))
-    assert re.search(r"^ *answers .*\n.*\n *3 +9\.000 ", printed)
+    assert re.search(r"^mode +answers .*\n.*\nlossy +3 +9\.000 ", printed)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Hello!", '{"prompt": 1}', "Hello!"]
     assert rows[0]["tokens"] == rows[2]["tokens"] != rows[1]["tokens"]

@@ -86,7 +86,7 @@ def test_a_frozen_backbone_has_no_gradient_to_exchange():
 
 
 @pytest.mark.parametrize(
-    ("what", "work"), [("tune", "compiled ÷ traced"), ("decode", "a sweep at full depth")]
+    ("what", "work"), [("tune", "compiled ÷ traced"), ("decode", "a step at full depth")]
 )
 def test_the_command_prints_what_a_program_costs(launch, what, work):
     flags = ["--config=configs/tiny.py", "--config.model.scan", "--config.exits.head=norm"]

@@ -6,14 +6,15 @@ import re
 import pytest
 from absl import app
 
+from configs import digits_resnet, news_minilm
 from configs import tiny as tiny_config
 from conftest import build
 from early_exit import tree
 from early_exit.backbones import identity
 from early_exit.exits import artefact
 from early_exit.pretrained.export import write_backbone
-from early_exit.runs import assemble
-from early_exit.settings.read import read
+from early_exit.runs import assemble, checkpoint
+from early_exit.settings.read import as_dict, read
 from early_exit.storage import files
 from launch import inspect
 
@@ -87,6 +88,47 @@ def test_a_run_before_its_first_checkpoint(inspected, tmp_path):
     assert leaving[5] == pytest.approx(4 * blocks[5] + 2 * first[5], abs=4e-3)
 
 
+def test_a_run_of_a_network_made_anew(inspected, tmp_path):
+    config = digits_resnet.get_config("width=4")
+    assemble.save_config(config, tmp_path)
+    facts, rows, _ = inspected(tmp_path)
+    assert facts["source"] == "made anew" and facts["family"] == "resnet_cifar"
+    network = assemble.abstract_model(config).config
+    assert facts["classes"] == "10" and facts["depth"] == f"{network.depth} blocks"
+    assert facts["dtype"].endswith(" MB") and facts["exits"] == "after blocks 1, 2"
+    assert rows["all, leaving after 1"][2] < 1
+
+
+def test_a_run_whose_network_is_changed(inspected, tmp_path):
+    """What the source leaves open is shown as the run has it."""
+    source = str(FIXTURES / "tiny_bert")
+    config = news_minilm.get_config("data=unused,num_classes=4,points=1")
+    config.model.source = source
+    assemble.save_config(config, tmp_path / "changed")
+    facts, rows, _ = inspected(tmp_path / "changed")
+    assert facts["source"] == f"{source}, changed" and facts["classes"] == "4"
+    assert "readout" in rows and "head after block 1" in rows
+    unchanged, _, _ = inspected(source)
+    assert unchanged["classes"] == "3"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_run_behind_a_run(inspected, tmp_path, monkeypatch, depth):
+    """And behind one behind one: the network is that of the first."""
+    monkeypatch.setattr(checkpoint, "latest_step", lambda folder: 3 if folder.exists() else None)
+    config, first = digits_resnet.get_config("width=4"), tmp_path / "run0"
+    for i in range(depth + 1):
+        folder = tmp_path / f"run{i}"
+        (folder / assemble.CHECKPOINTS).mkdir(parents=True)
+        (folder / "config.json").write_text(config.to_json())
+        config = digits_resnet.get_config(f"train=exits,points=1,source={folder}")
+    facts, _, _ = inspected(folder)
+    assert facts["source"] == f"the run in {tmp_path / f'run{depth - 1}'}"
+    assert facts["state"] == "a run at step 3" and facts["exits"] == "after blocks 1"
+    network = assemble.abstract_model(assemble.load_config(first)).config
+    assert (facts["family"], facts["width"]) == ("resnet_cifar", str(network.width))
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_an_export(inspected, tmp_path, beside):
     model, params = build(head="norm", output="shared", classes=9)
@@ -95,9 +137,10 @@ def test_an_export(inspected, tmp_path, beside):
         path.mkdir()
         write_backbone(path, model.config, params["backbone"])
     folder.mkdir(exist_ok=True)
-    config = {"model": {"source": str(source)}, "data": {"source": "texts"}}
+    config = tiny_config.get_config("classes=9")
+    config.model.source = str(source)
     known = identity.of(model.config, params["backbone"])
-    artefact.write(folder, model, params, known, config, step=7)
+    artefact.write(folder, model, params, known, as_dict(read(config)), step=7)
     facts, rows, _ = inspected(folder)
     assert facts["source"] == str(folder if beside else source)
     with_or_without = "with" if beside else "without"

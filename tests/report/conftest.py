@@ -2,18 +2,28 @@ import json
 
 import pytest
 
+from early_exit import policy as policies
+
+POLICY = policies.make([policies.NEVER, 0.875], method="ltt", alpha=0.05)
+
+
+OWN = "ltt 0.05"
+
 
 def decoding_row(
-    epsilon, speed, *, name=None, full_speed=50.0, agreement=1.0, depth=30.0, shares=(0, 0, 1, 0)
+    policy, mode, speed, *, full_speed=50.0, agreement=1.0, blocks=30.0, shares=(0, 0, 1, 0)
 ):
+    """A row as `tradeoff.compare` gives it, of a policy's name and a mode's."""
+    of_epsilon = policy is not None and policy.startswith("epsilon")
     return {
-        "policy": name or ("full model" if epsilon is None else f"epsilon {epsilon:g}"),
-        "epsilon": epsilon,
-        "confidence": "max_prob",
+        "policy": policy,
+        "mode": mode,
+        "epsilon": float(policy.split()[1]) if of_epsilon else None,
         "tokens_per_second": speed,
         "speedup": speed / full_speed,
+        "seconds_to_last": 64 / speed + 0.25,
         "agreement": agreement,
-        "mean_depth": depth,
+        "blocks_per_token": blocks,
         "exit_shares": list(shares),
     }
 
@@ -38,23 +48,46 @@ def evaluation():
             {"exit": 18, "loss": 3.1, "agreement": 0.44, "correct": 0.37, "coverage": 0.22},
             {"exit": 30, "loss": 2.4, "agreement": 1.0, "correct": 0.51, "coverage": 1.0},
         ],
-        "decoding": [
-            decoding_row(None, 50.0),
-            decoding_row(0.9, 60.0, agreement=0.963, depth=24.5, shares=(0.2, 0.3, 0.5, 0)),
-            decoding_row(0.8, 75.0, agreement=0.881, depth=19.0, shares=(0.4, 0.3, 0.3, 0)),
-            decoding_row(None, 90.0, name="verified", depth=26.0, shares=(0.1, 0.1, 0.3, 0.5)),
-        ],
-        "prompts": 8,
-        "new_tokens": 64,
+        "policy": policies.as_json(POLICY),
+        "decoding": {
+            "chosen": OWN,
+            "rows": [
+                decoding_row(None, None, 50.0),
+                decoding_row(
+                    OWN, "lossy", 60.0, agreement=0.963, blocks=24.5, shares=(0.2, 0.3, 0.5, 0)
+                ),
+                decoding_row(OWN, "deferred", 55.0, agreement=0.971, blocks=26.5),
+                decoding_row(OWN, "verified: exits", 51.0, blocks=33.0),
+                decoding_row(
+                    OWN, "verified: exits + lookup", 85.0, blocks=46.0, shares=(0.1, 0.2, 0.3, 0.4)
+                ),
+                decoding_row(None, "verified: lookup", 90.0, blocks=40.0, shares=(0, 0, 0.5, 0.5)),
+                decoding_row(
+                    "epsilon 0.8",
+                    "lossy",
+                    75.0,
+                    agreement=0.881,
+                    blocks=19.0,
+                    shares=(0.4, 0.3, 0.3, 0),
+                ),
+            ],
+            "confidence": "max_prob",
+            "prompts": 8,
+            "prompt_tokens": 96,
+            "new_tokens": 64,
+            "rounds": 3,
+        },
         "text": "stdlib (test split)",
         "samples": [
             {
                 "prompt": "say ",
-                "policy": "epsilon 0.9",
+                "policy": OWN,
+                "mode": "lossy",
                 "pieces": ["one", " two", " three"],
                 "depths": [6, 18, 30],
             }
         ],
+        "left_out": None,
         "machine": {"device": "cpu", "cores": 2, "jax": "0.10.2"},
     }
 

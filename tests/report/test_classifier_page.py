@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from early_exit import policy as policies
 from early_exit.report import page, plots
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -84,6 +85,7 @@ def evaluation():
             "singles": 200,
             "rounds": 5,
         },
+        "policy": policies.as_json(policies.make([0.5, 0.6], "margin", epsilon=0.99)),
         "examples": {
             "first": [
                 {"text": ATTACK, "label": "a", "prediction": "a", "right": True, "depth": 2,
@@ -181,6 +183,7 @@ def test_a_network_without_exits_has_a_page(shown):
             evaluation["exits"][-1:],
             evaluation["parts"][-1:],
         )
+        evaluation["policy"] = None
         of = evaluation["classification"]
         of |= {"chosen": None, "rows": [of["rows"][0] | {"exit_shares": [1]}], "curve": []}
 

@@ -7,7 +7,8 @@ import pytest
 from early_exit.report import plots
 
 DEPTHS = [6, 12, 18, 24, 30]
-LABELS = {"full model", "verified", "ε 0.9", "ε 0.8"}
+EXACT = ["verified: exits", "verified: exits + lookup", "verified: lookup"]
+LABELS = {"full model", "deferred", "ltt 0.05", "ε 0.8", *EXACT}
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
@@ -42,7 +43,7 @@ KEPT = {"ltt": [(0.2, 0.1, 0.15), (0.1, 0.05, 0.07)]}
 @pytest.fixture(params=["speed", "exits", "training", "budget", "rejection", "achieved"])
 def svg(request, evaluation):
     return {
-        "speed": lambda: plots.quality_against_speed(evaluation["decoding"]),
+        "speed": lambda: plots.quality_against_speed(evaluation["decoding"]["rows"]),
         "exits": lambda: plots.exit_bars(evaluation["exits"]),
         "training": lambda: plots.training_curves(training_lines(9, _6=float, _18=float), DEPTHS),
         "budget": lambda: plots.quality_against_cost(CURVES, "blocks a token", "agreement"),
@@ -66,19 +67,19 @@ def test_a_plot_takes_colours_and_font_from_the_page(svg):
 
 
 def test_two_plots_share_no_id(evaluation):
-    one = plots.quality_against_speed(evaluation["decoding"])
+    one = plots.quality_against_speed(evaluation["decoding"]["rows"])
     other = plots.exit_bars(evaluation["exits"])
     ids = [set(re.findall(r'\bid="(.*?)"', svg)) for svg in (one, other)]
     assert all(ids) and not ids[0] & ids[1]
 
 
 def test_the_same_data_gives_the_same_plot(evaluation):
-    drawn = {plots.quality_against_speed(evaluation["decoding"]) for _ in range(2)}
+    drawn = {plots.quality_against_speed(evaluation["decoding"]["rows"]) for _ in range(2)}
     assert len(drawn) == 1
 
 
 def test_points_stand_where_their_numbers_say(evaluation):
-    svg = plots.quality_against_speed(evaluation["decoding"])
+    svg = plots.quality_against_speed(evaluation["decoding"]["rows"])
     assert texts(svg).keys() >= LABELS
     # Markers that are not ticks: those of the lines, drawn last.
     root = ElementTree.fromstring(svg)
@@ -86,7 +87,10 @@ def test_points_stand_where_their_numbers_say(evaluation):
     marks = [u for g in lines for u in g.iter(f"{SVG}use") if "--accent" in u.get("style")]
     marks += [u for g in lines for u in g.iter(f"{SVG}use") if "--ink" in u.get("style")]
     at = np.array([(float(mark.get("x")), float(mark.get("y"))) for mark in marks])
-    expected = np.array([(75.0, 88.1), (60.0, 96.3), (50.0, 100.0), (90.0, 100.0)])
+    rows = evaluation["decoding"]["rows"]
+    drawn = [*(row for row in rows if row["mode"] == "lossy")]  # in the accent's colour
+    drawn += [row for row in rows if row["mode"] != "lossy"]
+    expected = np.array([(row["tokens_per_second"], 100 * row["agreement"]) for row in drawn])
     for axis in (0, 1):
         slope, offset = np.polyfit(expected[:, axis], at[:, axis], 1)
         np.testing.assert_allclose(slope * expected[:, axis] + offset, at[:, axis], atol=1e-3)
@@ -95,22 +99,22 @@ def test_points_stand_where_their_numbers_say(evaluation):
 
 def test_the_dashed_line_is_the_full_models_speed(evaluation):
     """Whatever else is lossless: left of it is slower than doing nothing."""
-    both = plots.quality_against_speed(evaluation["decoding"])
-    alone = plots.quality_against_speed(evaluation["decoding"][:-1])
+    both = plots.quality_against_speed(evaluation["decoding"]["rows"])
+    alone = plots.quality_against_speed(evaluation["decoding"]["rows"][:-1])
     dashed = [len(re.findall("stroke-dasharray: ?[1-9]", svg)) for svg in (both, alone)]
     assert dashed == [1, 1]
 
 
 def test_equal_points_get_labels_apart(evaluation):
-    for row in evaluation["decoding"]:
+    for row in evaluation["decoding"]["rows"]:
         row |= {"tokens_per_second": 50.0, "agreement": 1.0}
-    at = texts(plots.quality_against_speed(evaluation["decoding"]))
+    at = texts(plots.quality_against_speed(evaluation["decoding"]["rows"]))
     heights = sorted(at[label][1] for label in LABELS)
     assert np.diff(heights).min() > 10
 
 
 def test_the_full_model_alone_can_be_drawn(evaluation):
-    assert "full model" in texts(plots.quality_against_speed(evaluation["decoding"][:1]))
+    assert "full model" in texts(plots.quality_against_speed(evaluation["decoding"]["rows"][:1]))
 
 
 def test_bars_show_early_exits_only(evaluation):
@@ -162,6 +166,19 @@ def test_curves_are_of_training_steps_alone():
     validated = [*lines, {"step": 20, "loss/exit_6": 99.0, "agreement/exit_6": 0.5}]
     assert plots.training_curves(validated, DEPTHS) == plots.training_curves(lines, DEPTHS)
     assert {"block 6", "block 12"} <= texts(plots.training_curves(lines, DEPTHS)).keys()
+
+
+def test_a_step_without_an_exit_has_no_point_of_it():
+    """Curricula leave exits out of steps, and what was not finite is None."""
+    lines = training_lines(8, _6=float, _12=float)
+    for line in lines[::2]:
+        del line["loss/exit_6"]
+    lines[1]["loss/exit_12"] = None
+    alone = [{k: v for k, v in line.items() if k != "loss/exit_12"} for line in lines]
+    assert {"block 6", "block 12"} <= texts(plots.training_curves(lines, DEPTHS)).keys()
+    # As if the steps without it had not been.
+    svg = plots.training_curves(alone, DEPTHS)
+    assert svg == plots.training_curves(alone[1::2], DEPTHS)
 
 
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "agreement/exit_6": 0.5}]])

@@ -132,3 +132,21 @@ def test_spans_say_where_the_token_left():
 def test_tokens_without_a_depth_are_an_error(show):
     with pytest.raises(ValueError, match="shorter"):
         show(["a", "b"], [6], [6, 30])
+
+
+@pytest.mark.parametrize("depth", [0, 5, 31, -1])
+def test_what_comes_from_no_exit_has_a_colour_of_its_own(depth):
+    """Looked-up tokens have the depth 0; and whatever else may come to propose tokens."""
+    behind = tokens.background(depth, [6, 18, 30])
+    assert behind not in {tokens.background(d, [6, 18, 30]) for d in (6, 18, 30)}
+    levels = sorted(luminance(c)[1] + 0.05 for c in (behind, tokens.foreground(behind)))
+    assert levels[1] / levels[0] >= 4.5
+    assert "a" in tokens.ansi(["a"], [depth], [6, 18, 30])
+    ((attributes, _),) = Spans(tokens.html_spans(["a"], [depth], [6, 18, 30])).found
+    assert attributes["title"] == "from earlier text"
+
+
+def test_the_legend_names_lookups_where_there_are_some():
+    legend = tokens.legend_ansi([6, 30], looked_up=True)
+    assert SGR.sub("", legend) == "blocks run:  6  30   looked up "
+    assert tokens.ansi([" looked up "], [tokens.LOOKED_UP], [6, 30]) in legend
