@@ -315,7 +315,7 @@ def test_rows_of_a_batch_equal_rows_alone(tiny, mixed, mode, temperature):
     for i, (prompt, length, row) in enumerate(zip(prompts, lengths, batch, strict=True)):
         keys = jax.random.split(jax.random.key(0), len(prompts))[i : i + 1]
         state = decoder.run(decoder.start([prompt], length, keys, None))
-        (alone,) = decoder.generations(state, [0.0], [0.0])
+        (alone,) = decoder.generations(state, [0.0])
         np.testing.assert_array_equal(row.tokens, alone.tokens)
         np.testing.assert_allclose(row.log_probs, alone.log_probs, atol=1e-5)
         assert len(row.tokens) == length
@@ -446,7 +446,7 @@ def test_bfloat16_weights_are_decoded_in_bfloat16(mode):
     decoder = Decoder(model, half, policies.make([0.2, 0.2]), (), mode)
     state = decoder.run(decoder.start([SMALL_PROMPT], 12, jax.random.key(0), None))
     assert state.hidden_BWD.dtype == state.cache["block/0"][0].dtype == jax.numpy.bfloat16
-    (got,) = decoder.generations(state, [0.0], [0.0])
+    (got,) = decoder.generations(state, [0.0])
     _, exits, final, _ = SlowDecoder(model, params).states([*SMALL_PROMPT, got.tokens[0]])
     assert np.isfinite(got.log_probs).all() and len(got.tokens) == 12
     assert final[4][got.tokens[0]] > final[4].max() - 0.05 * np.ptp(final[4])
