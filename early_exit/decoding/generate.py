@@ -120,9 +120,18 @@ class Decoder:
         return jax.block_until_ready(state)
 
     def generations(
-        self, state: DecodeState, seconds: Sequence[float], prefill_seconds: Sequence[float]
+        self,
+        state: DecodeState,
+        seconds: Sequence[float],
+        prefill_seconds: Sequence[float] | None = None,
     ) -> list[Generation]:
-        """What every row of a state has so far; in verified decoding, what has been checked."""
+        """What every row of a state has so far; in verified decoding, what has been checked.
+
+        Args:
+          seconds, prefill_seconds: of each row; 0 where the prefill was not timed.
+        """
+        if prefill_seconds is None:
+            prefill_seconds = [0.0] * len(seconds)
         state = jax.device_get(dataclasses.replace(state, cache={}, keys_B=None, hidden_BWD=None))
         settled_B = state.filled_BE[:, -1] if self.mode.verified else state.newest_B
         depths = np.pad(self.model.exit_depths, (0, len(drafters.BY_NAME)))  # of drafts: 0

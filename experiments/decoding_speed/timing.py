@@ -47,7 +47,7 @@ def decode_case(
         began = time.perf_counter()
         state = decoder.run(state)
         seconds = time.perf_counter() - began
-        answers = decoder.generations(state, [seconds] * len(prompts), [prefill] * len(prompts))
+        answers = decoder.generations(state, [seconds] * len(prompts))
         return Timed(seconds, prefill, answers)
 
     return run

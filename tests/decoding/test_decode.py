@@ -315,7 +315,7 @@ def test_rows_of_a_batch_equal_rows_alone(tiny, mixed, mode, temperature):
     for i, (prompt, length, row) in enumerate(zip(prompts, lengths, batch, strict=True)):
         keys = jax.random.split(jax.random.key(0), len(prompts))[i : i + 1]
         state = decoder.run(decoder.start([prompt], length, keys, None))
-        (alone,) = decoder.generations(state, [0.0], [0.0])
+        (alone,) = decoder.generations(state, [0.0])
         np.testing.assert_array_equal(row.tokens, alone.tokens)
         np.testing.assert_allclose(row.log_probs, alone.log_probs, atol=1e-5)
         assert len(row.tokens) == length
@@ -451,7 +451,7 @@ def test_bfloat16_is_decoded_in_bfloat16_and_as_well_as_one_pass_over_the_text(m
     decoder = Decoder(model, half, policies.forced(2, 0), (), mode)
     state = decoder.run(decoder.start([SMALL_PROMPT], 12, jax.random.key(0), None))
     assert state.hidden_BWD.dtype == state.cache["block/0"][0].dtype == jax.numpy.bfloat16
-    (got,) = decoder.generations(state, [0.0], [0.0])
+    (got,) = decoder.generations(state, [0.0])
     assert len(got.tokens) == 12
     text, depth = [*SMALL_PROMPT, *got.tokens.tolist()], model.config.depth
     ran = [depth] * len(SMALL_PROMPT) + got.depths[1:].tolist() + [depth]
