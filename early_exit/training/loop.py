@@ -43,8 +43,8 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
       profile: the first and the last step to trace with `jax.profiler`, into `tensorboard/`.
 
     Raises:
-      ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`, or
-        steps to trace that are not run.
+      ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`,
+        data without a split that is needed later, or steps to trace that are not run.
       RuntimeError: another command is at work in `workdir`; or the step was compiled more than
         once, which on a pod costs more than it trains.
       FloatingPointError: the loss or a gradient is not finite; the last good checkpoint is kept,

@@ -90,7 +90,7 @@ def renamed(request, tmp_path):
         Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(file)
     config = digits_resnet.get_config("train=exits,width=4")
     config.data.source, config.model.new.num_classes = f"images:{pictures}", 2
-    save_run(config, folder, keeps=request.param != "not kept")
+    save_run(read(config), folder, keeps=request.param != "not kept")
     if request.param == "exported":
         tuned = assemble.load_tuned(folder)
         folder = tmp_path / "exported"

@@ -255,6 +255,16 @@ def test_no_settings_exist_that_make_no_run():
         dataclasses.replace(settings, tune=TuneSettings(weights=(1.0, 1.0)))
 
 
+def test_settings_are_changed_by_their_dotted_names():
+    settings = read.read(LEAST)
+    changed = read.changed(settings, {"tune.steps": 5, "exits.points": [2], "seed": 3})
+    assert (changed.tune.steps, changed.exits.points, changed.seed) == (5, (2,), 3)
+    assert settings == read.read(LEAST)
+    for name, nearest in (("tune.stepz", "tune.steps"), ("tuen.steps", "tune.steps")):
+        with pytest.raises(SettingsError, match=f"no setting '{name}'; did you mean '{nearest}'"):
+            read.changed(settings, {name: 5})
+
+
 def test_a_config_has_every_setting():
     config = read.defaults(**LEAST)
     settings = read.read(LEAST)
