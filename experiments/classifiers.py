@@ -17,7 +17,7 @@ from early_exit.evaluation import run, run_classifier
 from early_exit.evaluation.classifiers import by_epsilon
 from early_exit.policy import ExitPolicy
 from early_exit.report import plots
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.runs.assemble import Tuned
 from early_exit.runs.metrics import table
 from early_exit.settings.read import changed
@@ -38,7 +38,7 @@ Family = Callable[[Records, str], Iterator[ExitPolicy]]
 
 def trained(config: Settings, folder: Path) -> Tuned:
     """The run in that folder, trained to its end first if it is not."""
-    if checkpoint.latest_step(folder / assemble.CHECKPOINTS) != config.tune.steps:
+    if checkpoint.latest_step(folder / layout.CHECKPOINTS) != config.tune.steps:
         print(f"training {folder}: {config.tune.steps} steps", flush=True)
         tune(config, folder)
     return assemble.load_tuned(folder, config)

@@ -18,7 +18,7 @@ from absl import flags
 
 from early_exit.calibration import certify, methods, risk
 from early_exit.evaluation import exits, run
-from early_exit.runs import assemble
+from early_exit.runs import assemble, layout
 from early_exit.runs.metrics import table
 from launch import common
 
@@ -60,7 +60,7 @@ def main(argv):
     header = ("exit", "agreement", "coverage at 95 %", "leave here", "threshold")
     print(table(rows, header=header))
     print("\n".join(told(stated)))
-    print(f"policy in {common.workdir() / assemble.POLICY}")
+    print(f"policy in {common.workdir() / layout.POLICY}")
 
 
 def told(stated):

@@ -23,7 +23,7 @@ from early_exit.cost import multiply_adds
 from early_exit.exits import artefact
 from early_exit.exits.heads import ExitConfig
 from early_exit.pretrained.describe import describe
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.runs.metrics import table
 from early_exit.settings.listing import listing
 from early_exit.settings.sections import Settings
@@ -77,7 +77,7 @@ def _subject(name: str) -> Subject:
     if artefact.is_in(folder):
         described = artefact.describe(folder)
         beside = (folder / "config.json").exists()
-        whole = _of_weights(name) if beside else _of_config(assemble.load_config(folder))
+        whole = _of_weights(name) if beside else _of_config(layout.load_config(folder))
         return dataclasses.replace(
             whole,
             dtype=described.dtype,
@@ -87,8 +87,8 @@ def _subject(name: str) -> Subject:
         )
     path = folder / "config.json"
     if path.exists() and {"model", "exits", "tune"} <= files.read_json(path).keys():
-        config = assemble.load_config(folder)
-        step = checkpoint.latest_step(folder / assemble.CHECKPOINTS)
+        config = layout.load_config(folder)
+        step = checkpoint.latest_step(folder / layout.CHECKPOINTS)
         state = "a run without a checkpoint yet" if step is None else f"a run at step {step}"
         return dataclasses.replace(
             _of_config(config), exits=assemble.exit_config(config), state=state
@@ -112,8 +112,8 @@ def _of_config(config: Settings) -> Subject:
     model = config.model
     if model.new:
         subject = Subject("made anew", model.new["family"], assemble.abstract_model(config).config)
-    elif checkpoint.latest_step(Path(model.source) / assemble.CHECKPOINTS) is not None:
-        before = _of_config(assemble.load_config(Path(model.source)))
+    elif checkpoint.latest_step(Path(model.source) / layout.CHECKPOINTS) is not None:
+        before = _of_config(layout.load_config(Path(model.source)))
         subject = dataclasses.replace(before, source=f"the run in {model.source}", stored=())
     else:
         subject = _of_weights(model.source)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import checkpoint, layout
 from early_exit.runs.metrics import read_metrics
 from early_exit.settings.fields import SettingsError
 from early_exit.settings.overrides import ConfigDict, Overrides, override
@@ -54,9 +54,9 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether the folder holds the end of a run with exactly these settings."""
-        if checkpoint.latest_step(self.folder / assemble.CHECKPOINTS) != self.config.tune.steps:
+        if checkpoint.latest_step(self.folder / layout.CHECKPOINTS) != self.config.tune.steps:
             return False
-        return assemble.load_config(self.folder) == self.config
+        return layout.load_config(self.folder) == self.config
 
     def results(self) -> list[dict[str, Any]]:
         """A row per exit on the validation text, after the last step: overrides and figures."""

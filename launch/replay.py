@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from early_exit.runs import assemble
+from early_exit.runs import layout
 from early_exit.runs.metrics import table
 from early_exit.training import bad_batch, replay
 from launch import common
@@ -25,7 +25,7 @@ BATCH = flags.DEFINE_string(
 def main(argv):
     common.no_arguments(argv)
     workdir = common.workdir()
-    config = common.settings() or assemble.load_config(workdir)
+    config = common.settings() or layout.load_config(workdir)
     path = Path(BATCH.value) if BATCH.value else bad_batch.newest(workdir)
     found = replay.replay(config, workdir, path)
     print(f"the batch of step {found.step}, on the parameters of step {found.checkpoint}\n")

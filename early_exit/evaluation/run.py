@@ -18,7 +18,7 @@ from early_exit.calibration.records import Records
 from early_exit.data.transforms import next_token_targets
 from early_exit.evaluation import exits
 from early_exit.policy import ExitPolicy
-from early_exit.runs import assemble, lock
+from early_exit.runs import assemble, layout, lock
 from early_exit.runs.assemble import Tuned
 from early_exit.settings.sections import CalibrateSettings
 
@@ -87,7 +87,7 @@ def calibrate(
         policy = methods.fit(records, settings)
         provenance = {**policy.provenance, "promise": stated}
         policy = dataclasses.replace(policy, provenance=provenance)
-        policies.save(policy, tuned.workdir / assemble.POLICY)
+        policies.save(policy, tuned.workdir / layout.POLICY)
     return policy, records
 
 
@@ -109,7 +109,7 @@ def policies_of(tuned: Tuned, records: Records) -> dict[str, ExitPolicy]:
     The run's own comes first, then one for each of `evaluate.epsilons`, by the same confidence. The
     surest of these is first where the run has no policy of its own, or has switched it off.
     """
-    saved = (tuned.workdir / assemble.POLICY).exists()
+    saved = (tuned.workdir / layout.POLICY).exists()
     own = assemble.load_policy(tuned) if saved else None
     confidence = own.confidence if own else tuned.config.calibrate.confidence
     epsilons = list(tuned.config.evaluate.epsilons)

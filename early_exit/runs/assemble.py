@@ -1,18 +1,13 @@
 """From a config to the model it names, and from a run's folder back to its tuned model.
 
-    workdir/config.json  checkpoints/  records.npz  policy.json  evaluation.json
-            metrics.jsonl  speed.jsonl  tensorboard/  report.html  bad_batch_<step>.npz
-            in_use.json    as long as a command writes there (see `lock`)
-
-The one idea: a run is its folder. Every command after `tune` needs only the folder, because the
-config and the backbone's fingerprint are in it, and refuses one that does not fit the weights.
-What a run was exported to stands for it (see `exits.artefact`): heads and policy, with the
+The one idea: a run is its folder (`layout`). Every command after `tune` needs only the folder,
+because the config and the backbone's fingerprint are in it, and refuses one that does not fit the
+weights. What a run was exported to stands for it (see `exits.artefact`): heads and policy, with the
 backbone beside them as `transformers` has it, or without.
 """
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from early_exit import policy as policies
 from early_exit import sharding, tree
@@ -37,17 +31,11 @@ from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.load import Pretrained, load
-from early_exit.runs import checkpoint
+from early_exit.runs import checkpoint, layout
 from early_exit.settings import read
 from early_exit.settings.sections import Settings
 from early_exit.storage import files
 from early_exit.streams import stream
-
-CHECKPOINTS = "checkpoints"
-POLICY = "policy.json"
-
-# What the tuned heads depend on; the other sections may change from command to command.
-TUNED_BY = ("seed", "model", "exits", "data", "tune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +70,7 @@ class Tuned:
     def feed(self) -> feeds.Feed:
         """The run's data, as it was when the run was tuned; what cannot be known of it is told."""
         if self.data is None:
-            tell_no_data_kept(self.workdir, self.model.config)
+            layout.tell_no_data_kept(self.workdir, self.model.config)
         return feeds.make(self.config, self.model.config, self.tokenizer, self.data)
 
     @property
@@ -158,7 +146,7 @@ def _network(config: Settings, shardings: Callable[[base.Params], Any] | None = 
                 "give model.source, where weights are"
             )
         pretrained = _drawn(network, Pretrained(network, {}, None, source), config)
-    elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
+    elif checkpoint.latest_step(Path(source) / layout.CHECKPOINTS) is not None:
         pretrained = load_tuned(Path(source)).backbone
     else:
         pretrained = load(source, dtype, shardings)
@@ -179,8 +167,8 @@ def abstract_model(config: Settings) -> MultiExit:
     source = config.model.source
     if config.model.new:
         network = _new(config.model.new)
-    elif checkpoint.latest_step(Path(source) / CHECKPOINTS) is not None:
-        network = abstract_model(load_config(Path(source))).config
+    elif checkpoint.latest_step(Path(source) / layout.CHECKPOINTS) is not None:
+        network = abstract_model(layout.load_config(Path(source))).config
     else:
         network = describe(source).config
     return MultiExit(_changed(network, config.model.changes), exit_config(config))
@@ -221,71 +209,6 @@ def _drawn(network: base.BackboneConfig, source: Pretrained, config: Settings) -
     return dataclasses.replace(source, config=network, params=tree.unflatten(kept), known=None)
 
 
-def save_config(config: Settings, workdir: Path) -> None:
-    """Writes the run's config; a folder that holds a run must hold one with the same heads.
-
-    Raises:
-      ValueError: the folder belongs to a run with other settings; names those that differ.
-    """
-    if artefact.is_in(workdir):
-        raise ValueError(f"{workdir} holds an exported model; use another --workdir")
-    path = workdir / "config.json"
-    # Settings that failed before anything was saved may be mended.
-    if path.exists() and checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
-        _check_same_run(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        files.write_json(path, read.as_dict(config))
-
-
-def _check_same_run(config: Settings, workdir: Path) -> None:
-    before, after = (read.as_dict(c) for c in (load_config(workdir), config))
-    changed = [
-        difference
-        for section in TUNED_BY
-        for difference in _differences({section: before[section]}, {section: after[section]})
-    ]
-    if changed:
-        raise ValueError(
-            f"{workdir} holds a run with other settings ({'; '.join(sorted(changed))}); "
-            "use another --workdir, or the same settings to go on"
-        )
-
-
-def _differences(before: dict, after: dict, prefix: str = ""):
-    for name in before.keys() | after.keys():
-        old, new = before.get(name), after.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name}: {old} → {new}"
-
-
-def load_config(workdir: Path) -> Settings:
-    """The config that a run, or what it was exported to, was tuned with.
-
-    Raises:
-      FileNotFoundError: no run in that folder.
-      ValueError: a file that is damaged, or has settings that there are not.
-    """
-    if artefact.is_in(workdir):
-        path, text = workdir / artefact.DESCRIPTION, json.dumps(artefact.describe(workdir).config)
-    else:
-        path = workdir / "config.json"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"no run in {workdir} ({path} is missing); start with launch.tune"
-            )
-        text = path.read_text(encoding="utf-8")
-    try:
-        return read.read_saved(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} holds settings that this version does not take: {error}\nCorrect them in that "
-            "file, or use the version of early_exit that wrote it"
-        ) from error
-
-
 def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
     """The tuned model of a run, from its newest checkpoint, or of what it was exported to.
 
@@ -298,9 +221,9 @@ def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
         backbone than the config's source gives.
     """
     if config is None:
-        config = load_config(workdir)
+        config = layout.load_config(workdir)
     else:
-        _check_same_run(config, workdir)
+        layout.check_same_run(config, workdir)
     load_from = _exported if artefact.is_in(workdir) else _checkpointed
     model, params, pretrained, data, step = load_from(workdir, config)
     # All committed to the device, as restored arrays are. A mixture makes a decode's state change
@@ -327,7 +250,7 @@ _Read = tuple[MultiExit, base.Params, Pretrained, dict[str, Any] | None, int]
 
 
 def _checkpointed(workdir: Path, config: Settings) -> _Read:
-    checkpoints = workdir / CHECKPOINTS
+    checkpoints = workdir / layout.CHECKPOINTS
     step = checkpoint.latest_step(checkpoints)
     if step is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}; let launch.tune finish a save")
@@ -392,36 +315,6 @@ def _exported(workdir: Path, config: Settings) -> _Read:
     return model, params, pretrained, described.data, described.step
 
 
-def kept_data(workdir: Path) -> dict[str, Any] | None:
-    """`Tuned.data` of a run, or of what it was exported to; None, too, where there is neither."""
-    if artefact.is_in(workdir):
-        return artefact.describe(workdir).data
-    if checkpoint.latest_step(workdir / CHECKPOINTS) is None:
-        return None
-    return checkpoint.metadata(workdir / CHECKPOINTS).get("data")
-
-
-def data_of_source(config: Settings) -> dict[str, Any] | None:
-    """The classes that a frozen backbone answers with, where it comes from a run that kept them."""
-    model = config.model
-    if config.tune.train == "all" or not model.source or "num_classes" in model.changes:
-        return None
-    data = kept_data(Path(model.source)) or {}
-    return {"classes": data["classes"]} if "classes" in data else None
-
-
-def tell_no_data_kept(workdir: Path, network: base.BackboneConfig) -> None:
-    """For runs of versions that kept nothing of their data."""
-    if network.classifies:
-        unknown = "which classes it was trained with; those of today's data are taken for them"
-    else:
-        unknown = (
-            "what text it was tuned on; a single text file was cut into other pieces then, and "
-            "some of what it is calibrated and tested on now was tuned on"
-        )
-    logging.warning("%s does not say %s; tune anew to be sure", workdir, unknown)
-
-
 def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
     """Writes a new folder with the backbone, as `transformers` has it, the heads and the policy.
 
@@ -433,11 +326,11 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
       ValueError: a backbone that `transformers` has no config for, or a policy of other heads.
       OSError: the folder cannot be written.
     """
-    policy = tuned.workdir / POLICY
+    policy = tuned.workdir / layout.POLICY
     with files.new_folder(folder) as inside:
         if policy.exists():
             load_policy(tuned)  # refuses one that does not fit
-            shutil.copyfile(policy, inside / POLICY)
+            shutil.copyfile(policy, inside / layout.POLICY)
         if not exits_only:
             write_backbone(
                 inside,
@@ -457,7 +350,7 @@ def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:
       FileNotFoundError: no such file.
       ValueError: not a policy, or one fitted to other heads.
     """
-    path = tuned.workdir / POLICY if path is None else path
+    path = tuned.workdir / layout.POLICY if path is None else path
     policy = policies.load(path, exit_depths=tuned.model.exit_depths)
     if policy is not None and policy.provenance.get("heads") != tuned.metadata["heads"]:
         raise ValueError(

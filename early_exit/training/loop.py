@@ -22,8 +22,8 @@ from early_exit.data.stream import Rank, TrainingBatches
 from early_exit.distillation import hidden_states
 from early_exit.evaluation import exits as evaluation
 from early_exit.pretrained.load import Pretrained
-from early_exit.runs import assemble, checkpoint, lock
-from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs import assemble, checkpoint, layout, lock
+from early_exit.runs.layout import CHECKPOINTS
 from early_exit.runs.metrics import MetricsWriter, progress
 from early_exit.settings.sections import Settings
 from early_exit.streams import stream
@@ -70,7 +70,7 @@ def _tune(
             f"the steps to profile, {profile[0]}:{profile[1]}, do not rise, or are not among those "
             f"that are to be run: {f'{first + 1} to {total}' if first < total else 'none are left'}"
         )
-    assemble.save_config(config, workdir)
+    layout.save_config(config, workdir)
     run = Run(config, workdir)
     run.check_splits()
     rows, first_process = None, jax.process_index() == 0
@@ -177,7 +177,7 @@ class Run:
         where = functools.partial(sharding.shardings, mesh=self.mesh)
         pretrained, model = assemble.load_backbone(config, where)
         self.model = assemble.for_tuning(config, model)
-        known = assemble.kept_data(workdir) or assemble.data_of_source(config)
+        known = layout.kept_data(workdir) or layout.data_of_source(config)
         self.feed = feeds.make(config, self.model.config, pretrained.tokenizer, known)
         self.metadata = self._metadata(workdir, pretrained)
         if self._states:
@@ -306,7 +306,7 @@ class Run:
         """What today's data is, which must be what the run began with."""
         now = self.feed.about()
         if before is None:
-            assemble.tell_no_data_kept(workdir, self.model.config)
+            layout.tell_no_data_kept(workdir, self.model.config)
         elif now != before:
             raise ValueError(
                 f"{self.config.data.source} is not what the run in {workdir} began with; put it "

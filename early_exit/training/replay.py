@@ -16,7 +16,7 @@ import optax
 from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.runs import checkpoint
-from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.layout import CHECKPOINTS
 from early_exit.settings.sections import Settings
 from early_exit.training import bad_batch, loop, plan
 from early_exit.training import step as steps

@@ -24,7 +24,7 @@ from configs import smollm2_135m
 from early_exit.data import feed as feeds
 from early_exit.distillation import hidden_states
 from early_exit.evaluation import exits as evaluation
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.runs.metrics import table
 from early_exit.settings.overrides import override
 from early_exit.settings.read import read
@@ -89,7 +89,7 @@ def settings(case: Case) -> Settings:
 def tuned(case: Case) -> float:
     """Tunes a case's exits if that is still to be done; how many minutes that took."""
     config, minutes = settings(case), case.folder / "minutes.json"
-    if checkpoint.latest_step(case.folder / assemble.CHECKPOINTS) != config.tune.steps:
+    if checkpoint.latest_step(case.folder / layout.CHECKPOINTS) != config.tune.steps:
         began = time.perf_counter()
         tune(config, case.folder)
         files.write_text(minutes, files.json_text((time.perf_counter() - began) / 60))

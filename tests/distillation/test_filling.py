@@ -17,7 +17,7 @@ from early_exit import tree
 from early_exit.data import shards
 from early_exit.data.stream import Rank
 from early_exit.distillation import hidden_states
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings.overrides import override
 from early_exit.settings.read import changed, read
 from early_exit.training import loop
@@ -182,7 +182,7 @@ def test_a_run_from_states_resumes_bit_equal_and_is_a_run(config, cache, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
         patch.setattr(loop.Run, "place_batch", broken)
         loop.tune(config, tmp_path / "broken")
-    assert checkpoint.latest_step(tmp_path / "broken" / assemble.CHECKPOINTS) == 2
+    assert checkpoint.latest_step(tmp_path / "broken" / layout.CHECKPOINTS) == 2
     assert loop.tune(config, tmp_path / "broken") == rows
     tuned = [assemble.load_tuned(tmp_path / name) for name in ("whole", "broken")]
     assert tuned[0].metadata == tuned[1].metadata

@@ -18,7 +18,7 @@ from early_exit import tree
 from early_exit.calibration import drift
 from early_exit.data import feed as feeds
 from early_exit.evaluation.classes import score_batch
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings.read import read
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,12 +36,12 @@ def save_run(config, folder, *, keeps=True):
     pretrained, model = assemble.load_backbone(config)
     params = {"backbone": pretrained.params}
     params["exits"] = model.init_exits(jax.random.key(3), pretrained.params, "random", None)
-    assemble.save_config(config, folder)
+    layout.save_config(config, folder)
     feed = feeds.make(config, model.config, pretrained.tokenizer)
     belongs = {"backbone": tree.fingerprint(pretrained.params), "token_ids": []}
     if keeps:
         belongs["data"] = feed.about()
-    with checkpoint.Saver(folder / assemble.CHECKPOINTS) as saver:
+    with checkpoint.Saver(folder / layout.CHECKPOINTS) as saver:
         saver.save(1, {"params": {"exits": params["exits"]}}, {}, belongs)
     examples = feed.examples("test")
     inputs = feed.prepare()(list(examples), None)
@@ -51,7 +51,7 @@ def save_run(config, folder, *, keeps=True):
     scores = scored["scores"]["max_prob"]
     heads = tree.fingerprint(params["exits"])
     policy = policies.make([float(np.median(scores[0])), policies.NEVER], heads=heads)
-    policies.save(policy, folder / assemble.POLICY)
+    policies.save(policy, folder / layout.POLICY)
     exits = policy.exit_index(scores, model.exit_depths)
     rows = np.arange(len(labels))
     return types.SimpleNamespace(

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from early_exit.runs import checkpoint, lock
-from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.layout import CHECKPOINTS
 from early_exit.runs.metrics import FILE
 
 ROOT = pathlib.Path(__file__).parents[2]

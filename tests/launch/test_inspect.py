@@ -13,7 +13,7 @@ from early_exit import tree
 from early_exit.backbones import identity
 from early_exit.exits import artefact
 from early_exit.pretrained.export import write_backbone
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings.read import as_dict, read
 from early_exit.storage import files
 from launch import inspect
@@ -74,7 +74,7 @@ def test_a_source_of_weights(inspected):
 def test_a_run_before_its_first_checkpoint(inspected, tmp_path):
     config = tiny_config.get_config()
     config.model.source = str(FIXTURES / "tiny_chat")
-    assemble.save_config(read(config), tmp_path)
+    layout.save_config(read(config), tmp_path)
     facts, rows, _ = inspected(tmp_path)
     assert facts["source"] == str(FIXTURES / "tiny_chat")
     assert facts["state"] == "a run without a checkpoint yet"
@@ -90,7 +90,7 @@ def test_a_run_before_its_first_checkpoint(inspected, tmp_path):
 
 def test_a_run_of_a_network_made_anew(inspected, tmp_path):
     config = digits_resnet.get_config("width=4")
-    assemble.save_config(config, tmp_path)
+    layout.save_config(config, tmp_path)
     facts, rows, _ = inspected(tmp_path)
     assert facts["source"] == "made anew" and facts["family"] == "resnet_cifar"
     network = assemble.abstract_model(config).config
@@ -104,7 +104,7 @@ def test_a_run_whose_network_is_changed(inspected, tmp_path):
     source = str(FIXTURES / "tiny_bert")
     config = news_minilm.get_config("data=unused,num_classes=4,points=1")
     config.model.source = source
-    assemble.save_config(config, tmp_path / "changed")
+    layout.save_config(config, tmp_path / "changed")
     facts, rows, _ = inspected(tmp_path / "changed")
     assert facts["source"] == f"{source}, changed" and facts["classes"] == "4"
     assert "readout" in rows and "head after block 1" in rows
@@ -119,13 +119,13 @@ def test_a_run_behind_a_run(inspected, tmp_path, monkeypatch, depth):
     config, first = digits_resnet.get_config("width=4"), tmp_path / "run0"
     for i in range(depth + 1):
         folder = tmp_path / f"run{i}"
-        (folder / assemble.CHECKPOINTS).mkdir(parents=True)
+        (folder / layout.CHECKPOINTS).mkdir(parents=True)
         (folder / "config.json").write_text(config.to_json())
         config = digits_resnet.get_config(f"train=exits,points=1,source={folder}")
     facts, _, _ = inspected(folder)
     assert facts["source"] == f"the run in {tmp_path / f'run{depth - 1}'}"
     assert facts["state"] == "a run at step 3" and facts["exits"] == "after blocks 1"
-    network = assemble.abstract_model(assemble.load_config(first)).config
+    network = assemble.abstract_model(layout.load_config(first)).config
     assert (facts["family"], facts["width"]) == ("resnet_cifar", str(network.width))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import digits_resnet, tiny
-from early_exit.runs import assemble
+from early_exit.runs import assemble, layout
 from early_exit.settings import read
 from early_exit.settings.overrides import override
 from early_exit.training import loop
@@ -29,7 +29,7 @@ def test_settings_of_earlier_versions_are_read(tmp_path):
         del config["tune"]["hidden_states"]
         config["tune"]["states"] = "a/folder"
 
-    found = assemble.load_config(saved(tmp_path, earlier))
+    found = layout.load_config(saved(tmp_path, earlier))
     wanted = read.changed(read.read(tiny.get_config()), {"tune.hidden_states": "a/folder"})
     assert found == wanted
 
@@ -45,7 +45,7 @@ def test_settings_of_earlier_versions_are_read(tmp_path):
 )
 def test_settings_of_no_version_are_refused_with_the_file_and_a_mend(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
-        assemble.load_config(saved(tmp_path, change))
+        layout.load_config(saved(tmp_path, change))
     said = str(error.value)
     assert said.startswith(str(tmp_path / "config.json"))
     assert "Correct them in that file, or use the version of early_exit that wrote it" in said
@@ -54,16 +54,16 @@ def test_settings_of_no_version_are_refused_with_the_file_and_a_mend(tmp_path, c
 def test_damaged_settings_name_their_file(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0, ')
     with pytest.raises(ValueError, match=r"config\.json holds settings that"):
-        assemble.load_config(tmp_path)
+        layout.load_config(tmp_path)
 
 
 def test_settings_are_saved_section_by_section(tmp_path):
     config = read.read(tiny.get_config())
-    assemble.save_config(config, tmp_path)
+    layout.save_config(config, tmp_path)
     text = (tmp_path / "config.json").read_text()
     text = json.loads(text, parse_constant=pytest.fail)
     assert text["tune"]["steps"] == 12 and text["exits"]["points"] == [2, 4] and text["seed"] == 0
-    assert assemble.load_config(tmp_path) == config
+    assert layout.load_config(tmp_path) == config
 
 
 def test_a_network_that_was_drawn_otherwise_is_the_checkpoints(tmp_path, monkeypatch):

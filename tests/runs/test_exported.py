@@ -15,7 +15,7 @@ import transformers
 from configs import tiny
 from early_exit import tree
 from early_exit.pretrained.load import load
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings import read
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
@@ -40,8 +40,8 @@ def save_run(folder, source, *, trained=False, name=None, changes=None, **settin
     if trained:
         params["backbone"] = jax.tree.map(lambda x: x * 1.01, pretrained.params)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    assemble.save_config(config, folder)
-    with checkpoint.Saver(folder / assemble.CHECKPOINTS) as saver:
+    layout.save_config(config, folder)
+    with checkpoint.Saver(folder / layout.CHECKPOINTS) as saver:
         belongs = {"backbone": name or str(pretrained.identity), "token_ids": []}
         saver.save(1, {"params": params}, {}, belongs)
     return types.SimpleNamespace(folder=folder, weights=tree.fingerprint(pretrained.params))

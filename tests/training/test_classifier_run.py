@@ -13,7 +13,7 @@ import pytest
 from configs import digits_resnet
 from early_exit.backbones.resnet import STATISTICS
 from early_exit.runs import checkpoint
-from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.layout import CHECKPOINTS
 from early_exit.runs.metrics import FILE
 from early_exit.settings.overrides import override
 from early_exit.settings.read import read

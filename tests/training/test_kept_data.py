@@ -8,14 +8,14 @@ from PIL import Image
 from configs import digits_resnet, tiny
 from conftest import SHORT_RUN
 from early_exit.data import sources
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings.overrides import override
 from early_exit.training import loop
 
 
 def save(run, workdir, **metadata):
     """A checkpoint of a run's first step."""
-    with checkpoint.Saver(workdir / assemble.CHECKPOINTS) as saver:
+    with checkpoint.Saver(workdir / layout.CHECKPOINTS) as saver:
         saver.save(1, run.state(), {}, run.metadata | metadata)
 
 

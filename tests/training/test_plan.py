@@ -7,7 +7,7 @@ import pytest
 
 from configs import digits_resnet, tiny
 from early_exit import sharding, tree
-from early_exit.runs import assemble, checkpoint
+from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings.overrides import override
 from early_exit.settings.read import changed, read
 from early_exit.training import loop, plan
@@ -39,7 +39,7 @@ def test_a_run_with_blocks_in_a_loop_leaves_what_any_run_leaves(tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {jnp.dtype("bfloat16")}
 
     like = {"params": assemble.abstract_trained(config, plain)}
-    kept = checkpoint.restore(tmp_path / assemble.CHECKPOINTS, like)[0]["params"]
+    kept = checkpoint.restore(tmp_path / layout.CHECKPOINTS, like)[0]["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
     up = kept["backbone"]["blocks"]["mlp"]["up"]["kernel"]
     for i in range(plain.config.depth):

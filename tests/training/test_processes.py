@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from early_exit.runs import checkpoint
-from early_exit.runs.assemble import CHECKPOINTS, load_config
+from early_exit.runs.layout import CHECKPOINTS, load_config
 from early_exit.runs.metrics import read_metrics
 from early_exit.settings.read import changed
 from early_exit.training import loop

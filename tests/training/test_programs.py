@@ -6,7 +6,7 @@ import pytest
 
 from configs import tiny
 from early_exit.evaluation import exits
-from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.layout import CHECKPOINTS
 from early_exit.settings.overrides import override
 from early_exit.settings.read import changed, read
 from early_exit.training import loop

@@ -12,7 +12,7 @@ from configs import digits_resnet, tiny
 from conftest import SHORT_RUN
 from early_exit import tree
 from early_exit.runs import checkpoint
-from early_exit.runs.assemble import CHECKPOINTS
+from early_exit.runs.layout import CHECKPOINTS
 from early_exit.runs.metrics import read_metrics
 from early_exit.settings.overrides import override
 from early_exit.settings.read import changed, read

@@ -15,8 +15,8 @@ import pytest
 import safetensors.numpy
 
 from configs import tiny
-from early_exit.runs import assemble, checkpoint, lock
-from early_exit.runs.assemble import CHECKPOINTS, load_config
+from early_exit.runs import assemble, checkpoint, layout, lock
+from early_exit.runs.layout import CHECKPOINTS, load_config
 from early_exit.runs.metrics import FILE
 from early_exit.settings.overrides import override
 from early_exit.settings.read import changed, read
@@ -244,5 +244,5 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoints(config, tmp_path):
 def test_settings_that_failed_before_the_first_checkpoint_can_be_mended(config, tmp_path):
     with pytest.raises(ValueError, match=r"exit points \[9\] lie outside 1…5"):
         loop.tune(changed(config, {"exits.points": (2, 9)}), tmp_path)
-    assemble.save_config(changed(config, {"exits.points": (2,)}), tmp_path)
+    layout.save_config(changed(config, {"exits.points": (2,)}), tmp_path)
     assert load_config(tmp_path).exits.points == (2,)
