@@ -24,7 +24,7 @@ CONSTANTS = {
 POINTS = "points=2:4:7,classes=128"
 
 
-def shrink(decoder: str, folder: pathlib.Path) -> None:
+def shrink(study: str, decoder: str) -> None:
     """Puts small networks, and runs of two steps, where the configs have large ones."""
     of_decoder, of_images = smollm2_135m.get_config, fashion_mnist_resnet.get_config
     smollm2_135m.SOURCE = decoder
@@ -37,15 +37,16 @@ def shrink(decoder: str, folder: pathlib.Path) -> None:
         {"tune.steps": 2, "tune.warmup_steps": 1, "tune.validation_batches": 1}
         | {"data.batch_size": 16, "evaluate.singles": 4, "evaluate.rows": 256},
     )
-    news_minilm.get_config = lambda arg=None: override(
-        stand_ins.topics(folder / "topics", 400, runlocal=True),
-        {"evaluate.singles": 4, "evaluate.rows": 64},
-    )
+    if study == "experiments.news_minilm.run":
+        topics = stand_ins.topics(pathlib.Path("topics"), 400, runlocal=True)
+        news_minilm.get_config = lambda arg=None: override(
+            topics, {"evaluate.singles": 4, "evaluate.rows": 64}
+        )
 
 
 if __name__ == "__main__":
     decoder, study, *flags = sys.argv[1:]
-    shrink(decoder, pathlib.Path.cwd())
+    shrink(study, decoder)
     sys.argv[:] = [study, *flags]
     module = importlib.import_module(study)
     for name, value in CONSTANTS.get(study, {}).items():

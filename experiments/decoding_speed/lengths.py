@@ -36,7 +36,7 @@ def main(argv):
     decoder = Decoder(model, {"backbone": pretrained.params}, None, (), LOSSY)
     cases = {}
     for filled in FILLED:
-        prompt = [100 + i % 1000 for i in range(filled)]
+        prompt = [100 + i % 200 for i in range(filled)]
         for name, slots in (("tight", caches.bucket(filled + tokens + 1)), ("wide", ALLOCATED)):
             cases[f"{name} {filled}"] = decode_case(decoder, [prompt], tokens, slots)
     turns = Turns(cases, rounds)

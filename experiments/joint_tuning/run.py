@@ -65,7 +65,7 @@ def settings(seed: int, steps: int) -> Settings:
 
 def main(argv):
     del argv
-    steps, seeds = (30, 1) if bars.QUICK.value else (300, SEEDS)
+    steps, seeds = (10, 1) if bars.QUICK.value else (300, SEEDS)
     variants = {
         "no exits": {"exits.points": (), "tune.weights": ()},
         "three exits": {},
