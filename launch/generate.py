@@ -105,7 +105,7 @@ def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
 
     print("\n")
     if coloured:
-        print(token_colours.legend_ansi(exit_depths, looked_up=settings["mode"].lookup))
+        print(token_colours.legend_ansi(exit_depths, looked_up=settings["mode"].drafts_ahead))
     decoded = len(answer.tokens) - 1
     facts = _statistics(answer, tuned, settings)
     left = ", ".join(f"{where}: {n}" for where, n in facts["exits"].items())

@@ -32,15 +32,20 @@ def run(command: str, *given) -> subprocess.CompletedProcess:
     printed, status = [io.StringIO(), io.StringIO()], 0
     terminate = signal.getsignal(signal.SIGTERM)
     defined = {name: flags.FLAGS[name] for name in flags.FLAGS}
+    module = f"launch.{command}"
+    for flag in flags.FLAGS.get_flags_for_module(module):  # a test has imported it
+        delattr(flags.FLAGS, flag.name)
     with (
+        mock.patch.dict(sys.modules),
         flagsaver.flagsaver(),
         mock.patch.object(sys, "argv", list(arguments)),
         mock.patch.dict("os.environ", JAX_COMPILATION_CACHE_DIR=""),
         contextlib.redirect_stdout(printed[0]),
         contextlib.redirect_stderr(printed[1]),
     ):
+        sys.modules.pop(module, None)
         try:
-            runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as left:
             status = left.code
             if isinstance(status, str):

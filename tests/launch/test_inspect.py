@@ -3,8 +3,8 @@
 import pathlib
 import re
 
+import in_process
 import pytest
-from absl import app
 
 from configs import digits_resnet, news_minilm
 from configs import tiny as tiny_config
@@ -16,7 +16,6 @@ from early_exit.pretrained.export import write_backbone
 from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings.read import as_dict, read
 from early_exit.storage import files
-from launch import inspect
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 
@@ -30,12 +29,13 @@ def no_weights(monkeypatch):
 
 
 @pytest.fixture
-def inspected(capsys):
+def inspected():
     """(facts, rows of both tables by their first column, the whole text) of what is printed."""
 
     def run(name):
-        inspect.main(["inspect", str(name)])
-        text = capsys.readouterr().out
+        done = in_process.run("inspect", name)
+        assert not done.returncode, done.stderr
+        text = done.stdout
         facts = dict(
             re.split(r"  +", line, maxsplit=1) for line in text.split("\n\n")[0].split("\n")
         )
@@ -168,8 +168,8 @@ def test_every_family_is_inspected(inspected):
         assert rows["full model"][2] == 1 and int(facts["depth"].split()[0]) > 1
 
 
-def test_what_is_no_model(inspected, tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
-        inspected(tmp_path)
-    with pytest.raises(app.UsageError, match="name one thing"):
-        inspect.main(["inspect"])
+def test_what_is_no_model(tmp_path):
+    done = in_process.run("inspect", tmp_path)
+    assert done.returncode == 1 and "has no config.json" in done.stderr
+    done = in_process.run("inspect")
+    assert done.returncode == 1 and "name one thing" in done.stdout + done.stderr

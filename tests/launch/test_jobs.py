@@ -77,10 +77,10 @@ def test_runs_that_cannot_be_are_refused_before_any_starts(tmp_path):
 @pytest.mark.parametrize("value", ["a" * 251, "é" * 130, [10] * 100])
 def test_a_name_too_long_for_a_folder_is_refused_before_anything_runs(tmp_path, value):
     """A file system counts bytes, and not characters."""
-    overrides = {"text": value} if isinstance(value, str) else {"exits.points": value}
+    overrides = {"data.source" if isinstance(value, str) else "exits.points": value}
     with pytest.raises(ValueError, match=r"… is a name of \d+ bytes, and a folder's has 255 at m"):
         runs_of(overrides, workdir=tmp_path)
-    (run,) = runs_of({"text": "é" * 125}, workdir=tmp_path)
+    (run,) = runs_of({"data.source": "é" * 120}, workdir=tmp_path)
     run.folder.mkdir()
 
 

@@ -261,7 +261,7 @@ def test_a_figure_that_there_is_not_is_a_dash(write_run, figure):
 
     def change(evaluation):
         evaluation["exits"][0] |= {"correct": figure, "coverage": figure}
-        evaluation["decoding"][1]["agreement"] = figure
+        evaluation["decoding"]["rows"][1]["agreement"] = figure
 
     text = page.write(write_run(change)).read_text()
     assert text.count("<td>–</td>") == 3 and not re.search(r"\b(nan|None)\b", text)

@@ -10,6 +10,7 @@ from conftest import SHORT_RUN
 from early_exit.data import sources
 from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings.overrides import override
+from early_exit.settings.read import changed, read
 from early_exit.training import loop
 
 
@@ -28,7 +29,7 @@ def book(tmp_path):
 
 @pytest.fixture
 def text(book):
-    return override(tiny.get_config(), SHORT_RUN | {"data.source": str(book)})
+    return read(override(tiny.get_config(), SHORT_RUN | {"data.source": str(book)}))
 
 
 def test_a_run_keeps_what_text_it_was_tuned_on(book, text, tmp_path):
@@ -78,14 +79,13 @@ def images(tmp_path):
     config = digits_resnet.get_config("width=4")
     config.data.source, config.data.batch_size = f"images:{pictures}", 4
     config.model.new.num_classes = 2
-    return config, pictures
+    return read(config), pictures
 
 
 def behind(config, workdir):
     """The config of a run that tunes new exits behind the network of another."""
-    config = override(config, {"tune.train": "exits", "model.source": str(workdir)})
-    config.model.new = {}
-    return config
+    frozen = {"tune.train": "exits", "model.source": str(workdir), "model.new": {}}
+    return changed(config, frozen)
 
 
 def test_classes_are_those_that_a_run_began_with(images, tmp_path):
@@ -101,7 +101,7 @@ def test_classes_are_those_that_a_run_began_with(images, tmp_path):
         with pytest.raises(ValueError, match="'cow' new, and 'ant' missing"):
             loop.Run(settings, tmp_path / workdir)
     # Trained as a whole, the network may learn other classes.
-    joint = override(frozen, {"tune.train": "all"})
+    joint = changed(frozen, {"tune.train": "all"})
     assert loop.Run(joint, tmp_path / "joint").metadata["data"]["classes"] == ["bat", "cow"]
 
 
