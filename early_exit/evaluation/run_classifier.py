@@ -126,21 +126,26 @@ def tables(results: dict) -> Iterator[str]:
     of, data = results["classification"], results["data"]
     full = results["parts"][-1]
     source = data["source"].partition("#")[0]  # a hash of what it must be follows
-    yield f"Exits on {data['count']} examples of the {data['split']} split of {source}:\n" + table(
-        [
-            (
-                row["exit"],
-                *(row["loss"], row["correct"], row["agreement"]),
-                *(part["head_multiply_adds"] / 1e6, part["head_bytes"] / 1e3),
-                *(part["multiply_adds"] / 1e6, part["multiply_adds"] / full["multiply_adds"]),
-            )
-            for row, part in zip(results["exits"], results["parts"], strict=True)
-        ],
-        header=(
-            "exit",
-            *("loss", "accuracy", "agreement"),
-            *("head, M mult-adds", "kB", "all, leaving there", "÷ full"),
-        ),
+    head = f"Exits on {data['count']} examples of the {data['split']} split of {source}:"
+    yield (
+        textwrap.fill(head, 100, break_long_words=False, break_on_hyphens=False)
+        + "\n"
+        + table(
+            [
+                (
+                    row["exit"],
+                    *(row["loss"], row["correct"], row["agreement"]),
+                    *(part["head_multiply_adds"] / 1e6, part["head_bytes"] / 1e3),
+                    *(part["multiply_adds"] / 1e6, part["multiply_adds"] / full["multiply_adds"]),
+                )
+                for row, part in zip(results["exits"], results["parts"], strict=True)
+            ],
+            header=(
+                "exit",
+                *("loss", "accuracy", "agreement"),
+                *("head, M mult-adds", "kB", "all, leaving there", "÷ full"),
+            ),
+        )
     )
     oracle, rows = of["oracle"], [*of["rows"], *of["static"]]
     quality = [

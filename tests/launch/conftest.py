@@ -3,6 +3,7 @@ from forks import Launcher
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "COLUMNS": "100",
     # What one command has compiled, the next ones need not.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }

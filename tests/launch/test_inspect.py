@@ -89,7 +89,7 @@ def test_a_run_before_its_first_checkpoint(inspected, tmp_path):
 
 
 def test_a_run_of_a_network_made_anew(inspected, tmp_path):
-    config = digits_resnet.get_config("width=4")
+    config = read(digits_resnet.get_config("width=4"))
     layout.save_config(config, tmp_path)
     facts, rows, _ = inspected(tmp_path)
     assert facts["source"] == "made anew" and facts["family"] == "resnet_cifar"
@@ -104,7 +104,7 @@ def test_a_run_whose_network_is_changed(inspected, tmp_path):
     source = str(FIXTURES / "tiny_bert")
     config = news_minilm.get_config("data=unused,num_classes=4,points=1")
     config.model.source = source
-    layout.save_config(config, tmp_path / "changed")
+    layout.save_config(read(config), tmp_path / "changed")
     facts, rows, _ = inspected(tmp_path / "changed")
     assert facts["source"] == f"{source}, changed" and facts["classes"] == "4"
     assert "readout" in rows and "head after block 1" in rows

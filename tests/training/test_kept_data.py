@@ -16,6 +16,7 @@ from early_exit.training import loop
 
 def save(run, workdir, **metadata):
     """A checkpoint of a run's first step."""
+    layout.save_config(run.config, workdir)
     with checkpoint.Saver(workdir / layout.CHECKPOINTS) as saver:
         saver.save(1, run.state(), {}, run.metadata | metadata)
 
