@@ -235,10 +235,11 @@ import json, re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from early_exit import sharding
+from early_exit.settings.sections import MeshSettings
 from early_exit.backbones import layers
 from early_exit.backbones.visibility import Visibility
 
-mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+mesh = sharding.make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
 rng = np.random.default_rng(0)
 
 def run(query, key, value, documents):

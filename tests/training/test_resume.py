@@ -128,7 +128,7 @@ def asked_when(monkeypatch, owner, name):
     ("owner", "name"),
     [
         (checkpoint, "latest_step"),
-        (assemble, "save_config"),
+        (layout, "save_config"),
         (assemble, "load_backbone"),
         (loop.Run, "state"),
         (checkpoint.Saver, "__init__"),
