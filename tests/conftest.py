@@ -36,10 +36,11 @@ profiles.register_profiles()
 
 def pytest_configure(config):
     """Before any program is compiled, and before any test module reads the environment."""
+    os.environ.setdefault("XLA_FLAGS", "")
     if config.option.markexpr == PRODUCTION:
         return
     # Processes that tests start have it from here.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + SOON
+    os.environ["XLA_FLAGS"] += SOON
     keep_compiled_programs()
 
 
