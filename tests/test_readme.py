@@ -27,6 +27,7 @@ SMALLER = (
     (r"points=\d+(:\d+)*", "points=2:4"),
     (r"tune\.steps=\d+", "tune.steps=4"),
     (r"--tokens=[\d_]+", "--tokens=1_000"),
+    (r"--alpha=0\.05", "--alpha=0.3"),  # fewer texts promise less
     (r"(?<==)/path/to/\w+", "texts"),
     (r"(?<==)/shared/", "shared/"),
 )
@@ -117,15 +118,15 @@ def sandbox(tmp_path_factory):
     for entry in ("early_exit", "launch", "tests", "experiments", "Makefile", "README.md"):
         (folder / entry).symlink_to(ROOT / entry)
     (folder / "texts").mkdir()
-    for i in range(40):  # some for each split
+    for i in range(200):  # some for each split
         (folder / "texts" / f"{i}.txt").write_text(f"{i} {README[: 900 + i]}")
     shutil.copytree(ROOT / "tests/fixtures/tiny_chat", folder / "talkative")
     stand_ins.make_talkative(folder / "talkative")
 
-    topics = stand_ins.topics(folder / "topics", 60)
+    topics = stand_ins.topics(folder / "topics", 600)
     like_topics = LITTLE | LITTLE_LABELLED
     like_topics |= {"model.source": topics.model.source, "data.source": topics.data.source}
-    like_topics |= {"exits.points": (1, 2), "data.sequence_length": 16, "calibrate.batches": 2}
+    like_topics |= {"exits.points": (1, 2), "data.sequence_length": 16, "calibrate.batches": 8}
     texts = LITTLE | LITTLE_TEXT | {"model.source": str(folder / "talkative")}
     digits = LITTLE | LITTLE_LABELLED | {"data.batch_size": 16}
     base = {

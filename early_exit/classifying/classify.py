@@ -71,7 +71,7 @@ class Classifier:
         largest: int = 256,
     ):
         if not model.config.classifies:
-            raise ValueError("a language model classifies nothing; use inference.generate")
+            raise ValueError("a language model classifies nothing; use decoding.generate")
         if largest < 1 or largest & (largest - 1):
             raise ValueError(f"largest must be a power of 2, not {largest}")
         if policy is not None:
