@@ -93,7 +93,7 @@ def fit(
     Raises:
       ValueError: unknown names, α or δ outside (0, 1), or rows for another number of exits.
     """
-    check(method, alpha, delta, among)
+    _check(method, alpha, delta, among)
     policy = policies.never(len(records.exit_depths) - 1, confidence)
     if rows.shape[1:] != policy.thresholds.shape:
         raise ValueError(
@@ -149,7 +149,7 @@ def _risk(units: risk.Units, exits: np.ndarray, among: str) -> float:
     return float(wrong / (1 - (with_staying - wrong)))
 
 
-def check(method: str, alpha: float, delta: float, among: str) -> None:
+def _check(method: str, alpha: float, delta: float, among: str) -> None:
     """Raises ValueError for an unknown method or `among`, and for α or δ outside (0, 1)."""
     for name, value, known in (("method", method, METHODS), ("among", among, AMONG)):
         if value not in known:

@@ -52,7 +52,7 @@ def reach(groups: np.ndarray, settings: CalibrateSettings, kind: str) -> list[Re
       kind: what a group is called.
 
     Raises:
-      ValueError: names or shares that are none, or too few groups to choose and to test on.
+      ValueError: too few groups to choose and to test on.
     """
     tested, found = groups, []
     if settings.reject_risk is not None:
@@ -63,7 +63,6 @@ def reach(groups: np.ndarray, settings: CalibrateSettings, kind: str) -> list[Re
         least = bounds.least(bounds.binomial, count, settings.delta / steps)
         found.append(Reach("reject_risk", settings.reject_risk, least, count, kind, settings.delta))
     if settings.method in certify.METHODS:
-        certify.check(settings.method, settings.alpha, settings.delta, settings.among)
         tested = tested[~chosen_groups(tested, settings.design, settings.seed)]
         each = settings.unit == "position"
         count = len(tested) if each else len(np.unique(tested))
