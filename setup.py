@@ -53,6 +53,8 @@ setup(
         "test": TEST,
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
+        # Questions for the study of recurrent exits.
+        "studies": ["reasoning-gym>=0.1.25,<0.2"],
         "cuda": ["jax[cuda13]>=0.10,<0.11", "nvidia-ml-py>=12"],
         # Compiles for TPU topologies on a host without one.
         # The version that jax 0.10 goes with: what others compile, it cannot read.

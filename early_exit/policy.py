@@ -21,6 +21,34 @@ from early_exit.storage import files
 NEVER, ALWAYS = float("inf"), float("-inf")
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftPolicy:
+    """What the steps of a recurrent exit's chains are worth, by their scores; K steps.
+
+    Attributes:
+      thresholds_K: float32. Where drafts stand unchecked, a chain ends before the first draft whose
+        score is below its step's; inf drafts nothing.
+      stands_KN: float32, how often a draft stands if those before it do, by step and by which of N
+        equal parts of [0, 1] its score lies in: what verified decoding weighs.
+      confidence: which score (`confidence.FROM_LOGITS`, patience excepted).
+    """
+
+    thresholds_K: jax.Array
+    stands_KN: jax.Array
+    confidence: str = dataclasses.field(default="max_prob", metadata={"static": True})
+
+    def leaves(self, step: jax.Array, score: jax.Array) -> jax.Array:
+        """Whether drafts of a step (from 0; the last for later ones) with this score stand."""
+        return score >= self.thresholds_K[jnp.minimum(step, len(self.thresholds_K) - 1)]
+
+    def stands(self, step: jax.Array, score: jax.Array) -> jax.Array:
+        """How likely they are what the full model says, float32 like the score."""
+        steps, parts = self.stands_KN.shape
+        part = jnp.clip(jnp.floor(score * parts), 0, parts - 1).astype(jnp.int32)
+        return self.stands_KN[jnp.minimum(step, steps - 1)][part]
+
+
 @dataclasses.dataclass(frozen=True)
 class ExitPolicy:
     """Leave at the first exit whose score reaches its threshold.
@@ -36,6 +64,7 @@ class ExitPolicy:
       temperatures: float32 [E + 1], or None for ones: what each exit's logits, the final one's
         last, are divided by before they are scored. What is predicted does not change.
       reject: float32 scalar, or None: the final exit's score below which its answer is withheld.
+      drafts: of the chains of a recurrent exit, or None.
       provenance: how the thresholds were chosen; kept in the file, not in the pytree.
     """
 
@@ -45,6 +74,7 @@ class ExitPolicy:
     budget: jax.Array | None = None
     temperatures: jax.Array | None = None
     reject: jax.Array | None = None
+    drafts: DraftPolicy | None = None
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def threshold(self, exit_index: int, progress: jax.Array) -> jax.Array:
@@ -133,7 +163,7 @@ class ExitPolicy:
 
 jax.tree_util.register_dataclass(
     ExitPolicy,
-    data_fields=["thresholds", "decay", "budget", "temperatures", "reject"],
+    data_fields=["thresholds", "decay", "budget", "temperatures", "reject", "drafts"],
     meta_fields=["confidence"],
     drop_fields=["provenance"],
 )
@@ -177,6 +207,7 @@ def make(
     budget: float | None = None,
     temperatures=None,
     reject: float | None = None,
+    drafts: DraftPolicy | None = None,
     **provenance,
 ) -> ExitPolicy:
     """A policy from E numbers, and E + 1 temperatures.
@@ -219,6 +250,7 @@ def make(
         None if budget is None else jnp.float32(budget),
         temperatures,
         None if reject is None else jnp.float32(reject),
+        drafts,
         provenance,
     )
 
@@ -257,6 +289,12 @@ def as_json(policy: ExitPolicy) -> dict[str, Any]:
         "budget": numbers(policy.budget),
         "temperatures": numbers(policy.temperatures),
         "reject": worded(numbers(policy.reject)),
+        "drafts": policy.drafts
+        and {
+            "confidence": policy.drafts.confidence,
+            "thresholds": list(map(worded, numbers(policy.drafts.thresholds_K))),
+            "stands": numbers(policy.drafts.stands_KN),
+        },
         "provenance": dict(policy.provenance),
     }
 
@@ -269,6 +307,13 @@ def from_json(fields: Mapping[str, Any]) -> ExitPolicy:
     """
     words = {word: value for value, word in _WORDS.items()}
     reject = fields["reject"]
+    drafts = fields.get("drafts")  # earlier versions had none
+    if drafts is not None:
+        drafts = DraftPolicy(
+            jnp.asarray([float(words.get(x, x)) for x in drafts["thresholds"]], jnp.float32),
+            jnp.asarray(drafts["stands"], jnp.float32),
+            drafts["confidence"],
+        )
     return make(
         [float(words.get(x, x)) for x in fields["thresholds"]],
         fields["confidence"],
@@ -276,6 +321,7 @@ def from_json(fields: Mapping[str, Any]) -> ExitPolicy:
         budget=fields["budget"],
         temperatures=fields["temperatures"],
         reject=None if reject is None else float(words.get(reject, reject)),
+        drafts=drafts,
         **fields["provenance"],
     )
 

@@ -20,6 +20,7 @@ from absl import flags
 
 from early_exit.calibration import drift, rejection
 from early_exit.data import text_files
+from early_exit.decoding import drafters
 from early_exit.decoding.detokenize import Detokenizer, pieces
 from early_exit.decoding.generate import Generation, generate, stream
 from early_exit.decoding.sampling import Sampling
@@ -67,7 +68,7 @@ def main(argv):
     if tuned.model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
     settings = {
-        "policy": assemble.load_policy(tuned) if mode.exits and not FULL.value else None,
+        "policy": assemble.load_policy(tuned) if mode.asks_policy and not FULL.value else None,
         "mode": mode,
         "max_new_tokens": NEW.value,
         "stop_ids": tuned.stop_ids,
@@ -105,7 +106,8 @@ def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
 
     print("\n")
     if coloured:
-        print(token_colours.legend_ansi(exit_depths, looked_up=settings["mode"].drafts_ahead))
+        sources = sorted({int(depth) for depth in answer.depths if depth < 1}, reverse=True)
+        print(token_colours.legend_ansi(exit_depths, sources))
     decoded = len(answer.tokens) - 1
     facts = _statistics(answer, tuned, settings)
     left = ", ".join(f"{where}: {n}" for where, n in facts["exits"].items())
@@ -167,7 +169,7 @@ def _statistics(answer: Generation, tuned: assemble.Tuned, settings: dict) -> di
     but follow from the cost model (`cost.traffic`).
     """
     decoded = max(len(answer.tokens) - 1, 1)
-    places = [*(f"block {depth}" for depth in tuned.model.exit_depths), "text"]
+    places = drafters.places(tuned.model.exit_depths)
     found = np.bincount(answer.exits, minlength=len(places))
     counts = answer.counts
     by_full = settings["mode"].verified | (answer.exits == len(tuned.model.exits.points))
@@ -176,7 +178,9 @@ def _statistics(answer: Generation, tuned: assemble.Tuned, settings: dict) -> di
         "mode": settings["mode"].name,
         "new_tokens": len(answer.tokens),
         "exits": {
-            place: int(n) for place, n in zip(places, found, strict=True) if n or place != "text"
+            place: int(n)
+            for i, (place, n) in enumerate(zip(places, found, strict=True))
+            if n or i < len(tuned.model.exit_depths)
         },
         "flagged": np.flatnonzero(by_full & unsure).tolist(),
         "blocks_per_token": answer.layer_tokens / decoded,

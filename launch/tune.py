@@ -4,10 +4,11 @@
     python -m launch.tune … --profile=10:12     # a trace of these steps, for TensorBoard
 
 Alone, or as one process of several (see `launch.processes`). Asked to leave by SIGTERM, it saves
-and leaves with status 75. At the end, prints a row per exit on held-out data; the same numbers and
-more are in the folder's metrics.
+and leaves with status 75. At the end, prints a row per exit on held-out data, and one per draft of
+a recurrent exit; the same numbers and more are in the folder's metrics.
 """
 
+import itertools
 import re
 
 import jax
@@ -30,7 +31,8 @@ def main(argv):
     rows = tune(config, common.workdir(), profile)
     if jax.process_index():
         return
-    print(table([row.values() for row in rows], header=list(rows[0])))
+    for names, same in itertools.groupby(rows, tuple):  # exits, then a recurrent exit's drafts
+        print(table([row.values() for row in same], header=names))
     print(f"tuned exits in {common.workdir()}")
 
 

@@ -11,10 +11,11 @@ import pytest
 from conftest import build
 from early_exit import policy as policies
 from early_exit import precision
-from early_exit.backbones import base, layers
+from early_exit.backbones import base, cached_attention
 from early_exit.backbones.encoder import EncoderConfig
 from early_exit.backbones.resnet import ResNetConfig
 from early_exit.classifying import rows
+from early_exit.decoding.costs import Costs
 from early_exit.decoding.decode import decode, prefill
 from early_exit.decoding.mode import DEFERRED, VERIFIED
 from early_exit.decoding.state import initial_state
@@ -38,14 +39,15 @@ def in_dtype(params, dtype):
 def decoding(stage, mode, dtype):
     model, params = build(head="layer", gate=True, classes=20)
     params, stop_ids = in_dtype(params, dtype), jnp.array([-1])
-    size = {"slots": 2 * layers.CACHE_CHUNK, "dtype": dtype}
+    size = {"slots": 2 * cached_attention.CACHE_CHUNK, "dtype": dtype}
     state = initial_state(model, [[1, 2]] * 2, 9, mode=mode, key=jax.random.key(0), **size)
     static = {"model": model, "mode": mode}
     if stage == "prefill":
         return prefill.lower(params, state, stop_ids, **static)
     counts = jnp.int32(4), jnp.int32(1)
     policy = policies.never(2, "max_prob")
-    return decode.lower(params, state, policy, stop_ids, *counts, **static)
+    costs = Costs.assumed(mode, 2)
+    return decode.lower(params, state, policy, stop_ids, costs, *counts, **static)
 
 
 def scoring(dtype):

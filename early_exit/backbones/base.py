@@ -7,6 +7,7 @@ thing more of a language model: blocks that run against a past (`CachedBlock`). 
 """
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -23,6 +24,29 @@ Moments = dict[str, jax.Array]
 # What a block leaves for later positions to look at, such as keys and values: each [B, T, K, d] for
 # new positions, [B, K, S, d] in a cache of S slots.
 Rows = tuple[jax.Array, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """What drafted positions look at beside themselves: rows that are exact, then earlier drafts'.
+
+    Each position is at the end of a chain of its own, so none sees another of the same call.
+
+    Attributes:
+      past: exact rows, each [B, K, S, d].
+      first_BT, length_BT: int32; position t of row b sees the slots from first to length − 1.
+      drafted: rows of the drafts before each position, each [B, T, J, K, d], the oldest first.
+      counts_BTJ: bool, which of these there are.
+      learns: whether gradients are taken; all of `past` is read then.
+    """
+
+    past: Rows
+    first_BT: jax.Array
+    length_BT: jax.Array
+    drafted: Rows
+    counts_BTJ: jax.Array
+    learns: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class CachedBlock(nnx.Module):
@@ -45,6 +69,10 @@ class CachedBlock(nnx.Module):
           past: a cache, read up to `past_length_B` slots in each row; None for no past. New
             position t of row b is the one that slot past_length[b] + t will hold.
         """
+
+    @abc.abstractmethod
+    def draft(self, hidden_BTD: jax.Array, context: Any, chain: Chain) -> tuple[jax.Array, Rows]:
+        """The same of drafted positions, which see a chain each and not one another."""
 
     @abc.abstractmethod
     def keys_values(self, hidden_BTD: jax.Array, context: Any) -> Rows:

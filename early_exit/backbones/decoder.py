@@ -6,6 +6,7 @@ what), not by classes.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from early_exit import sharding
-from early_exit.backbones import base, layers, rotary
+from early_exit.backbones import base, cached_attention, layers, rotary
 from early_exit.backbones.visibility import Visibility
 
 NORMS = ("rms", "layer")
@@ -216,6 +217,20 @@ class Attention(nnx.Module):
         return key, self.value(x_BTD).reshape(shape)
 
     def __call__(self, x_BTD, context: Context, past=None, past_length_B=None):
+        visibility = Visibility(causal=True, window=self.window, documents=context.documents)
+        return self._attended(
+            x_BTD, context, lambda *new: layers.attend(*new, visibility, past, past_length_B)
+        )
+
+    def draft(self, x_BTD: jax.Array, context: Context, chain: base.Chain):
+        return self._attended(
+            x_BTD, context, lambda *new: cached_attention.chained(*new, chain, self.window)
+        )
+
+    def _attended(self, x_BTD, context: Context, attend: Callable) -> tuple[jax.Array, base.Rows]:
+        """Args:
+        attend: new queries, keys and values → what each position has mixed.
+        """
         batch, length, _ = x_BTD.shape
         query = self.query(x_BTD).reshape(batch, length, self.config.heads, self.config.head_dim)
         if self.config.qk_norm:
@@ -223,8 +238,7 @@ class Attention(nnx.Module):
         if context.rotation is not None:
             query = rotary.rotate(query, context.rotation)
         key, value = self.keys_values(x_BTD, context)
-        visibility = Visibility(causal=True, window=self.window, documents=context.documents)
-        mixed = layers.attend(query, key, value, visibility, past, past_length_B)
+        mixed = attend(query, key, value)
         return self.output(mixed.reshape(batch, length, -1)), (key, value)
 
 
@@ -264,9 +278,17 @@ class Block(base.CachedBlock):
     ) -> tuple[jax.Array, base.Rows]:
         """Hidden states → (hidden states, keys and values of the new positions)."""
         mixed, rows = self.attention(self.attention_norm(hidden_BTD), context, past, past_length_B)
-        mixed = sharding.by_row(hidden_BTD + mixed)
-        read = hidden_BTD if self.parallel else mixed
-        return sharding.by_row(mixed + self.mlp(self.mlp_norm(read))), rows
+        return self._rest(hidden_BTD, mixed), rows
+
+    def draft(self, hidden_BTD, context: Context, chain: base.Chain):
+        mixed, rows = self.attention.draft(self.attention_norm(hidden_BTD), context, chain)
+        return self._rest(hidden_BTD, mixed), rows
+
+    def _rest(self, hidden_BTD: jax.Array, mixed_BTD: jax.Array) -> jax.Array:
+        """What follows attention."""
+        mixed_BTD = sharding.by_row(hidden_BTD + mixed_BTD)
+        read = hidden_BTD if self.parallel else mixed_BTD
+        return sharding.by_row(mixed_BTD + self.mlp(self.mlp_norm(read)))
 
     def keys_values(self, hidden_BTD: jax.Array, context: Context) -> base.Rows:
         """Only what later positions will look at; the block itself is not run."""

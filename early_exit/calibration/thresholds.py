@@ -33,7 +33,7 @@ def epsilon_accuracy(scores: np.ndarray, correct: np.ndarray, epsilon: float) ->
       ValueError: ε outside (0, 1], no points, or NaN among the scores.
     """
     _check_epsilon(epsilon)
-    return float(_at_levels(scores, correct, np.array([epsilon]))[0])
+    return float(at_levels(scores, correct, np.array([epsilon]))[0])
 
 
 def _check_epsilon(epsilon: float) -> None:
@@ -41,7 +41,7 @@ def _check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon is an accuracy in (0, 1], not {epsilon}")
 
 
-def _at_levels(scores: np.ndarray, correct: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def at_levels(scores: np.ndarray, correct: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """`epsilon_accuracy` at every level: float [J]; the points are sorted once."""
     if not scores.size or np.isnan(scores).any():
         raise ValueError("calibration needs at least one score, and no NaN among them")
@@ -66,7 +66,7 @@ def path(records: Records, confidence: str, levels: np.ndarray = LEVELS) -> np.n
     None rises from one level to the next lower one.
     """
     scores = records.score(confidence)[:-1]
-    each = [_at_levels(*pair, levels) for pair in zip(scores, records.agrees, strict=True)]
+    each = [at_levels(*pair, levels) for pair in zip(scores, records.agrees, strict=True)]
     return np.stack(each, axis=1).astype(np.float32)
 
 

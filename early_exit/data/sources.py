@@ -23,7 +23,7 @@ SUFFIXES = (".txt", ".py", ".md", ".rst", ".jsonl")
 # A single text file has to fill four splits: it is cut at line ends into pieces of this mean size,
 # the longest of which are so many times longer.
 PIECE_BYTES, LONGEST = 4096, 8
-# Before the folder of conversations that `launch.distill` has made.
+# Before the folders, with commas between, of conversations that `launch.distill` has made.
 MADE = "made:"
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -95,7 +95,8 @@ def documents(source: str, split: str) -> Documents:
     Args:
       source: `stdlib` (the running interpreter's standard library, tests left out), a folder with
         .txt, .py, .md, .rst or .jsonl files, or one such file; JSONL rows hold a `text`. Or
-        `made:FOLDER`, conversations of a model (`data.conversations`), each question once.
+        `made:FOLDER`, conversations of a model (`data.conversations`), each question once, or
+        several such folders, `made:FOLDER,FOLDER`.
       split: `train`, `validation`, `calibration` or `test`, with 85, 5, 5 and 5 % of the documents.
         A file of a folder is one document, and a hash of its relative path decides; conversations,
         rows of JSONL and pieces of a single text file go by a hash of their text, so that equal
@@ -149,10 +150,10 @@ def hash_position(identity: bytes) -> float:
 def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:
     """Every document with the bytes whose hash decides its split."""
     if source.startswith(MADE):
-        folder = pathlib.Path(source.removeprefix(MADE)).expanduser()
-        store = shards.Store(folder)
-        for index, conversation in conversations.conversations(store):
-            yield _Made(f"{folder.name}:{index}", store, index), conversation.text.encode()
+        for folder in map(pathlib.Path, source.removeprefix(MADE).split(",")):
+            store = shards.Store(folder.expanduser())
+            for index, conversation in conversations.conversations(store):
+                yield _Made(f"{folder.name}:{index}", store, index), conversation.text.encode()
         return
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_path("stdlib"))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from early_exit.backbones import base
-from early_exit.backbones.layers import CACHE_CHUNK
+from early_exit.backbones.cached_attention import CACHE_CHUNK
 
 Cache = dict[str, base.Rows]
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from early_exit import precision
 from early_exit.backbones import base
 from early_exit.decoding import cache as caches
+from early_exit.decoding.costs import Costs
 from early_exit.decoding.engine import Engine
 from early_exit.decoding.mode import Mode
 from early_exit.decoding.state import DecodeState
@@ -35,11 +36,12 @@ def prefill(
     Args:
       stop_ids: int32 [n], tokens that end a row.
     """
-    engine = Engine.of(params, None, stop_ids, model=model, mode=mode)
     batch = state.tokens_BS.shape[0]
+    assumed = Costs.assumed(mode, batch)  # nothing is weighed before the first token
+    engine = Engine.of(params, None, stop_ids, assumed, model=model, mode=mode)
 
     def chunk(index, carry):
-        cache, at_end = carry
+        cache, kept, before, at_end = carry
         start = index * PREFILL_CHUNK
         tokens = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, PREFILL_CHUNK, axis=1)
         positions = jnp.broadcast_to((start + jnp.arange(PREFILL_CHUNK))[None], tokens.shape)
@@ -58,23 +60,40 @@ def prefill(
             )
             cache = caches.write(cache, rows, filled_B)
             reached |= taps
+        # The taps of the positions just before those of this chunk.
+        shifted = {
+            name: jnp.concatenate([before[name][:, None], x[:, :-1]], axis=1)
+            for name, x in reached.items()
+        }
+        before = {name: x[:, -1] for name, x in reached.items()}
+        for drafter in engine.drafters:
+            name = drafter.name
+            kept = kept | {name: drafter.read(engine, kept[name], shifted, tokens, positions)}
         offset = state.newest_B - start
         here = (offset >= 0) & (offset < PREFILL_CHUNK)
         reached["hidden"] = hidden
         last = jnp.clip(offset, 0, PREFILL_CHUNK - 1)
-        return cache, {
-            name: jnp.where(here[:, None], x[jnp.arange(batch), last], at_end[name])
-            for name, x in reached.items()
-        }
+        return (
+            cache,
+            kept,
+            before,
+            {
+                name: jnp.where(here[:, None], x[jnp.arange(batch), last], at_end[name])
+                for name, x in reached.items()
+            },
+        )
 
     chunks = (state.prompt_B.max() + PREFILL_CHUNK - 1) // PREFILL_CHUNK
     pending = state.taps | {"hidden": state.hidden_BWD}
     at_end = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), pending)
-    cache, at_end = jax.lax.fori_loop(0, chunks, chunk, (state.cache, at_end))
+    before = {name: x for name, x in at_end.items() if name != "hidden"}
+    carry = state.cache, state.kept, before, at_end
+    cache, kept, _, at_end = jax.lax.fori_loop(0, chunks, chunk, carry)
     rows, slots = jnp.arange(batch), state.pending_slots(state.newest_B)
     pending = {name: x.at[rows, slots].set(at_end[name]) for name, x in pending.items()}
     state = state.change(
         cache=cache,
+        kept=kept,
         filled_BE=jnp.broadcast_to(state.prompt_B[:, None], state.filled_BE.shape),
         hidden_BWD=pending.pop("hidden"),
         taps=pending,
@@ -89,6 +108,7 @@ def decode(
     state: DecodeState,
     policy: ExitPolicy | None,
     stop_ids: jax.Array,
+    costs: Costs,
     steps: jax.Array,
     finishing: jax.Array,
     *,
@@ -100,9 +120,10 @@ def decode(
     Args:
       policy: when rows leave; None compiles a model without any exit in it.
       stop_ids: int32 [n], tokens that end a row.
+      costs: by which verified decoding weighs what to draft and to check.
       steps, finishing: int32 scalars; not static, so streaming in portions compiles nothing new.
     """
-    engine = Engine.of(params, policy, stop_ids, model=model, mode=mode)
+    engine = Engine.of(params, policy, stop_ids, costs, model=model, mode=mode)
 
     def going_on(carry):
         state, step = carry

@@ -29,6 +29,7 @@ from early_exit.cost.traffic import traffic
 from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters
 from early_exit.decoding import sampling as samplings
+from early_exit.decoding.costs import Costs
 from early_exit.decoding.drafters import base as drafting
 from early_exit.decoding.mode import Mode
 from early_exit.decoding.state import DecodeState
@@ -54,6 +55,7 @@ class Engine:
       tables: the heads' output matrices; none without a policy.
       policy: when positions leave; None for the full model without any exit.
       stop_ids: int32 [n], tokens that end a row.
+      costs: what steps cost relative to each other.
       depth_shares, head_shares: blocks before each exit, and each head, as shares of the cost of
         one token of the full model.
     """
@@ -66,23 +68,26 @@ class Engine:
     tables: tuple[jax.Array, ...]
     policy: ExitPolicy | None
     stop_ids: jax.Array
+    costs: Costs
     depth_shares: tuple[float, ...]
     head_shares: tuple[float, ...]
 
     @classmethod
-    def of(cls, params: base.Params, policy, stop_ids, *, model: MultiExit, mode: Mode) -> "Engine":
-        policy = policy if mode.exits else None
+    def of(
+        cls, params: base.Params, policy, stop_ids, costs, *, model: MultiExit, mode: Mode
+    ) -> "Engine":
         bound = model.bind(params)
         depth_shares, head_shares = traffic(model, params).shares()
         return cls(
             model=model,
             mode=mode,
             bound=bound,
-            drafters=drafters.of(mode, exits=policy is not None),
+            drafters=drafters.of(model, mode),
             taps=drafters.taps(model, mode),
             tables=() if policy is None else bound.exit_tables(),
             policy=policy,
             stop_ids=stop_ids,
+            costs=costs,
             depth_shares=depth_shares,
             head_shares=head_shares,
         )
@@ -111,7 +116,11 @@ class Engine:
         return state
 
     def _widths(self, segment: int) -> tuple[int, ...]:
-        return self.mode.widths_of(segment, exits=self.policy is not None)
+        """How many positions of a row can meet a segment: one compiled branch each."""
+        ahead = any(drafter.drafts_ahead(self) for drafter in self.drafters)
+        # Where positions leave early, they wait for each other in front of deeper segments.
+        waits = segment and any(drafter.name == "exits" for drafter in self.drafters)
+        return self.mode.widths if ahead or (waits and self.policy is not None) else (1,)
 
     def _chosen(self, state: DecodeState, segment: int) -> jax.Array:
         """bool [B], the rows for which a segment runs now."""
@@ -281,10 +290,8 @@ class Engine:
                 state.tokens_BS, self.positions(first_B + 1, state, widths[-1] - 1), axis=1
             )
             accepted_B = drafting.accepted(drafts, tokens[:, :-1], drafted_B)
-            width = jnp.array(widths)[narrowest]
-            state = drafting.booked(
-                self, state, first_B, drafted_B, accepted_B, rows=active_B.sum(), width=width
-            )
+            how = {"rows": active_B.sum(), "narrowest": narrowest}
+            state = drafting.booked(self, state, first_B, drafted_B, accepted_B, **how)
         state = state.count(
             evaluations_BE=self.column(self.final, waiting_B),
             head_passes_BE=self.column(self.final, active_B / jnp.maximum(active_B.sum(), 1)),

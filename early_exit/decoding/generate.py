@@ -17,6 +17,7 @@ from early_exit.backbones import base
 from early_exit.cost.traffic import traffic
 from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters
+from early_exit.decoding.costs import Costs
 from early_exit.decoding.decode import decode, prefill
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.decoding.state import (
@@ -41,7 +42,8 @@ class Generation:
       exits: int32 [n], index of the exit each came from; E is the final one, and what lies beyond
         marks another drafter (`drafters.places`). The first token comes out of the prefill, at full
         depth.
-      depths: int [n], blocks run to propose each; 0 for one drafted without any.
+      depths: int [n], blocks run to propose each. For one that was drafted without any, 0 or less:
+        1 − place of its drafter (`drafters.base.Drafter`).
       log_probs: float32 [n], at temperature 1: the full model's in verified decoding, otherwise
         those of the exit it left at.
       layer_tokens: blocks run after the prefill, summed over positions.
@@ -66,13 +68,19 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A model, and how it decodes: what every call of one `stream` or `generate` shares."""
+    """A model, and how it decodes: what every call of one `stream` or `generate` shares.
+
+    Attributes:
+      costs: what steps cost on this device, by which verified decoding weighs drafts; assumed
+        where they are not given.
+    """
 
     model: MultiExit
     params: base.Params
     policy: ExitPolicy | None
     stop_ids: Sequence[int]
     mode: Mode
+    costs: Costs | None = None
 
     def __post_init__(self):
         """Raises ValueError where the policy or the stop tokens are not for the model."""
@@ -112,6 +120,7 @@ class Decoder:
             state,
             self.policy,
             self._stops,
+            self.costs or Costs.assumed(self.mode, len(state.finished_B)),
             jnp.int32(steps),
             jnp.int32(finishing),
             model=self.model,
@@ -134,7 +143,8 @@ class Decoder:
             prefill_seconds = [0.0] * len(seconds)
         state = jax.device_get(dataclasses.replace(state, cache={}, keys_B=None, hidden_BWD=None))
         settled_B = state.filled_BE[:, -1] if self.mode.verified else state.newest_B
-        depths = np.pad(self.model.exit_depths, (0, len(drafters.BY_NAME)))  # of drafts: 0
+        others = 1 - np.arange(1, len(drafters.BY_NAME))
+        depths = np.append(self.model.exit_depths, others)
         generations = []
         for row, (prompt, settled) in enumerate(zip(state.prompt_B, settled_B, strict=True)):
             new = slice(prompt, settled + 1)
@@ -173,6 +183,7 @@ def stream(
     seed: int = 0,
     portion: int = 4,
     slots: int | None = None,
+    costs: Costs | None = None,
 ) -> Iterator[list[Generation]]:
     """Yields what every prompt has so far, after the prefill and after every `portion` steps.
 
@@ -184,6 +195,7 @@ def stream(
       mode: what happens to skipped blocks, whether early tokens stand, how tokens are drawn.
       stop_ids: tokens that end an answer (and stay in it).
       slots: cache slots to allocate, by default as few as the longest row needs.
+      costs: by which verified decoding weighs drafts (`decoding.measure`); assumed if not given.
 
     Raises:
       ValueError: no prompt, an empty one, one of something else than the model's tokens, or one
@@ -191,7 +203,7 @@ def stream(
         for another number of exits or for a score that they lack, or a budget that they cannot
         keep.
     """
-    decoder = Decoder(model, params, policy, stop_ids, mode)
+    decoder = Decoder(model, params, policy, stop_ids, mode, costs)
     began = time.perf_counter()
     state = decoder.start(prompts, max_new_tokens, jax.random.key(seed), slots)
     seconds, prefill_seconds = 0.0, [time.perf_counter() - began] * len(prompts)
@@ -216,6 +228,7 @@ def generate(
     seed: int = 0,
     batch: int | None = None,
     slots: int | None = None,
+    costs: Costs | None = None,
 ) -> list[Generation]:
     """Like `stream`, but returns once, when every prompt has its answer.
 
@@ -226,7 +239,7 @@ def generate(
     if batch is not None and batch < 1:
         raise ValueError(f"a batch has at least 1 row, not {batch}")
     if batch is not None and batch < len(prompts):
-        decoder = Decoder(model, params, policy, stop_ids, mode)
+        decoder = Decoder(model, params, policy, stop_ids, mode, costs)
         return _queued(decoder, prompts, max_new_tokens, seed, batch, slots)
     *_, last = stream(
         model,
@@ -239,6 +252,7 @@ def generate(
         seed=seed,
         portion=FOREVER,
         slots=slots,
+        costs=costs,
     )
     return last
 

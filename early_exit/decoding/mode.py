@@ -25,19 +25,16 @@ class Mode:
       drafters: what proposes tokens that the full model then checks; empty where early tokens
         stand. With drafters the answer is the full model's. They need `defer`. `exits`: what an
         exit says where its policy lets it. `lookup`: what followed the longest earlier match of
-        the newest tokens (Saxena 2023, prompt lookup decoding).
+        the newest tokens (Saxena 2023, prompt lookup decoding). `recurrent`: what the recurrent
+        exit says, token after token. Those that a model cannot serve are left out.
       pending: with `defer`, how many positions of a row may wait for their deeper blocks, and so
         the most in one pass; where no more may wait, the deep pass is made.
-      row_cost: what one more position costs in a pass, relative to the pass with one: how verified
-        decoding weighs whether drafts pay. 0.1 is measured for SmolLM2-135M on two cores
-        (`experiments/decoding_speed`).
       sampling: how tokens are drawn.
     """
 
     skipped: str = "propagate"
     drafters: tuple[str, ...] = ()
     pending: int = 8
-    row_cost: float = 0.1
     sampling: Sampling = GREEDY
 
     def __post_init__(self):
@@ -56,8 +53,6 @@ class Mode:
             )
         if not 2 <= self.pending <= _WIDTHS[-1]:
             raise ValueError(f"pending must be 2 to {_WIDTHS[-1]} positions, not {self.pending}")
-        if not 0 <= self.row_cost < float("inf"):
-            raise ValueError(f"row_cost must be a number ≥ 0, not {self.row_cost}")
 
     @property
     def propagates(self) -> bool:
@@ -70,14 +65,9 @@ class Mode:
         return bool(self.drafters)
 
     @property
-    def drafts_ahead(self) -> bool:
-        """Whether tokens are proposed before a pass: several may meet the first segment at once."""
-        return any(name != "exits" for name in self.drafters)
-
-    @property
-    def exits(self) -> bool:
-        """Whether exits are consulted: for tokens that stand, or for drafts."""
-        return not self.drafters or "exits" in self.drafters
+    def asks_policy(self) -> bool:
+        """Whether exits of any kind are asked, by a policy: for tokens that stand, or drafts."""
+        return self.drafters != ("lookup",)
 
     @property
     def name(self) -> str:
@@ -95,16 +85,6 @@ class Mode:
     def widths(self) -> tuple[int, ...]:
         """Positions of a row in one pass, one compiled branch each; the last is the capacity."""
         return (*(width for width in _WIDTHS if width < self.capacity), self.capacity)
-
-    def widths_of(self, segment: int, exits: bool) -> tuple[int, ...]:
-        """The widths that a segment can meet.
-
-        Args:
-          segment: index of the segment.
-          exits: whether positions can leave early at all.
-        """
-        # Positions wait for each other in front of deeper segments.
-        return self.widths if self.drafts_ahead or (exits and segment) else (1,)
 
 
 def verified(*drafters: str) -> Mode:

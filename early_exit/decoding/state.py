@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit.backbones.layers import CACHE_CHUNK
+from early_exit.backbones.cached_attention import CACHE_CHUNK
 from early_exit.consult import Said
 from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters
@@ -36,6 +36,7 @@ class Counts:
       evaluations_BE: int32, predictions asked of each head, the final readout last (the one after
         the prompt included).
       head_passes_BE: float32, passes through each head, shared out likewise.
+      draft_steps_B: float32, steps of the recurrent exit, shared out likewise.
       drafted_BW, accepted_BW: int32, drafts by their place since the last verified token: how
         many were checked by the full model, and how many it agreed with.
     """
@@ -45,6 +46,7 @@ class Counts:
     passes_BEN: jax.Array
     evaluations_BE: jax.Array
     head_passes_BE: jax.Array
+    draft_steps_B: jax.Array
     drafted_BW: jax.Array
     accepted_BW: jax.Array
 
@@ -57,6 +59,7 @@ class Counts:
             passes_BEN=jnp.zeros((batch, segments, len(mode.widths))),
             evaluations_BE=ints((batch, segments)),
             head_passes_BE=jnp.zeros((batch, segments)),
+            draft_steps_B=jnp.zeros(batch),
             drafted_BW=ints((batch, mode.capacity)),
             accepted_BW=ints((batch, mode.capacity)),
         )
@@ -235,7 +238,8 @@ def initial_state(
         hidden_BWD=pending(),
         taps={str(block): pending() for block in drafters.taps(model, mode)},
         kept={
-            name: drafters.BY_NAME[name].start(model, batch, slots, dtype) for name in mode.drafters
+            drafter.name: drafter.start(model, batch, slots, dtype)
+            for drafter in drafters.of(model, mode)
         },
         said=Said.nothing((batch,)),
         account_B=jnp.zeros(batch, jnp.float32),

@@ -119,8 +119,11 @@ def _fill(
     pretrained, model = assemble.load_backbone(config)
     if model.config.classifies:
         raise ValueError("hidden states are cached for language models; this is a classifier")
-    if not model.exits.points:
-        raise ValueError("exits.points names no place whose hidden states could be cached")
+    if not model.exits.observed:
+        raise ValueError(
+            "neither exits.points nor exits.recurrent_taps names a place whose hidden states could "
+            "be cached"
+        )
     if not 0 < top_k <= model.config.vocab_size:
         raise ValueError(f"top_k must lie in 1…{model.config.vocab_size}, not {top_k}")
     model = assemble.for_tuning(config, model)
@@ -133,7 +136,7 @@ def _fill(
         "sequence_length": config.data.sequence_length,
         "batch_size": size,
         "batches_in_shard": BATCHES_IN_SHARD,
-        "points": list(model.exits.points),
+        "points": list(model.exits.observed),
         "top_k": top_k,
     }
     shards.begin(folder, about)
@@ -162,10 +165,11 @@ def _fill(
 def _kept(params: base.Params, batch: dict, *, model: MultiExit, top_k: int) -> dict:
     """What a row holds beside the batch's own, for each row of a batch."""
     bound = model.bind(params)
-    backbone, points = bound.backbone, model.exits.points
+    backbone, points = bound.backbone, model.exits.observed
     hidden, context = backbone.stem(batch)
-    *at_exits, last = bound.hidden_at_exits(hidden, context, (*points, model.config.depth))
-    final = backbone.features(last, context)
+    stops = sorted({*points, model.config.depth})
+    states = dict(zip(stops, bound.hidden_at_exits(hidden, context, stops), strict=True))
+    final = backbone.features(states[model.config.depth], context)
     table = backbone.output_table()
 
     def teacher(feature):
@@ -178,8 +182,8 @@ def _kept(params: base.Params, batch: dict, *, model: MultiExit, top_k: int) -> 
     ids, log_probs = (x.reshape(*final.shape[:2], top_k) for x in found)
     narrow = jnp.uint16 if model.config.vocab_size <= 2**16 else jnp.int32
     kept = {"teacher_ids": ids.astype(narrow), "teacher_log_probs": log_probs.astype(jnp.float16)}
-    for point, hidden in zip(points, at_exits, strict=True):
-        kept[hidden_name(point)] = hidden.astype(jnp.bfloat16)
+    for point in points:
+        kept[hidden_name(point)] = states[point].astype(jnp.bfloat16)
     return kept
 
 
@@ -235,10 +239,11 @@ def opened(config: Settings) -> shards.Store | None:
         return None
     store = shards.Store(Path(folder))
     cached = store.about["points"]
-    if lacking := [point for point in config.exits.points if point not in cached]:
+    read = assemble.exit_config(config).observed
+    if lacking := [point for point in read if point not in cached]:
         raise ValueError(
             f"{folder} has no hidden states after blocks {lacking}, only after {cached}; choose "
-            "exits.points among these, or cache others with launch.cache"
+            "exits.points and exits.recurrent_taps among these, or cache others with launch.cache"
         )
     if config.data.sequence_length != store.about["sequence_length"]:
         raise ValueError(

@@ -40,6 +40,44 @@ def costs_of(model: MultiExit, batch: dict) -> np.ndarray:
     return _costs(model, shapes)
 
 
+def said_of(
+    features: jax.Array,
+    table: jax.Array,
+    token_ids: jax.Array | None,
+    labels_N: jax.Array,
+    soften: bool = False,
+) -> tuple[confidences.Summary, jax.Array, dict[str, jax.Array]]:
+    """What a head says at every position: (summary, loss, `confidence.soften` if asked for).
+
+    Logits are made of `ROWS` positions at a time. The predictions are tokens, for the classes of
+    heads may differ.
+
+    Args:
+      features: [..., D], of N positions.
+      table: the head's output matrix [C, D].
+      token_ids: what its rows stand for, if it is reduced.
+      labels_N: int32, tokens of which the loss is.
+    """
+    reduced, classes = token_ids is not None, labels_N
+    if reduced:  # where the label is none of them, "none of these"
+        order = jnp.argsort(token_ids)
+        at = order[jnp.searchsorted(token_ids[order], labels_N).clip(max=len(token_ids) - 1)]
+        classes = jnp.where(token_ids[at] == labels_N, at, len(token_ids))
+
+    def one(position):
+        feature, label_class = position
+        values = base.logits(feature, table)
+        summary = confidences.summarize(values, has_rest=reduced)
+        softer = confidences.soften(values, has_rest=reduced) if soften else {}
+        return summary, jax.nn.logsumexp(values) - values[label_class], softer
+
+    flat = features.reshape(-1, features.shape[-1])
+    summary, loss, softer = jax.lax.map(one, (flat, classes), batch_size=ROWS)
+    if reduced:
+        summary = dataclasses.replace(summary, prediction=token_ids[summary.prediction])
+    return summary, loss, jax.tree.map(jnp.transpose, softer)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "soften"))
 @precision.exact
 def score_batch(
@@ -66,27 +104,6 @@ def score_batch(
     rows_B1 = jnp.arange(len(documents_BT))[:, None]
     groups_BT = batch.get("groups", rows_B1 * documents_BT.shape[1] + documents_BT)
 
-    def statistics(features, table, token_ids):
-        """Per position: summary, predicted token and loss, logits made `ROWS` at a time."""
-        reduced = token_ids is not None
-        classes = labels
-        if reduced:
-            count = len(token_ids)
-            inverse = jnp.full(model.config.vocab_size, count).at[token_ids].set(jnp.arange(count))
-            classes = inverse[labels]
-
-        def one(position):
-            feature, label_class = position
-            values = base.logits(feature, table)
-            summary = confidences.summarize(values, has_rest=reduced)
-            softer = confidences.soften(values, has_rest=reduced) if soften else {}
-            return summary, jax.nn.logsumexp(values) - values[label_class], softer
-
-        flat = features.reshape(-1, features.shape[-1])
-        summary, loss, softer = jax.lax.map(one, (flat, classes), batch_size=ROWS)
-        token = token_ids[summary.prediction] if reduced else summary.prediction
-        return summary, token, loss, jax.tree.map(jnp.transpose, softer)
-
     tables = (*bound.exit_tables(), bound.backbone.output_table())
     tokens, losses, softened = [], [], []
     scores = {name: [] for name in model.confidences}
@@ -97,11 +114,10 @@ def score_batch(
             features, ids = bound.backbone.features(after), None
         else:
             features, ids = bound.heads[e].features(after, context)[0], bound.token_ids
-        summary, token, loss, softer = statistics(features, tables[e], ids)
-        tokens.append(token)
+        summary, loss, softer = said_of(features, tables[e], ids, labels, soften)
+        tokens.append(summary.prediction)
         losses.append(loss)
         softened.append(softer)
-        summary = dataclasses.replace(summary, prediction=token)  # the classes of heads may differ
         said = said.then(summary)
         for name, values in scores.items():
             if name in confidences.FROM_LOGITS:

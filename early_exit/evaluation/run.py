@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from early_exit import policy as policies
-from early_exit.calibration import methods, promise, thresholds
+from early_exit.calibration import chains, methods, promise, thresholds
 from early_exit.calibration.records import Records
 from early_exit.data.transforms import next_token_targets
-from early_exit.evaluation import exits
+from early_exit.evaluation import drafts, exits
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble, layout, lock
 from early_exit.runs.assemble import Tuned
@@ -25,7 +25,7 @@ from early_exit.settings.sections import CalibrateSettings
 
 def check_exits(tuned: Tuned) -> None:
     """Raises ValueError for a run without exits."""
-    if not tuned.model.exits.points:
+    if not tuned.model.head_names:
         raise ValueError(
             f"{tuned.workdir} has no exits (exits.points=()): there is nothing to calibrate and no "
             "exit to measure; tune a run that has some"
@@ -86,7 +86,12 @@ def calibrate(
         records = records_of(tuned, soften=settings.temperature)
         policy = methods.fit(records, settings)
         provenance = {**policy.provenance, "promise": stated}
-        policy = dataclasses.replace(policy, provenance=provenance)
+        drafting = None
+        if tuned.model.exits.recurrent_taps:
+            batches = tuned.feed.calibration(tuned.config.calibrate.batches)
+            found = drafts.record(tuned.model, tuned.params, batches)
+            drafting, provenance["drafts"] = chains.fit(found, settings)
+        policy = dataclasses.replace(policy, provenance=provenance, drafts=drafting)
         policies.save(policy, tuned.workdir / layout.POLICY)
     return policy, records
 

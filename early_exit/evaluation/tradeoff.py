@@ -15,6 +15,7 @@ import numpy as np
 from early_exit import precision
 from early_exit.backbones import base
 from early_exit.decoding import cache as caches
+from early_exit.decoding import drafters
 from early_exit.decoding.generate import Generation, generate
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.exits.multi_exit import MultiExit
@@ -85,8 +86,8 @@ def compare(
       `tokens_per_second` after the prefill; `speedup`, of that rate; `seconds_to_last`, from the
       prompt to the last token of an answer, prefill included; `agreement` (see above; the first
       token, always the full model's, is left out); `blocks_per_token`, blocks run after the prefill
-      for each token that was kept, drafts that were not kept included; `exit_shares` [E + 2], of
-      the exits, the full model and looked-up tokens.
+      for each token that was kept, drafts that were not kept included; `exit_shares` [E + 3], of
+      the exits, the full model, looked-up tokens and those of a recurrent exit.
 
     Raises:
       ValueError: fewer than 2 new tokens.
@@ -119,6 +120,7 @@ def compare(
             rates[i, turn] = tokens / sum(g.seconds for g in of_case)
             to_last[i, turn] = np.mean([g.prefill_seconds + g.seconds for g in of_case])
     rows = []
+    places = len(drafters.places(model.exit_depths))
     for i, (case, of_case) in enumerate(zip(cases, answers, strict=True)):
         exits = np.concatenate([g.exits[1:] for g in of_case])
         agrees = np.concatenate(
@@ -137,9 +139,7 @@ def compare(
                 "seconds_to_last": float(np.median(to_last[i])),
                 "agreement": float(agrees.mean()),
                 "blocks_per_token": sum(g.layer_tokens for g in of_case) / exits.size,
-                "exit_shares": (
-                    np.bincount(exits, minlength=len(model.exit_depths) + 1) / exits.size
-                ).tolist(),
+                "exit_shares": (np.bincount(exits, minlength=places) / exits.size).tolist(),
             }
         )
     return rows

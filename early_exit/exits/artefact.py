@@ -113,7 +113,8 @@ def describe(folder: Path) -> Artefact:
             "use the version of early_exit that wrote it"
         )
     try:
-        exits = ExitConfig(**fields["exits"] | {"points": tuple(fields["exits"]["points"])})
+        about = fields["exits"]
+        exits = ExitConfig(**{k: tuple(x) if isinstance(x, list) else x for k, x in about.items()})
         fields = {"data": None} | fields  # earlier versions kept nothing of it
         others = [field.name for field in dataclasses.fields(Artefact)[1:]]
         artefact = Artefact(exits, *(fields[name] for name in others))

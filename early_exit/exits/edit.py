@@ -12,7 +12,7 @@ import jax
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.exits.multi_exit import MultiExit
+from early_exit.exits.multi_exit import RECURRENT, MultiExit
 
 
 def add(
@@ -30,6 +30,9 @@ def add(
     if taken := sorted(set(new) & set(model.exits.points)):
         raise ValueError(f"there are exits after blocks {taken} already; move or drop those first")
     only_new = _with_points(model, new)
+    only_new = dataclasses.replace(
+        only_new, exits=dataclasses.replace(only_new.exits, recurrent_taps=())
+    )
     heads = only_new.init_exits(key, params["backbone"], source, params.get("token_ids"))
     return _with_heads(model, params, params["exits"] | heads)
 
@@ -47,10 +50,11 @@ def move(
     targets = [points.get(point, point) for point in model.exits.points]
     if twice := sorted({target for target in targets if targets.count(target) > 1}):
         raise ValueError(f"two exits would stand after blocks {twice}; move or drop one of them")
-    heads = {
+    heads = params["exits"] | {
         str(target): params["exits"][str(point)]
         for point, target in zip(model.exits.points, targets, strict=True)
     }
+    heads = {name: x for name, x in heads.items() if name == RECURRENT or int(name) in targets}
     return _with_heads(model, params, heads)
 
 
@@ -64,9 +68,9 @@ def drop(
     """
     gone = set(points)
     _check_present(model, gone)
-    if gone == set(model.exits.points):
+    if gone == set(model.exits.points) and not model.exits.recurrent_taps:
         raise ValueError("no exit would be left; use the backbone alone")
-    heads = {str(p): params["exits"][str(p)] for p in model.exits.points if p not in gone}
+    heads = {name: x for name, x in params["exits"].items() if name not in map(str, gone)}
     return _with_heads(model, params, heads)
 
 
@@ -80,7 +84,7 @@ def _check_present(model: MultiExit, points: Iterable[int]) -> None:
 def _with_heads(
     model: MultiExit, params: base.Params, heads: base.Params
 ) -> tuple[MultiExit, base.Params]:
-    changed = _with_points(model, sorted(map(int, heads)))
+    changed = _with_points(model, sorted(int(name) for name in heads if name != RECURRENT))
     for point, wanted in changed.abstract_exits().items():
         if tree.shapes(heads[point]) != tree.shapes(wanted):
             raise ValueError(

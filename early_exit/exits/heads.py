@@ -41,6 +41,9 @@ class ExitConfig:
       cascade: whether each head sees the logits of the one before it; for classifiers.
       ensemble: whether an exit's answer is a learned geometric mean of its head's prediction and
         those of all heads before it; for classifiers.
+      recurrent_taps: blocks (1-based, the last included) whose output a recurrent exit reads
+        (`exits.recurrent`); () for none. It predicts what the other heads predict.
+      recurrent_blocks: blocks of its own; 0 for a feed-forward part instead.
     """
 
     points: tuple[int, ...]
@@ -50,14 +53,19 @@ class ExitConfig:
     gate: bool = False
     cascade: bool = False
     ensemble: bool = False
+    recurrent_taps: tuple[int, ...] = ()
+    recurrent_blocks: int = 1
 
     def __post_init__(self):
         if self.output not in OUTPUTS:
             raise ValueError(f"unknown output {self.output!r}; choose one of {', '.join(OUTPUTS)}")
-        if not all(isinstance(point, int) for point in self.points):
-            raise ValueError(f"exit points must be ints, as in (6, 12), not {self.points}")
-        if list(self.points) != sorted(set(self.points)):
-            raise ValueError(f"exit points must rise without repeats, not {self.points}")
+        for what, blocks in (("exit points", self.points), ("recurrent_taps", self.recurrent_taps)):
+            if not all(isinstance(block, int) for block in blocks):
+                raise ValueError(f"{what} must be ints, as in (6, 12), not {blocks}")
+            if list(blocks) != sorted(set(blocks)):
+                raise ValueError(f"{what} must rise without repeats, not {blocks}")
+        if self.recurrent_blocks < 0:
+            raise ValueError(f"recurrent_blocks must be 0 or more, not {self.recurrent_blocks}")
         if self.classes < 0:
             raise ValueError(f"exits.classes must be 0 (all) or positive, not {self.classes}")
 
@@ -78,6 +86,12 @@ class ExitConfig:
                 f"exit points {outside} lie outside 1…{depth - 1}: the backbone has {depth} "
                 f"blocks, and its own readout is the exit after block {depth}"
             )
+        if self.recurrent_taps and not backbone.decodes:
+            raise ValueError("a recurrent exit drafts text, which this network does not write")
+        if outside := [tap for tap in self.recurrent_taps if not 1 <= tap <= depth]:
+            raise ValueError(
+                f"recurrent_taps {outside} lie outside 1…{depth}, the blocks of this network"
+            )
         if self.classes >= num_classes:
             raise ValueError(
                 f"exits.classes={self.classes} is not below the vocabulary of {num_classes}; "
@@ -93,6 +107,17 @@ class ExitConfig:
                 f"heads after blocks {narrow} are not as wide as the network's output matrix, "
                 "which they cannot share; choose exits.output=own"
             )
+
+    @property
+    def observed(self) -> tuple[int, ...]:
+        """The blocks (1-based), rising, whose output some head reads."""
+        return tuple(sorted({*self.points, *self.recurrent_taps}))
+
+    def own_rows(self, num_classes: int) -> int:
+        """Rows of a head's own output matrix, for a network of so many classes."""
+        if self.output == "shared":
+            return 1 if self.classes else 0  # only "none of these" is not in the backbone's
+        return self.classes + 1 if self.classes else num_classes
 
     def width(self, backbone: BackboneConfig, point: int) -> int:
         """Of the features of the head after block `point`."""
@@ -114,9 +139,7 @@ class Head(nnx.Module):
             self.block = here.build_block(rngs)
         if exits.head not in ("embedding", "linear", "grid"):
             self.norm = here.build_norm(rngs)
-        rows = exits.classes + 1 if exits.classes else classes
-        if exits.output == "shared":
-            rows = 1 if exits.classes else 0  # only "none of these" is not in the backbone's
+        rows = exits.own_rows(classes)
         if rows and network.classifies:
             self.output = Classifier(rows, exits.width(network, point), rngs=rngs)
         elif rows:

@@ -15,6 +15,27 @@ INITS = ("copy", "random")
 DRAWN = ("gate", "cascade", "ensemble")
 
 
+def copied_recurrent(drawn: dict, backbone: dict, depth: int, token_ids: jax.Array | None) -> dict:
+    """A recurrent exit's parameters: copied where the backbone has a like, else as they are drawn.
+
+    The blocks are the last block's, norm and output matrix the readout's. Of what is fused and
+    joined, the state after the deepest tap goes through as it is, and the rest is `drawn`.
+
+    Raises:
+      ValueError: as `copied`.
+    """
+    parts = {name: drawn[name] for name in ("mlp_norm", "mlp", "norm", "output") if name in drawn}
+    found = drawn | copied(parts, backbone, depth, depth, token_ids)
+    if "blocks" in drawn:
+        last = backbone["blocks"][str(depth - 1)]
+        found["blocks"] = {name: jax.tree.map(jnp.copy, last) for name in drawn["blocks"]}
+    for name in ("fuse", "join"):
+        kernel = drawn[name]["kernel"]
+        width = kernel.shape[1]
+        found[name] = {"kernel": kernel.at[-width:].set(jnp.eye(width, dtype=kernel.dtype))}
+    return found
+
+
 def copied(head: dict, backbone: dict, point: int, depth: int, token_ids: jax.Array | None) -> dict:
     """A head's parameters, every one copied from the backbone's.
 

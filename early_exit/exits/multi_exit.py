@@ -1,6 +1,7 @@
 """A backbone with exits: one static description, one dict of arrays.
 
-    params = {"backbone": …, "exits": {"6": …, "12": …}, "token_ids": [R], if heads are reduced}
+    params = {"backbone": …, "exits": {"6": …, "12": …, "recurrent": …, if there is one},
+              "token_ids": [R], if heads are reduced}
 
 The one idea: exits read the backbone and nothing reads the exits, so attaching, tuning or
 dropping them cannot change what the full model says.
@@ -19,8 +20,11 @@ from flax import nnx
 from early_exit import confidence
 from early_exit.backbones import base
 from early_exit.exits import heads, init
+from early_exit.exits.recurrent import Recurrent
 
 Params = base.Params
+# The recurrent exit among the parameters of the exits, which are else named by their blocks.
+RECURRENT = "recurrent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +72,23 @@ class MultiExit:
                 if "exits" in params
             ),
             token_ids=params.get("token_ids"),
+            recurrent=base.merge(_abstract_head(self, RECURRENT)[0], params["exits"][RECURRENT])
+            if self.exits.recurrent_taps and "exits" in params
+            else None,
         )
+
+    @property
+    def head_names(self) -> tuple[int | str, ...]:
+        """Of all heads: the blocks they stand after, and the recurrent one if there is one."""
+        return (*self.exits.points, *([RECURRENT] if self.exits.recurrent_taps else []))
 
     def abstract_exits(self, dtype=jnp.float32) -> Params:
         """The exits' parameters as shapes of the given dtype."""
         return {
-            str(point): jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _abstract_head(self, point)[1]
+            str(name): jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _abstract_head(self, name)[1]
             )
-            for point in self.exits.points
+            for name in self.head_names
         }
 
     def init_exits(
@@ -98,21 +110,32 @@ class MultiExit:
             raise ValueError(f"exits.classes={self.exits.classes} but {given} token ids were given")
         dtype = jax.tree.leaves(backbone)[0].dtype
 
-        params = {}
-        for point, head in self.abstract_exits().items():
-            rngs = nnx.Rngs(jax.random.fold_in(key, int(point)))
-            _, drawn = base.split(heads.Head(self.config, self.exits, int(point), rngs=rngs))
+        params, depth = {}, self.config.depth
+        for name in self.head_names:
+            # No block has the number 0.
+            rngs = nnx.Rngs(jax.random.fold_in(key, 0 if name == RECURRENT else name))
+            _, drawn = base.split(_head(self, name, rngs))
             drawn = jax.tree.map(lambda x: x.astype(dtype), drawn)
-            if source == "copy":
-                like = {name: part for name, part in head.items() if name not in init.DRAWN}
-                drawn |= init.copied(like, backbone, int(point), self.config.depth, token_ids)
-            params[point] = drawn
+            if source == "copy" and name == RECURRENT:
+                drawn = init.copied_recurrent(drawn, backbone, depth, token_ids)
+            elif source == "copy":
+                like = {part: x for part, x in drawn.items() if part not in init.DRAWN}
+                drawn |= init.copied(like, backbone, name, depth, token_ids)
+            params[str(name)] = drawn
         return params
 
 
+def _head(model: MultiExit, name: int | str, rngs: nnx.Rngs) -> nnx.Module:
+    network, exits = model.config, model.exits
+    if name != RECURRENT:
+        return heads.Head(network, exits, name, rngs=rngs)
+    rows = exits.own_rows(network.num_classes)
+    return Recurrent(network, exits.recurrent_taps, exits.recurrent_blocks, rows, rngs=rngs)
+
+
 @functools.lru_cache(maxsize=256)  # binding is done in every program, and tracing a head is slow
-def _abstract_head(model: MultiExit, point: int) -> tuple[nnx.GraphDef, Params]:
-    return base.abstract(lambda rngs: heads.Head(model.config, model.exits, point, rngs=rngs))
+def _abstract_head(model: MultiExit, name: int | str) -> tuple[nnx.GraphDef, Params]:
+    return base.abstract(lambda rngs: _head(model, name, rngs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +146,13 @@ class Bound:
       backbone: the pretrained network.
       heads: one per exit, shallow to deep.
       token_ids: int32 [R], what the rows of a reduced head's output matrix stand for; else None.
+      recurrent: the recurrent exit; None if there is none.
     """
 
     backbone: base.Backbone
     heads: tuple[heads.Head, ...]
     token_ids: jax.Array | None
+    recurrent: Recurrent | None
 
     def exit_logits(
         self, e: int, hidden: jax.Array, context: Any, earlier: Sequence[jax.Array]
@@ -167,18 +192,20 @@ class Bound:
         Cheap when the matrix is the head's own or the whole of the backbone's. A reduced shared
         one is gathered: call this once, outside any loop.
         """
-        shared = self.backbone.output_table()
-        if self.token_ids is not None:
-            shared = shared[self.token_ids]
+        return tuple(map(self.table, self.heads))
 
-        def table(head):
-            if not hasattr(head, "output"):
-                return shared
-            own = head.output.embedding[...]
-            is_rest_row_only = self.token_ids is not None and own.shape[0] == 1
-            return jnp.concatenate([shared, own]) if is_rest_row_only else own
+    def table(self, head: heads.Head | Recurrent) -> jax.Array:
+        """One head's; see `exit_tables`."""
 
-        return tuple(table(head) for head in self.heads)
+        def shared():
+            table = self.backbone.output_table()
+            return table if self.token_ids is None else table[self.token_ids]
+
+        if not hasattr(head, "output"):
+            return shared()
+        own = head.output.embedding[...]
+        is_rest_row_only = self.token_ids is not None and own.shape[0] == 1
+        return jnp.concatenate([shared(), own]) if is_rest_row_only else own
 
     def hidden_at_exits(self, hidden, context, points) -> Iterator[jax.Array]:
         """Runs the backbone and yields the hidden states after each of the rising `points`.

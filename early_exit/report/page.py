@@ -139,6 +139,7 @@ def _render(evaluation: dict[str, Any], config: dict[str, Any], shown: dict[str,
         "ms": _or_dash(lambda milliseconds: f"{milliseconds:.3g}\N{NO-BREAK SPACE}ms"),
         "figures": _or_dash(lambda x: f"{x:.3g}" if x < 1000 else f"{x:,.0f}"),
         "name": _name,
+        "source": tokens.named,
         "colour": lambda depth: tokens.hex_colour(tokens.background(depth, depths)),
     }
     template = "classifier.html" if shown["classifies"] else "decoding.html"
@@ -146,7 +147,6 @@ def _render(evaluation: dict[str, Any], config: dict[str, Any], shown: dict[str,
         evaluation,
         settings=_settings(config),
         training_loss=config.get("tune", {}).get("loss"),
-        looked_up=tokens.LOOKED_UP,
         **shown,
     )
 
@@ -177,15 +177,20 @@ def _decoding(evaluation: dict[str, Any], depths: list[int]) -> dict[str, Any]:
     of = evaluation["decoding"]
     full, *others = rows = of["rows"]
     own = [row for row in others if row["policy"] is not None and row["policy"] == of["chosen"]]
+    # Behind the exits' shares stand those of other drafters; files of earlier versions have fewer.
+    sources = [tokens.LOOKED_UP, tokens.RECURRENT][: len(full["exit_shares"]) - len(depths)]
     return {
         "full": full,
         "rows": rows,
         "chosen": next((row for row in own if row["mode"] == LOSSY.name), None),
         # Of one policy, or of none: those whose answer is the full model's.
         "lossless": [row for row in others if row["mode"].startswith("verified")],
-        "legend_looked_up": Markup(
+        "sources": sources,
+        "legend_with_sources": Markup(
             tokens.html_spans(
-                [*(f" {d} " for d in depths), " looked up "], [*depths, tokens.LOOKED_UP], depths
+                [f" {name} " for name in (*depths, *map(tokens.named, sources))],
+                [*depths, *sources],
+                depths,
             )
         ),
         "speed_plot": Markup(plots.quality_against_speed(rows)),

@@ -19,9 +19,13 @@ _STOPS: tuple[RGB, ...] = (
     (24, 58, 104),
 )
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
-# Of tokens that no depth proposed, but earlier text: grey, which nothing on the scale is.
-_NO_DEPTH: RGB = (122, 126, 130)
-LOOKED_UP = 0  # their depth
+# Of tokens that no depth proposed: what stands for their depth, what they are called, whence they
+# are, and a colour that nothing on the scale has (grey, and one warm and light).
+LOOKED_UP, RECURRENT = 0, -1
+_SOURCES: dict[int, tuple[str, str, RGB]] = {
+    LOOKED_UP: ("looked up", "from earlier text", (122, 126, 130)),
+    RECURRENT: ("recurrent", "from the recurrent exit", (244, 178, 102)),
+}
 
 # What would move a terminal's cursor, change its state or reverse its text → a visible stand-in.
 _VISIBLE = (
@@ -40,7 +44,7 @@ def background(depth: int, exit_depths: Sequence[int]) -> RGB:
     comes from none of them, as looked-up tokens do, has a colour of its own.
     """
     if depth not in exit_depths:
-        return _NO_DEPTH
+        return _SOURCES[depth][2]
     place = exit_depths.index(depth) / max(len(exit_depths) - 1, 1) * (len(_STOPS) - 1)
     stop = min(int(place), len(_STOPS) - 2)
     return tuple(
@@ -75,7 +79,7 @@ def ansi(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequence[int
     Control characters of the text itself become visible pictures, except newlines and tabs.
 
     Args:
-      depths: blocks run to propose each token; `LOOKED_UP` for none.
+      depths: blocks run to propose each token; `LOOKED_UP` or `RECURRENT` for none.
       exit_depths: blocks run at each exit, the full model's last.
     """
     out = []
@@ -88,18 +92,24 @@ def ansi(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequence[int
     return "".join(out)
 
 
-def legend_ansi(exit_depths: Sequence[int], *, looked_up: bool = False) -> str:
-    """One line that explains the colours; that of looked-up tokens where there may be some."""
+def legend_ansi(exit_depths: Sequence[int], sources: Sequence[int] = ()) -> str:
+    """One line that explains the colours, those of such `sources` as there may be among them."""
     names = [f" {depth} " for depth in exit_depths]
     line = f"blocks run: {ansi(names, exit_depths, exit_depths)}"
-    return f"{line} {ansi([' looked up '], [LOOKED_UP], exit_depths)}" if looked_up else line
+    others = [f" {ansi([f' {named(source)} '], [source], exit_depths)}" for source in sources]
+    return line + "".join(others)
+
+
+def named(source: int) -> str:
+    """What tokens are called that no depth proposed."""
+    return _SOURCES[source][0]
 
 
 def html_spans(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequence[int]) -> str:
     """The text as HTML, a `<span>` per token; its place must have `white-space: pre-wrap`.
 
     Args:
-      depths: blocks run to propose each token; `LOOKED_UP` for none.
+      depths: blocks run to propose each token; `LOOKED_UP` or `RECURRENT` for none.
       exit_depths: blocks run at each exit, the full model's last.
     """
     out, full_depth = [], exit_depths[-1]
@@ -107,7 +117,7 @@ def html_spans(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequen
         behind = background(depth, exit_depths)
         title = f"exit after block {depth} of {full_depth}"
         if depth not in exit_depths:
-            title = "from earlier text"
+            title = _SOURCES[depth][1]
         elif depth == full_depth:
             title = f"all {full_depth} blocks"
         colours = f"background:{hex_colour(behind)};color:{hex_colour(foreground(behind))}"

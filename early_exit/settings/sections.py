@@ -80,6 +80,12 @@ class ExitSettings(Section):
     ensemble: bool = setting(
         False, "Whether a classifier's exit answers with all heads up to it, weighted."
     )
+    recurrent_taps: tuple[int, ...] = setting(
+        (), "Blocks (from 1) whose output a recurrent exit reads; () for no such exit.", least=1
+    )
+    recurrent_blocks: int = setting(
+        1, "Blocks of the recurrent exit; 0 for a feed-forward part.", least=0
+    )
     init: str = setting(
         "copy",
         "A head's first weights: copied from the backbone, or drawn.",
@@ -87,8 +93,9 @@ class ExitSettings(Section):
     )
 
     def conflicts(self) -> Iterator[str]:
-        if list(self.points) != sorted(set(self.points)):
-            yield f"exits.points={self.points} must rise without repeats"
+        for name in ("points", "recurrent_taps"):
+            if list(blocks := getattr(self, name)) != sorted(set(blocks)):
+                yield f"exits.{name}={blocks} must rise without repeats"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,6 +211,12 @@ class TuneSettings(Section):
     )
     curriculum_period: int = setting(
         1, "One exit in so many takes its turn; a further exit joins after so many steps.", least=1
+    )
+    recurrent_steps: int = setting(
+        3, "Tokens that a recurrent exit drafts in a row while it is tuned.", least=1
+    )
+    recurrent_decay: float = setting(
+        0.8, "What each of these counts, relative to the one before.", above=0, most=1
     )
     layer_dropout: float = setting(
         0.0,

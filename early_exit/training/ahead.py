@@ -16,6 +16,7 @@ from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.cost import chips
 from early_exit.decoding import decode, mode
+from early_exit.decoding.costs import Costs
 from early_exit.decoding.state import initial_state
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
@@ -121,6 +122,7 @@ def decoding(
     )
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     stops = jax.ShapeDtypeStruct((1,), jnp.int32)
-    args = (params, plan.placed(state, where), policy, stops, scalar, scalar)
+    costs = jax.eval_shape(lambda: Costs.assumed(how, rows))
+    args = (params, plan.placed(state, where), policy, stops, costs, scalar, scalar)
     traced = decode.decode.trace(*args, model=model, mode=how)
     return chips.estimate(traced, args, mesh, chip)

@@ -20,6 +20,7 @@ from early_exit.data import feed as feeds
 from early_exit.data import transforms
 from early_exit.data.stream import Rank, TrainingBatches
 from early_exit.distillation import hidden_states
+from early_exit.evaluation import drafts
 from early_exit.evaluation import exits as evaluation
 from early_exit.pretrained.load import Pretrained
 from early_exit.runs import assemble, checkpoint, layout, lock
@@ -33,7 +34,7 @@ from early_exit.training import step as steps
 
 
 def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
-    """Tunes the exits of the config's model; returns a row per exit on the validation split.
+    """Tunes the exits of the config's model; returns what `Run.validate` says of them.
 
     Jointly with the backbone, or a backbone alone, where the config says so (`tune.train`). Goes
     on from the newest checkpoint in `workdir` if there is one. At the end, the last checkpoint
@@ -138,7 +139,8 @@ def _tune(
             if validates:
                 rows = run.validate(state["params"])
                 for row in rows if first_process else ():
-                    name = f"exit_{row['exit']}"
+                    kind = next(iter(row))
+                    name = f"{kind}_{row[kind]}"
                     writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
             if saves:  # last: a checkpoint stands for all that was written before it
                 own.check()
@@ -221,7 +223,7 @@ class Run:
         if self._states:
             return hidden_states.training_batches(
                 self._states,
-                self.config.exits.points,
+                self.model.exits.observed,
                 batch_size=self.config.data.batch_size,
                 seed=self.config.seed,
                 rank=self._rank,
@@ -251,13 +253,16 @@ class Run:
             )
 
     def validate(self, params: dict) -> list[dict]:
-        """A row per exit on the first held-out batches (`evaluation.exits.summary`)."""
-        records = evaluation.record(
-            self.model,
-            self.frozen | steps.computing(params, self.recipe),
-            map(self.place_batch, self._validation_batches),
-        )
-        return evaluation.summary(records)
+        """On the first held-out batches: a row per exit, and per step of a recurrent one.
+
+        See `evaluation.exits.summary` and `evaluation.drafts.summary`.
+        """
+        params = self.frozen | steps.computing(params, self.recipe)
+        batches = [self.place_batch(batch) for batch in self._validation_batches]
+        rows = evaluation.summary(evaluation.record(self.model, params, batches))
+        if self.model.exits.recurrent_taps:
+            rows += drafts.summary(drafts.record(self.model, params, batches))
+        return rows
 
     def check_splits(self) -> None:
         """Asks for the data that is needed later, so that nothing is trained before it is missed.
@@ -266,7 +271,7 @@ class Run:
           ValueError: a split to validate, or to calibrate exits, on is empty or has no full row.
         """
         _ = self._validation_batches  # kept for every validation
-        if self.model.exits.points:
+        if self.model.head_names:
             list(self.feed.calibration(1))
 
     @functools.cached_property

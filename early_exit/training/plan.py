@@ -53,6 +53,10 @@ def recipe(config: Settings, mesh: Mesh, network: base.BackboneConfig) -> Recipe
         layer_dropout=tune.layer_dropout,
         accumulate=tune.accumulate,
         seed=config.seed,
+        draft_weights=tuple(
+            tune.recurrent_decay**step
+            for step in range(tune.recurrent_steps if config.exits.recurrent_taps else 0)
+        ),
     )
 
 

@@ -27,6 +27,7 @@ class Recipe:
         in each row of a batch by itself; what is left out is computed and not used.
       accumulate: in how many parts a batch goes through the network, one after the other.
       seed: of what is left out.
+      draft_weights: of the steps of a recurrent exit, one for each that is unrolled.
     """
 
     loss: str
@@ -38,6 +39,7 @@ class Recipe:
     layer_dropout: float = 0.0
     accumulate: int = 1
     seed: int = 0
+    draft_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         for name, known in (("loss", LOSSES), ("train", TRAINED)):

@@ -44,34 +44,42 @@ def heads_loss(
     recipe: Recipe,
     step: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The recipe's loss of the heads on what `observe` kept: (scalar, per exit [E]).
+    """The recipe's loss of the heads on what `observe` kept: (scalar, per head).
 
-    Gates and ensembles learn beside the heads; what they learn from does not learn from them.
-    The loss of an exit that has no weight at this step is NaN: it is not computed, unless it is a
-    classifier's, whose heads cost little and may build on each other.
+    First per exit, [E]; then per step of a recurrent exit. Gates and ensembles learn beside the
+    heads; what they learn from does not learn from them. The loss of an exit that has no weight at
+    this step is NaN: it is not computed, unless it is a classifier's, whose heads cost little and
+    may build on each other.
 
     Args:
       rest: the model's parameters but for the exits.
       step: int32 scalar, from 0.
     """
     bound = model.bind({**rest, "exits": exits})
-    weights, mask = recipe.weights(step), observed["mask"].reshape(-1)
+    steps = tuple(range(len(bound.heads), len(bound.heads) + len(recipe.draft_weights)))
+    weights = jnp.concatenate([recipe.weights(step), jnp.array(recipe.draft_weights)])
+    mask = observed["mask"].reshape(-1)
     together = (tuple(range(len(bound.heads))),)
     groups = together if model.config.classifies else recipe.weights.groups
+    if len(groups) == 1:
+        groups = ((*groups[0], *steps),)
+    elif steps:
+        groups = (*groups, steps)
 
     def computed(group):
         losses_of = _class_losses if model.config.classifies else _token_losses
         per_example, beside, right = losses_of(bound, observed, recipe, group)
-        per_exit = _mean(per_example, mask)
+        masks = jnp.stack([mask & _drafted_from(observed, e - len(bound.heads)) for e in group])
+        per_exit = _mean(per_example, masks)
         loss = jnp.dot(weights[jnp.array(group)], per_exit)
         if beside is not None:
-            loss += _mean(beside, mask).sum()
-        if model.exits.gate:
+            loss += _mean(beside, jnp.broadcast_to(mask[None], beside.shape)).sum()
+        if gated := [e for e in group if e < len(bound.heads) and model.exits.gate]:
             gates = [
                 bound.heads[e].gate_logit(observed["hidden"][e], observed["context"]).reshape(-1)
-                for e in group
+                for e in gated
             ]
-            loss += losses.gate_losses(jnp.stack(gates), right, mask > 0).sum()
+            loss += losses.gate_losses(jnp.stack(gates), right, mask).sum()
         return loss, per_exit
 
     def left_out(group):
@@ -91,24 +99,40 @@ def heads_loss(
     return loss, per_exit
 
 
-def _mean(losses_EN: jax.Array, mask_N: jax.Array) -> jax.Array:
-    return (losses_EN * mask_N[None]).sum(-1) / jnp.maximum(mask_N.sum(), 1)
+def _drafted_from(observed: dict, step: int) -> jax.Array:
+    """bool [N], positions whose document began early enough for a chain's step (from 0)."""
+    if step < 0:  # an exit
+        return jnp.ones(observed["mask"].size, bool)
+    index_T = jnp.arange(observed["starts"].shape[1])
+    return (index_T[None] - observed["starts"] > step).reshape(-1)
+
+
+def _mean(losses_EN: jax.Array, masks_EN: jax.Array) -> jax.Array:
+    return (losses_EN * masks_EN).sum(-1) / jnp.maximum(masks_EN.sum(-1), 1)
 
 
 def _token_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[int]):
-    """(losses [G, N], None, whether the heads are right: bool [G, N]), N = B · T.
+    """(losses [G, N], None, whether the exits are right: bool [G, N]), N = B · T.
 
-    Of the exits of a group (from 0). The last is for gates, and None where there are none.
+    Of the exits of a group (from 0), and behind them of steps of the recurrent exit. The last is
+    for gates, and None where there are none.
     """
+    exits = [e for e in group if e < len(bound.heads)]
 
     def features_of(e, hidden):
         return _flat(bound.heads[e].features(hidden, observed["context"])[0])
 
-    if bound.heads[0].is_cheap:
+    if exits and bound.heads[0].is_cheap:
         # The backward pass makes them anew: they are as wide as the hidden states, and both
         # together would be most of what several exits keep.
         features_of = jax.checkpoint(features_of, static_argnums=0)
-    features = [features_of(e, observed["hidden"][e]) for e in group]
+    features = [features_of(e, observed["hidden"][e]) for e in exits]
+    tables = [bound.table(bound.heads[e]) for e in exits]
+    if steps := len(group) - len(exits):
+        read = (observed[name] for name in ("taps", "embedded", "context", "starts"))
+        states = bound.recurrent.unrolled(*read, steps)
+        features += [_flat(bound.recurrent.features(state)) for state in states]
+        tables += [bound.table(bound.recurrent)] * steps
     targets = {"labels": observed["labels"].reshape(-1)}
     if "last" in observed:
         final = _flat(bound.backbone.features(observed["last"], observed["context"]))
@@ -116,14 +140,14 @@ def _token_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[
     elif "teacher" in observed:
         targets["teacher"] = losses.TopK(*map(_flat, observed["teacher"]))
     targets = [{name: targets[name]} for name in LOSSES[recipe.loss]]
-    tables = bound.exit_tables()
-    heads = features, [tables[e] for e in group]
     how = {"token_ids": bound.token_ids, "parts": recipe.table_parts}
     by_confidence = {"by_confidence": recipe.by_confidence}
+    heads = features, tables
     found = [losses.exit_losses(*heads, **target, **how, **by_confidence) for target in targets]
     right = None
-    if hasattr(bound.heads[0], "gate"):
-        right = losses.right(*jax.lax.stop_gradient(heads), **targets[0], **how)
+    if exits and hasattr(bound.heads[0], "gate"):
+        asked = features[: len(exits)], tables[: len(exits)]
+        right = losses.right(*jax.lax.stop_gradient(asked), **targets[0], **how)
     return sum(found) / len(found), None, right
 
 
@@ -170,7 +194,7 @@ def _final_loss(
         table = backbone.output_table()
         how = {"labels": labels, "parts": recipe.table_parts}
         per_example = losses.exit_losses([_flat(features)], [table], **how)
-    return _mean(per_example, mask)[0]
+    return _mean(per_example, mask[None])[0]
 
 
 def tune_step(
@@ -190,7 +214,7 @@ def tune_step(
 
     Returns:
       (new state, scalars: `loss`, `loss/exit_<point>`, the backbone's own included where it is
-      trained, `grad_norm`).
+      trained, `loss/draft_<step>` of a recurrent exit, `grad_norm`).
     """
     step, params = state["step"], state["params"]
 
@@ -200,26 +224,28 @@ def tune_step(
         how = {"model": model, "recipe": recipe}
         kept = kept_blocks(key, batch, **how) if recipe.layer_dropout else None
         observed = observe(whole, batch, kept=kept, **how)
-        loss, by_point = jnp.float32(0), {}
-        if model.exits.points:
-            loss, per_exit = heads_loss(whole["exits"], rest, observed, step=step, **how)
-            by_point = dict(zip(model.exits.points, per_exit, strict=True))
+        loss, by_head = jnp.float32(0), {}
+        if model.head_names:
+            loss, found = heads_loss(whole["exits"], rest, observed, step=step, **how)
+            names = [f"exit_{point}" for point in model.exits.points]
+            names += [f"draft_{i + 1}" for i in range(len(recipe.draft_weights))]
+            by_head = dict(zip(names, found, strict=True))
         if recipe.train == "all":
-            by_point[model.config.depth] = final = _final_loss(rest, observed, **how)
+            by_head[f"exit_{model.config.depth}"] = final = _final_loss(rest, observed, **how)
             loss += final
-        return loss, (by_point, observed["moments"])
+        return loss, (by_head, observed["moments"])
 
     gradient = jax.value_and_grad(objective, has_aux=True)
     if recipe.accumulate > 1:
         gradient = _accumulated(gradient, recipe.accumulate, lambda part: targets(part, model)[1])
     key = jax.random.fold_in(stream(recipe.seed, "layer dropout"), step)
-    (loss, (by_point, moments)), gradients = gradient(params, batch, key)
+    (loss, (by_head, moments)), gradients = gradient(params, batch, key)
     updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
     params = optax.apply_updates(params, updates)
     if moments:
         params |= {"backbone": base.update_statistics(params["backbone"], moments)}
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
-    metrics |= {f"loss/exit_{point}": value for point, value in by_point.items()}
+    metrics |= {f"loss/{name}": value for name, value in by_head.items()}
     return {"params": params, "opt_state": opt_state, "step": step + 1}, metrics
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from conftest import TINY
 from early_exit.backbones import base
-from early_exit.backbones.layers import CACHE_CHUNK
+from early_exit.backbones.cached_attention import CACHE_CHUNK
 
 TOKENS = np.array([[7, 3, 52, 11, 29, 0, 60, 3], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
 DOCUMENTS = np.array([[1, 1, 1, 2, 2, 2, 3, 0], [1] * 8], np.int32)

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from early_exit.backbones import base, rotary
+from early_exit.backbones.cached_attention import CACHE_CHUNK
 from early_exit.backbones.decoder import DecoderConfig
-from early_exit.backbones.layers import CACHE_CHUNK
 
 LLAMA = DecoderConfig(
     vocab_size=61,

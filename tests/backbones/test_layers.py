@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from early_exit.backbones import layers
+from early_exit.backbones import cached_attention, layers
 from early_exit.backbones.visibility import Visibility
 
 HEADS, KV_HEADS, WIDTH, SLOTS = 4, 2, 6, 256
@@ -118,9 +118,9 @@ def test_unfilled_slots_have_no_influence(garbage):
     dirty = tuple(jnp.where(unfilled, garbage, x) for x in past)
     np.testing.assert_array_equal(attend(query, key, value, BACKWARDS, dirty, lengths), want)
     # Chunks that no row has reached are not even read: there, NaN does no harm either.
-    short = jnp.minimum(lengths, layers.CACHE_CHUNK)
+    short = jnp.minimum(lengths, cached_attention.CACHE_CHUNK)
     want = attend(query, key, value, BACKWARDS, past, short)
-    unread = (np.arange(SLOTS) >= layers.CACHE_CHUNK)[None, None, :, None]
+    unread = (np.arange(SLOTS) >= cached_attention.CACHE_CHUNK)[None, None, :, None]
     broken = tuple(jnp.where(unread, jnp.nan, x) for x in past)
     np.testing.assert_array_equal(attend(query, key, value, BACKWARDS, broken, short), want)
 
@@ -129,7 +129,7 @@ def test_chunks_out_of_every_window_are_not_read():
     """Cost follows the window: what is too far back may be NaN."""
     (query, key, value), past = case(2, lengths=np.array([200, 250]))
     lengths = jnp.array([200, 250])
-    broken = tuple(x.at[:, :, : layers.CACHE_CHUNK].set(jnp.nan) for x in past)
+    broken = tuple(x.at[:, :, : cached_attention.CACHE_CHUNK].set(jnp.nan) for x in past)
     for window, reaches in ((72, False), (74, True)):  # 200 − 73 = 127, the first chunk's last
         visibility = Visibility(causal=True, window=window)
         clean = attend(query, key, value, visibility, past, lengths)

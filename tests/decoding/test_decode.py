@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from slow_decoder import CLOSE, SlowDecoder, mixed_policy, softmax
 from conftest import build
 from early_exit import policy as policies
 from early_exit.backbones.decoder import DecoderConfig
+from early_exit.decoding.costs import Costs
 from early_exit.decoding.generate import Decoder, generate
 from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, verified
 from early_exit.decoding.sampling import Sampling
@@ -41,6 +43,7 @@ MODES = {
     for mode in (LOSSY, DEFERRED, verified("exits"), verified("lookup"), VERIFIED)
 }
 LOSSY, DEFERRED, BY_EXITS, BY_LOOKUP, VERIFIED = MODES.values()
+ALL = VERIFIED.name
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
 
@@ -143,10 +146,10 @@ PROGRAMS = [
     ("mlp", 0, "margin", None, None, "verified: exits", 5, TEMPERATE),
     ("layer", 12, "max_prob", 3.0, 2.0, "verified: exits", 2, TOP_K),
     ("norm", 0, "gate", None, 2.0, "verified: exits", 3, TOP_P),
-    ("mlp", 12, "patience", None, None, "verified: exits + lookup", 4, TEMPERATE),
-    ("layer", 0, "similarity", None, 2.0, "verified: exits + lookup", 6, Sampling()),
-    ("norm", 12, "entropy", 3.0, None, "verified: exits + lookup", 2, TOP_P),
-    ("mlp", 0, "margin", 3.0, 2.0, "verified: exits + lookup", 3, TOP_K),
+    ("mlp", 12, "patience", None, None, ALL, 4, TEMPERATE),
+    ("layer", 0, "similarity", None, 2.0, ALL, 6, Sampling()),
+    ("norm", 12, "entropy", 3.0, None, ALL, 2, TOP_P),
+    ("mlp", 0, "margin", 3.0, 2.0, ALL, 3, TOP_K),
 ]
 # What a program is run on; no example compiles anything.
 DATA = st.fixed_dictionaries(
@@ -171,9 +174,11 @@ built = functools.cache(build)
 @given(data=DATA)
 def test_every_combination_equals_the_slow_decoder(program, data):
     head, classes, confidence, decay, budget, mode, window, sampling = program
-    model, params = built(TINIEST, points=(1, 2), head=head, classes=classes, gate=True)
+    # A recurrent exit beside the others where there are drafters of all kinds.
+    taps = {"recurrent_taps": (1, 3), "recurrent_blocks": window % 3} if mode == ALL else {}
+    model, params = built(TINIEST, points=(1, 2), head=head, classes=classes, gate=True, **taps)
     prompt, new_tokens, key = data["prompt"], data["new_tokens"], key_of(seed=data["seed"])
-    mode = dataclasses.replace(MODES[mode], pending=window, row_cost=0.0, sampling=sampling)
+    mode = dataclasses.replace(MODES[mode], pending=window, sampling=sampling)
     slow = SlowDecoder(model, params)
     never = policies.never(2, confidence)
     scores = np.array(slow.decode(prompt, never, mode, 20, key).scores[1:], np.float64)
@@ -194,6 +199,7 @@ def test_every_combination_equals_the_slow_decoder(program, data):
         mode=mode,
         stop_ids=stop_ids,
         seed=data["seed"],
+        costs=Costs(jnp.ones(len(mode.widths)), jnp.float32(0)),  # nothing is spared
     )
     assert got.tokens.tolist() == expected.tokens
     np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=CLOSE)

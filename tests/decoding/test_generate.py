@@ -234,8 +234,6 @@ def test_slots_that_do_not_fit_are_refused(tiny, slots):
         ({"skipped": "defer", "drafters": ("lookup", "exits")}, "exits, lookup, in this order"),
         ({"skipped": "defer", "drafters": ("n-grams",)}, "must be some of exits, lookup"),
         ({"skipped": "defer", "pending": 1}, "pending must be 2 to 32 positions, not 1"),
-        ({"row_cost": -1}, "row_cost must be a number ≥ 0, not -1"),
-        ({"row_cost": float("nan")}, "row_cost must be a number ≥ 0, not nan"),
     ],
 )
 def test_modes_that_make_no_sense_are_refused(fields, message):

@@ -10,19 +10,27 @@ import pytest
 
 from conftest import TINY, build
 from early_exit import policy as policies
+from early_exit.decoding.costs import Costs
 from early_exit.decoding.decode import decode, prefill
-from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED
+from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, verified
 from early_exit.decoding.state import initial_state
 
 SLOTS = 512
 # Segments of one block and of two.
 CONFIG, POINTS = dataclasses.replace(TINY, depth=4), (1, 3)
-MODES = {"lossy": LOSSY, "deferred": DEFERRED, "verified": VERIFIED}
+MODES = {
+    "lossy": LOSSY,
+    "deferred": DEFERRED,
+    "verified": verified("exits", "lookup"),
+    "recurrent": VERIFIED,
+}
+RECURRENT = (VERIFIED,)
 STOP_IDS = jnp.array([-1])
 
 
 def arguments(head, batch, mode, slots=SLOTS):
-    model, params = build(CONFIG, points=POINTS, head=head, gate=True)
+    taps = {"recurrent_taps": (2, 4)} if mode in RECURRENT else {}
+    model, params = build(CONFIG, points=POINTS, head=head, gate=True, **taps)
     state = jax.eval_shape(
         lambda key: initial_state(model, [[1, 2]] * batch, 9, mode=mode, key=key, slots=slots),
         jax.random.key(0),
@@ -38,7 +46,8 @@ def compiled(stage, mode, head, batch, confidence=None, slots=SLOTS):
         return prefill.lower(params, state, STOP_IDS, **static).compile()
     policy = confidence and policies.never(2, confidence)
     counts = jnp.int32(4), jnp.int32(1)
-    return decode.lower(params, state, policy, STOP_IDS, *counts, **static).compile()
+    costs = Costs.assumed(MODES[mode], batch)
+    return decode.lower(params, state, policy, STOP_IDS, costs, *counts, **static).compile()
 
 
 # Every mode with one row and with several, every kind of head, both kinds of confidence.
@@ -53,6 +62,9 @@ PROGRAMS = [
     ("decode", "verified", "mlp", 1, None),
     ("decode", "verified", "layer", 1, "max_prob"),
     ("decode", "verified", "layer", 3, "max_prob"),
+    ("prefill", "recurrent", "mlp", 3),
+    ("decode", "recurrent", "mlp", 1, None),
+    ("decode", "recurrent", "layer", 3, "max_prob"),
 ]
 
 
@@ -76,7 +88,7 @@ def test_what_the_state_holds_is_updated_in_place(program):
 
 @pytest.mark.production
 @pytest.mark.parametrize(
-    "program", [PROGRAMS[i] for i in (2, 5, 9)], ids=lambda p: "-".join(map(str, p))
+    "program", [PROGRAMS[i] for i in (2, 5, 9, 11)], ids=lambda p: "-".join(map(str, p))
 )
 def test_temporary_memory_does_not_grow_with_the_allocated_cache(program):
     small = compiled(*program, slots=256).memory_analysis()
@@ -85,7 +97,9 @@ def test_temporary_memory_does_not_grow_with_the_allocated_cache(program):
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < one_cache_array
 
 
-@pytest.mark.parametrize(("mode", "batch"), [("lossy", 1), ("deferred", 3), ("verified", 3)])
+@pytest.mark.parametrize(
+    ("mode", "batch"), [("lossy", 1), ("deferred", 3), ("verified", 3), ("recurrent", 2)]
+)
 def test_decoding_lowers_for_every_platform(mode, batch):
     model, params, state = arguments("layer", batch, MODES[mode])
     static = {"model": model, "mode": MODES[mode]}
@@ -93,7 +107,8 @@ def test_decoding_lowers_for_every_platform(mode, batch):
 
     def run(params, state):
         state = prefill(params, state, STOP_IDS, **static)
-        state = decode(params, state, policies.never(2), STOP_IDS, *counts, **static)
+        costs = Costs.assumed(MODES[mode], batch)
+        state = decode(params, state, policies.never(2), STOP_IDS, costs, *counts, **static)
         return state.tokens_BS
 
     exported = jax.export.export(jax.jit(run), platforms=["cpu", "cuda", "tpu"])(params, state)

@@ -12,27 +12,29 @@ import numpy as np
 from early_exit.decoding.drafters.base import Drafter
 from early_exit.decoding.drafters.exits import Exits
 from early_exit.decoding.drafters.lookup import Lookup
+from early_exit.decoding.drafters.recurrent import Recurrent
 from early_exit.exits.multi_exit import MultiExit
 
 if TYPE_CHECKING:
     from early_exit.decoding.mode import Mode
 
-BY_NAME: dict[str, Drafter] = {drafter.name: drafter for drafter in (Exits(), Lookup())}
+BY_NAME: dict[str, Drafter] = {
+    drafter.name: drafter for drafter in (Exits(), Lookup(), Recurrent())
+}
 
 
-def of(mode: "Mode", exits: bool) -> tuple[Drafter, ...]:
-    """A mode's drafters; where early tokens stand, its exits.
+def of(model: MultiExit, mode: "Mode") -> tuple[Drafter, ...]:
+    """A mode's drafters; where early tokens stand, exits of all kinds.
 
-    Args:
-      exits: whether there is a policy to ask exits by.
+    Those that the model cannot serve are left out.
     """
-    names = mode.drafters or ("exits",)
-    return tuple(BY_NAME[name] for name in names if exits or name != "exits")
+    found = [BY_NAME[name] for name in mode.drafters or ("exits", "recurrent")]
+    return tuple(drafter for drafter in found if drafter.serves(model, mode))
 
 
 def taps(model: MultiExit, mode: "Mode") -> tuple[int, ...]:
     """The blocks (1-based) whose output a mode's drafters read, rising."""
-    read = [BY_NAME[name].taps(model) for name in mode.drafters]
+    read = [drafter.taps(model) for drafter in of(model, mode)]
     return tuple(sorted({block for blocks in read for block in blocks}))
 
 

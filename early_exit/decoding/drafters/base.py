@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from early_exit.decoding.engine import Engine
+    from early_exit.decoding.mode import Mode
     from early_exit.decoding.state import DecodeState
     from early_exit.exits.multi_exit import MultiExit
 
@@ -40,9 +41,17 @@ class Drafter(abc.ABC):
     place: int
     credit: float
 
+    def serves(self, model: "MultiExit", mode: "Mode") -> bool:
+        """Whether the model has what it needs, and the mode can use it."""
+        return True
+
     def taps(self, model: "MultiExit") -> tuple[int, ...]:
         """Blocks (1-based) whose output it reads. The engine keeps them in `DecodeState.taps`."""
         return ()
+
+    def drafts_ahead(self, engine: "Engine") -> bool:
+        """Whether it proposes tokens before a pass: several may meet the first segment at once."""
+        return False
 
     def start(self, model: "MultiExit", batch: int, slots: int, dtype) -> Any:
         """What it keeps for each row, a pytree of [B, …]; it lies in `DecodeState.kept`.
@@ -50,6 +59,22 @@ class Drafter(abc.ABC):
         No array twice: they are donated from call to call.
         """
         return ()
+
+    def read(
+        self,
+        engine: "Engine",
+        kept: Any,
+        before: dict[str, jax.Array],
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+    ) -> Any:
+        """What it keeps after some positions of the prompts have passed all blocks.
+
+        Args:
+          before: by tap, its output at the positions before these; 0 before the first. Where a
+            prompt is shorter than others, what stands here means nothing.
+        """
+        return kept
 
     def propose(self, engine: "Engine", state: "DecodeState") -> "DecodeState":
         """Before a pass: appends drafts to rows where nothing waits (`free`), by `drafted`."""
@@ -82,29 +107,43 @@ def free(state: "DecodeState") -> jax.Array:
     return ~state.finished_B & (state.filled_BE[:, -1] == state.newest_B)
 
 
-def draftable(engine: "Engine", state: "DecodeState", drafts_BT: jax.Array) -> jax.Array:
+def draftable(
+    engine: "Engine", state: "DecodeState", drafts_BT: jax.Array, skipped: jax.Array | int = 0
+) -> jax.Array:
     """bool [B, T], which of the tokens may be drafted behind the newest one.
 
     None that ends the row: its last token is left to the full model, so that none is unchecked.
+
+    Args:
+      skipped: how many drafts stand between the newest token and these.
     """
     stops = (drafts_BT[:, :, None] == engine.stop_ids[None, None]).any(axis=-1)
-    positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BT.shape[1])[None]
+    positions = state.newest_B[:, None] + 1 + skipped + jnp.arange(drafts_BT.shape[1])[None]
     return (jnp.cumsum(stops, axis=1) == 0) & (positions + 1 < state.limit_B[:, None])
 
 
 def drafted(
-    engine: "Engine", state: "DecodeState", drafts_BT, usable_BT, drafter: Drafter
+    engine: "Engine",
+    state: "DecodeState",
+    drafts_BT,
+    usable_BT,
+    drafter: Drafter,
+    log_probs_BT: jax.Array | None = None,
 ) -> "DecodeState":
     """The state with drafts behind the newest token of rows that are `free`.
 
     Args:
       drafts_BT: int32 [B, T], T below `Mode.pending`.
       usable_BT: bool, which of them, from the first on; not beyond `draftable`.
+      log_probs_BT: float32, of drafts that may stand unchecked.
     """
     rows = jnp.arange(len(drafts_BT))[:, None]
     positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BT.shape[1])[None]
     at = jnp.where(usable_BT, positions, state.tokens_BS.shape[1])
     mark = engine.final + drafter.place
+    if log_probs_BT is not None:
+        log_probs = state.log_prob_BS.at[rows, at].set(log_probs_BT, mode="drop")
+        state = state.change(log_prob_BS=log_probs)
     return state.change(
         tokens_BS=state.tokens_BS.at[rows, at].set(drafts_BT, mode="drop"),
         exit_BS=state.exit_BS.at[rows, at].set(mark, mode="drop"),
@@ -166,12 +205,12 @@ def booked(
     accepted_B: jax.Array,
     *,
     rows: jax.Array,
-    width: jax.Array,
+    narrowest: jax.Array,
 ) -> "DecodeState":
     """Books which drafts stood, and what that says about where they came from.
 
     Args:
-      rows, width: int32, how many rows the pass was for, and its positions in each.
+      rows, narrowest: int32, how many rows the pass was for, and which of the mode's widths it had.
     """
     place = jnp.arange(engine.mode.pending)[None]
     kept = place < accepted_B[:, None]
@@ -181,9 +220,8 @@ def booked(
     # In tokens of plain decoding, where a pass gives each of the B rows one: what each draft
     # adds to this pass, as wide as it is for all rows; and what a pass of its own would have
     # cost the row, had it shared that with as many.
-    batch, row_cost = len(drafted_B), engine.mode.row_cost
-    token = (1 + row_cost * (batch - 1)) / batch
-    further = row_cost * (width - 1) * batch / jnp.maximum(drafted_B.sum(), 1) / token
+    wider = engine.costs.passes_N[narrowest] - 1
+    further = wider * len(drafted_B) / jnp.maximum(drafted_B.sum(), 1)
     alone = 1 / jnp.maximum(rows, 1)
     # A draft of an exit has had a pass as deep as that; one made before the pass, none.
     is_exit = jnp.arange(state.worth_BN.shape[1]) < engine.final

@@ -19,7 +19,12 @@ class Exits(base.Drafter):
     name, place = "exits", 0
     credit = 0.02  # an exit shows soon what it is worth
 
+    def serves(self, model, mode):
+        return bool(model.exits.points)
+
     def after_segment(self, engine, state, segment, active_B, before_BWD):
+        if engine.policy is None:
+            return state
         e, policy, head = segment, engine.policy, engine.bound.heads[segment]
         at_newest = state.newest_B[:, None]
         hidden_B1D = engine.gather(state.hidden_BWD, state, at_newest)

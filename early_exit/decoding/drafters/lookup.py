@@ -19,6 +19,9 @@ class Lookup(base.Drafter):
     name, place = "lookup", 1
     credit = 0.1  # a wrong draft costs no pass of its own, and right ones are rare
 
+    def drafts_ahead(self, engine):
+        return True
+
     def propose(self, engine, state):
         mark = engine.final + self.place
         worth_B, free_B = state.worth_BN[:, mark], base.free(state)

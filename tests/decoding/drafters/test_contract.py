@@ -12,7 +12,7 @@ from early_exit import policy as policies
 from early_exit.decoding import drafters
 from early_exit.decoding.drafters import base
 from early_exit.decoding.generate import Decoder, generate
-from early_exit.decoding.mode import DRAFTERS, LOSSY, VERIFIED, Mode
+from early_exit.decoding.mode import LOSSY, VERIFIED, Mode
 from early_exit.decoding.sampling import GREEDY, Sampling
 
 PROMPTS = [[7, 3, 52, 11], [5], [1, 2, 3, 1, 2, 3, 1, 2], [40, 41, 2]]
@@ -145,14 +145,14 @@ def test_taps_after_the_prompt_are_those_of_its_last_position(tiny, oracle):
 def test_modes_without_a_drafter_that_taps_keep_nothing(tiny):
     decoder = Decoder(*tiny, policies.never(2), (), VERIFIED)
     state = decoder.start(PROMPTS[:1], [4], jax.random.key(0), None)
-    assert state.taps == {} and set(state.kept) == set(DRAFTERS)
+    assert state.taps == {} and set(state.kept) == {"exits", "lookup"}  # it has no recurrent exit
     assert jax.tree.leaves(state.kept) == []
 
 
 def test_every_drafter_has_a_place_of_its_own():
     places = [drafter.place for drafter in drafters.BY_NAME.values()]
     assert places == list(range(len(places))) and drafters.BY_NAME["exits"].place == 0
-    assert drafters.places([3, 6]) == ["block 3", "block 6", "lookup"]
+    assert drafters.places([3, 6]) == ["block 3", "block 6", "lookup", "recurrent"]
     assert len(drafters.credits(4)) == 4 + 1 + len(places) - 1
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from early_exit import policy as policies
 from early_exit.cost.traffic import traffic
+from early_exit.decoding.costs import POSITION
 from early_exit.decoding.drafters import BY_NAME, base, lookup
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import Mode
@@ -162,5 +163,5 @@ def test_drafts_that_never_stand_cost_little_in_the_loop(tiny):
     depths, heads = traffic(model, params).shares()
     # The head, and the blocks before it once more for the token that the full model says instead.
     spent = asked * heads[1] + (drafted - accepted) * depths[1]
-    dearest = heads[1] + depths[1] + mode.row_cost
+    dearest = heads[1] + depths[1] + POSITION
     assert spent <= CREDIT + dearest + base.INSURANCE * tokens + accepted

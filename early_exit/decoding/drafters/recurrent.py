@@ -1,0 +1,243 @@
+"""Recurrent exits as drafters: token after token, from the deep states that the last pass left.
+
+The one idea: where a row's last pass ended, the exact deep states of the position before its newest
+token are at hand. From these a chain of cheap steps goes on (`exits.recurrent`), as long as what it
+may still gain is worth a step; of the batch's chains as much is handed on as is worth a pass so
+wide. What the head's own blocks have left of exact positions is kept; what drafts left of
+themselves is forgotten with the chain.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from early_exit import confidence as confidences
+from early_exit import consult
+from early_exit.backbones import base as networks
+from early_exit.decoding import cache as caches
+from early_exit.decoding.drafters import base
+
+# Passes over which a row's rate of tokens is averaged.
+_MEMORY = 16
+# How likely a further draft is taken to stand before it is made, if all before it do.
+_NEXT = 0.7
+
+
+class _Chain(NamedTuple):
+    """Chains of all rows after some steps; K at most.
+
+    Attributes:
+      steps: how many.
+      before_B1D: the states that the next step begins with.
+      token_B: the newest token of each.
+      rows: what each block left of the drafts, by block, [B, 1, K, …].
+      drafts_BK, log_probs_BK: tokens, and how likely the head held them.
+      reach_BK: how likely each draft stands, with all before it; 0 where there is none.
+      going_B: whether a row's chain goes on.
+    """
+
+    steps: jax.Array
+    before_B1D: jax.Array
+    token_B: jax.Array
+    rows: tuple[networks.Rows, ...]
+    drafts_BK: jax.Array
+    log_probs_BK: jax.Array
+    reach_BK: jax.Array
+    going_B: jax.Array
+
+
+class Recurrent(base.Drafter):
+    """Proposes what the recurrent exit says, token after token."""
+
+    name, place = "recurrent", 2
+    credit = 0.1
+
+    def serves(self, model, mode):
+        return bool(model.exits.recurrent_taps) and not mode.propagates
+
+    def taps(self, model):
+        return model.exits.recurrent_taps
+
+    def drafts_ahead(self, engine):
+        fitted = engine.policy is not None and engine.policy.drafts is not None
+        return engine.mode.verified or fitted
+
+    def start(self, model, batch, slots, dtype):
+        """The exact rows of its blocks, of how many positions; and each row's rate of tokens."""
+        rows = model.config.cached_rows(model.config.depth - 1)
+        names = map(str, range(model.exits.recurrent_blocks))
+        return {
+            "rows": {
+                name: tuple(jnp.zeros((batch, k, slots, d), dtype) for k, d in rows)
+                for name in names
+            },
+            "known_B": jnp.zeros(batch, jnp.int32),
+            "rate_B": jnp.ones(batch, jnp.float32),
+        }
+
+    def read(self, engine, kept, before, tokens_BT, positions_BT):
+        new = self._rows(engine, kept, before, tokens_BT, positions_BT)
+        start_B = positions_BT[:, 0]
+        return kept | {"rows": caches.write(kept["rows"], new, start_B)}
+
+    def settle(self, engine, state, rows_B, accepted_B):
+        """Takes in the positions that have become exact, the newest token's own among them."""
+        kept = state.kept[self.name]
+        # After the prompt's pass, `read` has had it.
+        known_B = jnp.maximum(kept["known_B"], state.prompt_B)
+        positions = engine.positions(known_B, state, engine.mode.capacity)
+        before = {
+            name: engine.gather(tap, state, positions - 1)
+            for name, tap in state.taps.items()
+            if int(name) in engine.model.exits.recurrent_taps
+        }
+        tokens = jnp.take_along_axis(state.tokens_BS, positions, axis=1)
+        new = self._rows(engine, kept, before, tokens, positions)
+        kept = kept | {
+            # Of rows that were not checked, slots are written that are not in use yet.
+            "rows": caches.write(kept["rows"], new, known_B),
+            "known_B": jnp.where(rows_B, state.newest_B + 1, known_B),
+        }
+        return state.change(kept=state.kept | {self.name: kept})
+
+    def propose(self, engine, state):
+        stands = not engine.mode.verified
+        if not self.drafts_ahead(engine):
+            return state
+        kept, mark = state.kept[self.name], engine.final + self.place
+        worth_B, free_B = state.worth_BN[:, mark], base.free(state)
+        worthwhile_B = free_B & ((worth_B >= 0) | stands)
+        rate_B = jnp.where(state.finished_B, 0, kept["rate_B"])
+        chain = self._chain(engine, state, worthwhile_B, rate_B.sum())
+        if not stands:
+            chain, rate_B = _cut(engine, state, chain, rate_B)
+            asked_B = worthwhile_B & (chain.steps > 0)
+            share = len(asked_B) / jnp.maximum(asked_B.sum(), 1)
+            worth_B = base.asked(worth_B, asked_B, chain.steps * engine.costs.draft * share)
+            worth_B = base.passed_over(worth_B, free_B & ~worthwhile_B)
+            kept = kept | {"rate_B": jnp.where(worthwhile_B, rate_B, kept["rate_B"])}
+        state = state.change(
+            worth_BN=state.worth_BN.at[:, mark].set(worth_B),
+            kept=state.kept | {self.name: kept},
+        ).count(draft_steps_B=worthwhile_B / jnp.maximum(worthwhile_B.sum(), 1) * chain.steps)
+        usable = chain.reach_BK > 0
+        return base.drafted(engine, state, chain.drafts_BK, usable, self, chain.log_probs_BK)
+
+    def _chain(self, engine, state, rows_B, rate) -> _Chain:
+        """Chains of the given rows, as long as they are worth another step.
+
+        Args:
+          rate: tokens that the batch gets for what a pass of one position in each row costs.
+        """
+        head, most = engine.bound.recurrent, engine.mode.capacity - 1
+        kept, newest_B = state.kept[self.name], state.newest_B
+        taps = [
+            engine.gather(state.taps[str(tap)], state, newest_B[:, None] - 1)
+            for tap in engine.model.exits.recurrent_taps
+        ]
+        batch, policy = len(newest_B), engine.policy
+        fitted = None if policy is None else policy.drafts
+        costs = engine.costs
+        position = (costs.passes_N[-1] - 1) / (engine.mode.capacity - 1)
+        price = rate * (costs.draft + position) / _NEXT
+        checked = engine.mode.verified
+        table = engine.bound.table(head)
+        has_rest = engine.bound.token_ids is not None
+        zeros = jnp.zeros((batch, most), jnp.float32)
+
+        def step(chain: _Chain) -> _Chain:
+            at_B1 = (newest_B + chain.steps)[:, None]
+            embedded, context = engine.bound.backbone.stem(
+                {"tokens": chain.token_B[:, None], "positions": at_B1}
+            )
+            chains = [
+                networks.Chain(
+                    past=past,
+                    first_BT=jnp.zeros((batch, 1), jnp.int32),
+                    length_BT=newest_B[:, None],
+                    drafted=drafted,
+                    counts_BTJ=(jnp.arange(most) < chain.steps)[None, None],
+                )
+                for past, drafted in zip(kept["rows"].values(), chain.rows, strict=True)
+            ]
+            states, new = head.drafted(head.joined(chain.before_B1D, embedded), context, chains)
+            logits = networks.logits(head.features(states), table)
+            token_B1, log_prob_B1 = engine.draw(state, logits, at_B1, True)
+            summary = confidences.summarize(logits[:, 0], has_rest=has_rest)
+            name = "max_prob" if fitted is None else fitted.confidence
+            score_B = consult.score(name, summary, consult.Said.nothing((batch,)).then(summary))
+            stands_B = score_B if fitted is None else fitted.stands(chain.steps, score_B)
+            usable_B = chain.going_B & ~summary.declines
+            usable_B &= base.draftable(engine, state, token_B1, chain.steps)[:, 0]
+            if not checked:
+                usable_B &= fitted.leaves(chain.steps, score_B)
+            before_B = jnp.where(
+                chain.steps == 0, 1, chain.reach_BK[:, jnp.maximum(chain.steps - 1, 0)]
+            )
+            reach_B = jnp.where(usable_B, before_B * jnp.clip(stands_B, 1e-6, 1), 0)
+            going_B = usable_B
+            if checked:
+                going_B &= reach_B.sum() > price
+            place = chain.steps
+            return _Chain(
+                steps=chain.steps + 1,
+                before_B1D=states,
+                token_B=token_B1[:, 0],
+                rows=jax.tree.map(lambda x, y: x.at[:, :, place].set(y), chain.rows, new),
+                drafts_BK=chain.drafts_BK.at[:, place].set(token_B1[:, 0]),
+                log_probs_BK=chain.log_probs_BK.at[:, place].set(log_prob_B1[:, 0]),
+                reach_BK=chain.reach_BK.at[:, place].set(reach_B),
+                going_B=going_B,
+            )
+
+        empty = _Chain(
+            steps=jnp.int32(0),
+            before_B1D=head.fused(taps),
+            token_B=jnp.take_along_axis(state.tokens_BS, newest_B[:, None], axis=1)[:, 0],
+            rows=tuple(
+                tuple(jnp.zeros((batch, 1, most, x.shape[1], x.shape[3]), x.dtype) for x in past)
+                for past in kept["rows"].values()
+            ),
+            drafts_BK=zeros.astype(jnp.int32),
+            log_probs_BK=zeros,
+            reach_BK=zeros,
+            going_B=rows_B & ((rows_B.sum() > price) | (not checked)),
+        )
+        return jax.lax.while_loop(
+            lambda chain: chain.going_B.any() & (chain.steps < most), step, empty
+        )
+
+    def _rows(self, engine, kept, before, tokens_BT, positions_BT) -> caches.Cache:
+        """Exact rows of new positions, by the tapped states of those before them."""
+        head = engine.bound.recurrent
+        embedded, context = engine.bound.backbone.stem(
+            {"tokens": tokens_BT, "positions": positions_BT}
+        )
+        fused = head.fused([before[str(tap)] for tap in engine.model.exits.recurrent_taps])
+        fused = jnp.where((positions_BT > 0)[:, :, None], fused, 0)
+        joined, past = head.joined(fused, embedded), tuple(kept["rows"].values())
+
+        def rows():
+            return head.rows(joined, context, past, positions_BT[:, 0])
+
+        if len(past) > 1:  # which read the past; outside a branch, XLA would copy it (`decode`)
+            nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(rows))
+            new = jax.lax.cond(positions_BT.min() >= 0, rows, lambda: nothing)
+        else:
+            new = rows()
+        return dict(zip(kept["rows"], new, strict=True))
+
+
+def _cut(engine, state, chain: _Chain, rate_B: jax.Array) -> tuple[_Chain, jax.Array]:
+    """(the chains without what is not worth a wider pass, the rows' rates with this one)."""
+    costs, widths = engine.costs, jnp.array(engine.mode.widths)
+    place = jnp.arange(chain.reach_BK.shape[1])
+    within_NK = place[None] < widths[:, None] - 1
+    gained_NB = 1.0 + (chain.reach_BK[None] * within_NK[:, None]).sum(-1)
+    gained_NB = jnp.where(state.finished_B[None], 0, gained_NB)
+    paid_N = costs.passes_N + chain.steps * costs.draft
+    best = jnp.argmax(gained_NB.sum(-1) - rate_B.sum() * paid_N)
+    reach_BK = jnp.where(within_NK[best][None], chain.reach_BK, 0)
+    rate_B += (gained_NB[best] / paid_N[best] - rate_B) / _MEMORY
+    return chain._replace(reach_BK=reach_BK), rate_B

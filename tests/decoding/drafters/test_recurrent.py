@@ -1,0 +1,185 @@
+"""Recurrent exits in decoding: what they draft is what their chains say, whatever came before."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import TINY, build
+from early_exit import policy as policies
+from early_exit.decoding.costs import Costs
+from early_exit.decoding.engine import Engine
+from early_exit.decoding.generate import Decoder
+from early_exit.decoding.mode import DEFERRED, VERIFIED, Mode, verified
+from early_exit.decoding.sampling import Sampling
+from early_exit.policy import DraftPolicy
+
+PROMPTS = [[7, 3, 52, 11] * 20, [5], [1, 2, 3, 1, 2, 3, 1, 2], [40, 41, 2]]
+NEW = 24
+TAPS = {"recurrent_taps": (2, 5, 6)}
+
+
+def free(mode, batch=1):
+    """Costs by which everything that can be drafted is drafted and checked."""
+    return Costs(jnp.ones(len(mode.widths)), jnp.float32(0))
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2], ids="{} blocks".format)
+def model_and_params(request):
+    return build(**TAPS, recurrent_blocks=request.param)
+
+
+def slow_drafts(model, params, tokens, count):
+    """What the chain behind a text says: the head run over the whole text for every draft."""
+    bound = model.bind(params)
+    head, said = bound.recurrent, []
+    text = {"tokens": jnp.asarray(tokens, jnp.int32)[None]}
+    embedded, context = bound.backbone.stem(text)
+    taps = list(bound.hidden_at_exits(embedded, context, model.exits.recurrent_taps))
+    fused = head.fused(taps)[:, :-1]
+    before = jnp.concatenate([jnp.zeros_like(fused[:, :1]), fused], axis=1)
+    for _ in range(count):
+        embedded, context = bound.backbone.stem(text)
+        hidden = head.joined(before, embedded)
+        for block in head.own_blocks:
+            hidden, _ = block(hidden, context)
+        if not head.own_blocks:
+            hidden = hidden + head.mlp(head.mlp_norm(hidden))
+        logits = head.features(hidden)[0, -1] @ bound.table(head).T
+        said.append(int(jnp.argmax(logits)))
+        text = {"tokens": jnp.append(text["tokens"], said[-1])[None]}
+        before = jnp.concatenate([before, hidden[:, -1:]], axis=1)
+    return said
+
+
+def drafts_of(decoder, state):
+    """What each row's newest token is followed by after the recurrent exit has proposed."""
+    costs = decoder.costs
+    how = {"model": decoder.model, "mode": decoder.mode}
+    engine = Engine.of(decoder.params, decoder.policy, decoder._stops, costs, **how)
+    (drafter,) = (d for d in engine.drafters if d.name == "recurrent")
+    after = drafter.propose(engine, state)
+    return [
+        np.asarray(after.tokens_BS[row, state.newest_B[row] + 1 : after.newest_B[row] + 1]).tolist()
+        for row in range(len(state.newest_B))
+    ]
+
+
+@pytest.mark.parametrize("names", [("recurrent",), ("lookup", "recurrent")], ids="+".join)
+def test_drafts_are_the_chain_s_after_any_passes(model_and_params, names):
+    """After the prompt, and after passes in which drafts of either kind stood or fell."""
+    model, params = model_and_params
+    mode = Mode("defer", names, pending=5)
+    decoder = Decoder(model, params, None, (), mode, free(mode))
+    state = decoder.start(PROMPTS, [NEW] * 4, jax.random.key(0), None)
+    for steps in (0, 1, 3):
+        state = decoder.run(state, steps=steps)
+        found = drafts_of(decoder, state)
+        for row, drafts in enumerate(found):
+            text = np.asarray(state.tokens_BS[row, : state.newest_B[row] + 1])
+            assert len(drafts) == mode.pending - 1
+            assert drafts == slow_drafts(model, params, text, len(drafts)), (steps, row)
+
+
+MODES = {
+    "recurrent": verified("recurrent"),
+    "all": VERIFIED,
+    "sampled": dataclasses.replace(verified("recurrent"), sampling=Sampling(0.9, top_p=0.95)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("costs", [free, Costs.assumed], ids=["free", "assumed"])
+def test_the_answer_is_the_full_model_s(model_and_params, mode, costs):
+    model, params = model_and_params
+    mode = dataclasses.replace(mode, pending=5)
+    plain = dataclasses.replace(DEFERRED, sampling=mode.sampling)
+    full = answers(model, params, None, plain, None)
+    policy = policies.make([0.2, 0.2])
+    found = answers(model, params, policy, mode, costs(mode, 4))
+    for got, expected in zip(found, full, strict=True):
+        assert got.tokens.tolist() == expected.tokens.tolist()
+        np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-4)
+    drafted = sum(got.counts.drafted_BW.sum() for got in found)
+    assert drafted > 0 or costs is not free
+
+
+def answers(model, params, policy, mode, costs, stop_ids=(), prompts=PROMPTS):
+    decoder = Decoder(model, params, policy, stop_ids, mode, costs)
+    state = decoder.start(prompts, [NEW] * len(prompts), jax.random.key(3), 256)
+    return decoder.generations(decoder.run(state), [0.0] * len(prompts))
+
+
+def test_rows_are_what_they_are_alone(model_and_params):
+    model, params = model_and_params
+    mode = dataclasses.replace(VERIFIED, pending=5)
+    together = answers(model, params, policies.make([0.2, 0.2]), mode, free(mode), (3, 9))
+    for prompt, expected in zip(PROMPTS, together, strict=True):
+        (alone,) = answers(
+            model, params, policies.make([0.2, 0.2]), mode, free(mode), (3, 9), [prompt]
+        )
+        assert alone.tokens.tolist() == expected.tokens.tolist()
+        assert not set(alone.tokens[:-1].tolist()) & {3, 9}
+
+
+def always(steps=4):
+    return DraftPolicy(jnp.full(steps, -jnp.inf), jnp.full((steps, 10), 0.5))
+
+
+def test_deferred_drafts_stand_with_exact_keys(model_and_params):
+    """Every draft stands; what the full model then says is said after exactly this text."""
+    model, params = model_and_params
+    policy = dataclasses.replace(policies.never(2), drafts=always())
+    mode = dataclasses.replace(DEFERRED, pending=5)
+    for prompt, answer in zip(PROMPTS, answers(model, params, policy, mode, None), strict=True):
+        mark = len(model.exits.points) + 2
+        by_full = np.flatnonzero(answer.exits == len(model.exits.points))
+        assert (answer.exits == mark).sum() > len(by_full)
+        text = np.array([*prompt, *answer.tokens])
+        bound = model.bind(params)
+        hidden, context = bound.backbone.stem({"tokens": jnp.asarray(text)[None]})
+        last = bound.backbone.run_blocks(hidden, 0, TINY.depth, context)
+        log_probs = jax.nn.log_softmax(bound.backbone.readout(last))[0]
+        for i in by_full:
+            before = len(prompt) + i - 1
+            assert int(log_probs[before].argmax()) == answer.tokens[i]
+            np.testing.assert_allclose(log_probs[before].max(), answer.log_probs[i], atol=1e-4)
+        # The drafts between are the chain's, after the text as it stood.
+        first = len(prompt) + by_full[0] + 1
+        drafts = slow_drafts(model, params, text[:first], 4)
+        count = min(4, int(by_full[1] - by_full[0] - 1)) if len(by_full) > 1 else 4
+        assert text[first : first + count].tolist() == drafts[:count]
+
+
+def test_deferred_thresholds_end_chains():
+    """A step that never stands ends every chain in front of it."""
+    model, params = build(**TAPS)
+    never = DraftPolicy(jnp.array([-jnp.inf, jnp.inf, -jnp.inf]), jnp.full((3, 10), 0.5))
+    policy = dataclasses.replace(policies.never(2), drafts=never)
+    mode = dataclasses.replace(DEFERRED, pending=5)
+    for answer in answers(model, params, policy, mode, None):
+        drafted = (answer.exits == len(model.exits.points) + 2).astype(int)
+        assert drafted.any() and not (drafted[1:] & drafted[:-1]).any()
+
+
+def test_costs_decide_how_much_is_checked():
+    """Where wide passes cost much, none is made; where another step costs much, none either."""
+    model, params = build(**TAPS)
+    sure = dataclasses.replace(
+        always(), stands_KN=jnp.full((4, 10), 0.9), thresholds_K=jnp.full(4, jnp.inf)
+    )
+    policy = dataclasses.replace(policies.never(2), drafts=sure)
+    mode = Mode("defer", ("recurrent",), pending=8)
+    for passes, draft, widths in (
+        ([1, 1, 1], 0.0, {8}),
+        ([1, 1, 9], 0.0, {1, 4}),
+        ([1, 9, 9], 0.0, {1}),
+        ([1, 1, 1], 9.0, {1}),
+    ):
+        costs = Costs(jnp.array(passes, jnp.float32), jnp.float32(draft))
+        (answer,) = answers(model, params, policy, mode, costs, prompts=PROMPTS[:1])
+        met = {mode.widths[i] for i in np.flatnonzero(answer.counts.passes_BEN[-1])}
+        # The last positions of an answer leave no room for more.
+        assert max(met) == max(widths) and met <= widths | {1, 4}, (passes, draft)
