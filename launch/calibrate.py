@@ -58,7 +58,8 @@ def main(argv):
         )
     ]
     header = ("exit", "agreement", "coverage at 95 %", "leave here", "threshold")
-    print(table(rows, header=header))
+    if rows:
+        print(table(rows, header=header))
     print("\n".join(told(stated)))
     print(f"policy in {common.workdir() / layout.POLICY}")
 
@@ -66,10 +67,17 @@ def main(argv):
 def told(stated):
     """What a policy keeps, by its provenance, in sentences."""
     agreement = "" if stated["agreement"] is None else f"{stated['agreement']:.1%} of these agree, "
-    yield (
-        f"{stated['coverage']:.1%} leave early, {agreement}mean depth {stated['mean_depth']:.2f}, "
-        f"cost {stated['mean_cost']:.2f} of going all the way"
-    )
+    if stated["exit_shares"][1:]:  # there are exits before the full model
+        yield (
+            f"{stated['coverage']:.1%} leave early, {agreement}mean depth "
+            f"{stated['mean_depth']:.2f}, cost {stated['mean_cost']:.2f} of going all the way"
+        )
+    if of := stated.get("drafts"):
+        kept = "none" if of["agreement"] is None else f"{of['agreement']:.1%} of them"
+        yield (
+            f"drafts of the recurrent exit that stand unchecked: {kept} agree with the full model; "
+            f"{of['tokens']:.2f} tokens for each that it says itself, in {of['chains']} chains"
+        )
     if "bound" in stated:
         asked = f"{stated['risk_of']} among {stated['among']} ≤ {stated['alpha']:g}"
         if stated["bound"] is None:

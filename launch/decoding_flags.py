@@ -17,7 +17,8 @@ DRAFTERS = flags.DEFINE_multi_enum(
     "drafters",
     list(modes.DRAFTERS),
     list(modes.DRAFTERS),
-    "What proposes tokens with --mode=verified: exits, or earlier text. Give it once for each.",
+    "What proposes tokens with --mode=verified: exits, earlier text, a recurrent exit; those that "
+    "there are. Give it once for each.",
 )
 
 

@@ -20,10 +20,12 @@ from absl import flags
 
 from early_exit.calibration import drift, rejection
 from early_exit.data import text_files
-from early_exit.decoding import drafters
+from early_exit.decoding import cache, drafters, measure
+from early_exit.decoding import mode as modes
 from early_exit.decoding.detokenize import Detokenizer, pieces
-from early_exit.decoding.generate import Generation, generate, stream
+from early_exit.decoding.generate import Decoder, Generation, generate, stream
 from early_exit.decoding.sampling import Sampling
+from early_exit.decoding.state import check_prompts
 from early_exit.report import tokens as token_colours
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
@@ -67,6 +69,7 @@ def main(argv):
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     if tuned.model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
+    mode = modes.served(mode, tuned.model)
     settings = {
         "policy": assemble.load_policy(tuned) if mode.asks_policy and not FULL.value else None,
         "mode": mode,
@@ -88,12 +91,26 @@ def _tokens(tuned: assemble.Tuned, text: str) -> list[int]:
     return tuned.encode(text) if RAW.value else tuned.chat(text)
 
 
+def _costs(tuned: assemble.Tuned, prompts: list[list[int]], batch: int, settings: dict) -> dict:
+    """What steps cost here, where that is weighed; and the cache for which it was measured."""
+    mode = settings["mode"]
+    check_prompts(tuned.model, prompts, NEW.value)
+    slots = cache.bucket(max(map(len, prompts)) + NEW.value + mode.capacity - 1)
+    if not mode.verified:
+        return {"slots": slots}
+    names = ("policy", "stop_ids", "mode")
+    decoder = Decoder(tuned.model, tuned.params, *(settings[name] for name in names))
+    return {"slots": slots, "costs": measure.costs(decoder, batch, slots)}
+
+
 def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
     """Prints an answer as it comes."""
     coloured = COLOUR.value == "always" or (COLOUR.value == "auto" and sys.stdout.isatty())
     exit_depths = tuned.model.exit_depths.tolist()
     detokenizer, shown = Detokenizer(tuned.tokenizer), 0
-    for (answer,) in stream(tuned.model, tuned.params, [_tokens(tuned, text)], **settings):
+    prompt = _tokens(tuned, text)
+    measured = _costs(tuned, [prompt], 1, settings)
+    for (answer,) in stream(tuned.model, tuned.params, [prompt], **settings, **measured):
         ended = len(answer.tokens) == NEW.value or answer.tokens[-1] in tuned.stop_ids
         added = detokenizer.add(answer.tokens[shown:], complete=ended)
         if coloured:
@@ -128,7 +145,9 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
     """Answers a file of prompts and writes them whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [_tokens(tuned, text) for text in texts]
-    answers = generate(tuned.model, tuned.params, prompts, batch=BATCH.value, **settings)
+    measured = _costs(tuned, prompts, min(BATCH.value, len(prompts)), settings)
+    how = {"batch": BATCH.value, **settings, **measured}
+    answers = generate(tuned.model, tuned.params, prompts, **how)
     rows = [_statistics(answer, tuned, settings) for answer in answers]
     with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for text, answer, facts in zip(texts, answers, rows, strict=True):

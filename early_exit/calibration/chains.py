@@ -71,19 +71,24 @@ def fit(chains: Chains, settings: CalibrateSettings) -> tuple[DraftPolicy, dict]
         design = chosen_groups(chains.groups, settings.design, settings.seed)
         rows = _path(chains.take(design), name)[::-1]
         row = _certified(chains.take(~design), rows, name, settings)
-        asked = {"method": settings.method, "alpha": settings.alpha, "delta": settings.delta}
     else:
         row = _epsilon(chains, _path(chains, name), name, settings.epsilon)
-        asked = {"method": "epsilon", "epsilon": settings.epsilon}
     made = _made(chains.scores[name], row)
     drafts = int(made.sum())
-    stated = asked | {
+    stated = asked(settings) | {
         "confidence": name,
         "agreement": float(chains.agrees[made].mean()) if drafts else None,
         "tokens": 1 + drafts / chains.groups.size,
         "chains": int(chains.groups.size),
     }
     return DraftPolicy(jnp.asarray(row), jnp.asarray(stands_KN), name), stated
+
+
+def asked(settings: CalibrateSettings) -> dict:
+    """What is asked of drafts that nobody checks, as `fit` understands it."""
+    if settings.method in certify.METHODS:
+        return {"method": settings.method, "alpha": settings.alpha, "delta": settings.delta}
+    return {"method": "epsilon", "epsilon": settings.epsilon}
 
 
 def _stands(chains: Chains, name: str) -> np.ndarray:

@@ -9,7 +9,17 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit.calibration import budget, certify, drift, rejection, temperature, thresholds
+from early_exit import policy as policies
+from early_exit.calibration import (
+    budget,
+    certify,
+    chains,
+    drift,
+    rejection,
+    risk,
+    temperature,
+    thresholds,
+)
 from early_exit.calibration.records import Records
 from early_exit.policy import ExitPolicy
 from early_exit.settings.sections import CalibrateSettings
@@ -27,6 +37,9 @@ def fit(records: Records, settings: CalibrateSettings) -> ExitPolicy:
     Raises:
       ValueError: unknown names, values out of range, or too few groups.
     """
+    if len(records.exit_depths) == 1:  # a recurrent exit alone
+        policy = policies.make((), settings.confidence, **chains.asked(settings))
+        return risk.with_evidence(policy, records)
     if settings.method in BUDGETED and settings.budget is None:
         raise ValueError(f"{settings.method} spends a budget; give one, in {settings.costs}")
     design = tested = answered = records

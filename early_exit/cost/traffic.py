@@ -14,7 +14,7 @@ import numpy as np
 from early_exit import tree
 from early_exit.backbones import base
 from early_exit.cost.multiply_adds import cost_of
-from early_exit.exits.multi_exit import MultiExit
+from early_exit.exits.multi_exit import RECURRENT, MultiExit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Traffic:
       heads: int [E + 1], weights of each head with its output matrix, the final readout last.
       propagated: int [E + 1], weights that give keys and values of a segment that is skipped.
       cached: int [E + 1], keys and values of one position in the blocks of each segment.
+      draft: weights of a recurrent exit, each step of which reads most of them; 0 without.
     """
 
     segments: np.ndarray
     heads: np.ndarray
     propagated: np.ndarray
     cached: np.ndarray
+    draft: int = 0
 
     @property
     def full(self) -> int:
@@ -68,6 +70,7 @@ class Traffic:
         readouts = passes[-1] if verifies else counted[-1].sum()
         head_passes = np.append(np.asarray(counts.head_passes_BE, np.float64)[:-1], readouts)
         total = passes @ self.segments + head_passes @ self.heads
+        total += float(counts.draft_steps_B) * self.draft
         total += np.asarray(counts.read_BE, np.float64) @ self.cached
         if propagates:
             skipped = [(exits < segment).sum() for segment in range(len(self.segments))]
@@ -120,10 +123,14 @@ def _traffic(model: MultiExit, leaves: tuple, has_exits: bool) -> Traffic:
         tree.size_in_bytes(own.get(str(point), {})) + shared if has_exits else 0
         for point in model.exits.points
     ]
+    draft = 0
+    if has_exits and model.exits.recurrent_taps:
+        draft = tree.size_in_bytes(own[RECURRENT]) + shared
     readout = read_by(lambda params, *x: network(params).readout(*x))
     return Traffic(
         segments=np.array([tree.size_in_bytes(blocks[a:b]) for a, b in segments]),
         heads=np.array([*heads, readout]),
         propagated=np.array([sum(projections(i) for i in alike[a:b]) for a, b in segments]),
         cached=np.array([sum(position[a:b]) for a, b in segments]),
+        draft=draft,
     )

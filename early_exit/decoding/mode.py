@@ -4,6 +4,7 @@ import dataclasses
 
 from early_exit.decoding import drafters
 from early_exit.decoding.sampling import GREEDY, Sampling
+from early_exit.exits.multi_exit import MultiExit
 
 SKIPPED = ("propagate", "defer")
 # What can propose tokens to verified decoding.
@@ -111,3 +112,20 @@ def named(name: str, drafters: tuple[str, ...] = DRAFTERS) -> Mode:
     if not drafters:
         raise ValueError(f"verified decoding needs drafters: some of {', '.join(DRAFTERS)}")
     return verified(*drafters)
+
+
+def served(mode: Mode, model: MultiExit) -> Mode:
+    """The mode with only those drafters that a model has what they need for.
+
+    Raises:
+      ValueError: none is left of those that the mode names.
+    """
+    if not mode.verified:
+        return mode
+    names = tuple(drafter.name for drafter in drafters.of(model, mode))
+    if not names:
+        raise ValueError(
+            f"this model has nothing to draft with by {' or '.join(mode.drafters)}: exits stand "
+            "where exits.points says, a recurrent exit reads exits.recurrent_taps"
+        )
+    return dataclasses.replace(mode, drafters=names)

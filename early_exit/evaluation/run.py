@@ -117,7 +117,7 @@ def policies_of(tuned: Tuned, records: Records) -> dict[str, ExitPolicy]:
     saved = (tuned.workdir / layout.POLICY).exists()
     own = assemble.load_policy(tuned) if saved else None
     confidence = own.confidence if own else tuned.config.calibrate.confidence
-    epsilons = list(tuned.config.evaluate.epsilons)
+    epsilons = list(tuned.config.evaluate.epsilons) if tuned.model.exits.points else []
     if own is None and epsilons:
         epsilons.insert(0, max(epsilons))
     found = {} if own is None else {methods.described(own): own}

@@ -12,18 +12,17 @@ from early_exit import tree
 from early_exit.data import sources, tokenising
 from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, verified
+from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, served, verified
 from early_exit.decoding.state import check_prompts
 from early_exit.evaluation import exits, run, tradeoff
 from early_exit.evaluation.tradeoff import Case
+from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 from early_exit.runs import lock
 from early_exit.runs.assemble import Tuned
 from early_exit.runs.metrics import table
 from early_exit.storage import files
 
-# How the run's own policy is timed; others only decode lossily.
-MODES = (LOSSY, DEFERRED, verified("exits"), VERIFIED)
 LOOKUP = verified("lookup")  # asks no policy
 FULL = "full model"
 
@@ -55,7 +54,7 @@ def _measured(tuned: Tuned) -> dict:
     check_prompts(model, prompts, settings.new_tokens)
     shown, left_out = _shown(tuned, prompts)
     check_prompts(model, [ids for _, ids in shown], settings.sample_tokens)
-    cases = cases_of(found)
+    cases = cases_of(found, model)
     rows = tradeoff.compare(
         model,
         tuned.params,
@@ -88,14 +87,27 @@ def _measured(tuned: Tuned) -> dict:
     }
 
 
-def cases_of(found: dict[str, ExitPolicy]) -> list[Case]:
+def cases_of(found: dict[str, ExitPolicy], model: MultiExit) -> list[Case]:
     """What takes turns: the full model, the first policy in all modes, lookup, the others."""
     (name, policy), *others = found.items() or [(None, None)]
     cases = [Case()]
     if policy is not None:
-        cases += [Case(name, policy, mode) for mode in MODES]
-    cases.append(Case(mode=LOOKUP))
-    return cases + [Case(name, policy, LOSSY) for name, policy in others]
+        modes = modes_of(model)
+        cases += [Case(name, policy, mode) for mode in modes]
+        cases.insert(-1, Case(mode=LOOKUP))  # before all drafters together
+    else:
+        cases.append(Case(mode=LOOKUP))
+    if model.exits.points:
+        cases += [Case(name, policy, LOSSY) for name, policy in others]
+    return cases
+
+
+def modes_of(model: MultiExit) -> list[Mode]:
+    """How a run's own policy is timed: each kind of exit, and all drafters together at the end."""
+    exits, recurrent = bool(model.exits.points), bool(model.exits.recurrent_taps)
+    modes = [LOSSY] * exits + [DEFERRED]
+    modes += [verified("exits")] * exits + [verified("recurrent")] * recurrent
+    return [*modes, served(VERIFIED, model)]
 
 
 def cut_prompts(tuned: Tuned, count: int, length: int) -> list[list[int]]:

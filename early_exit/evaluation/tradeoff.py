@@ -15,8 +15,9 @@ import numpy as np
 from early_exit import precision
 from early_exit.backbones import base
 from early_exit.decoding import cache as caches
-from early_exit.decoding import drafters
-from early_exit.decoding.generate import Generation, generate
+from early_exit.decoding import drafters, measure
+from early_exit.decoding.costs import Costs
+from early_exit.decoding.generate import Decoder, Generation, generate
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
@@ -95,26 +96,39 @@ def compare(
     if new_tokens < 2:
         raise ValueError(f"a rate needs at least 2 new tokens, not {new_tokens}")
 
-    def answer(case: Case, new: int) -> list[Generation]:
-        mode = case.mode or LOSSY
+    def slots_of(prompt: Sequence[int], mode: Mode) -> int:
+        return caches.bucket(len(prompt) + new_tokens + mode.capacity - 1)
+
+    @functools.cache
+    def costs_of(i: int) -> Costs | None:
+        """What steps of a case cost on this device."""
+        policy, mode = cases[i].policy, cases[i].mode
+        if mode is None or not mode.verified:
+            return None
+        slots = slots_of(prompts[0], mode)
+        return measure.costs(Decoder(model, params, policy, (), mode), 1, slots)
+
+    def answer(i: int, new: int) -> list[Generation]:
+        mode = cases[i].mode or LOSSY
         return [
             generate(
                 model,
                 params,
                 [prompt],
-                policy=case.policy,
+                policy=cases[i].policy,
                 mode=mode,
                 max_new_tokens=new,
-                slots=caches.bucket(len(prompt) + new_tokens + mode.capacity - 1),
+                slots=slots_of(prompt, mode),
+                costs=costs_of(i),
             )[0]
             for prompt in prompts
         ]
 
-    for case in cases:
-        answer(case, 1)
+    for i in range(len(cases)):
+        answer(i, 1)
     rates, to_last = np.zeros((2, len(cases), rounds))
     for turn in range(rounds):
-        answers = [answer(case, new_tokens) for case in cases]
+        answers = [answer(i, new_tokens) for i in range(len(cases))]
         for i, of_case in enumerate(answers):
             tokens = sum(len(g.tokens) - 1 for g in of_case)
             rates[i, turn] = tokens / sum(g.seconds for g in of_case)

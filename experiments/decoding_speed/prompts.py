@@ -30,7 +30,7 @@ There are two ways to cross the mountains in winter. The first is
 Nobody remembered who had planted the tree in the middle of the square
 The cook explained that a soup is never finished, only"""
 
-_CHAT = """\
+CHAT = """\
 What is photosynthesis, in simple words?
 Give me three tips for sleeping better.
 How do I boil an egg?
@@ -46,7 +46,7 @@ Explain recursion to a ten-year-old.
 What are the main causes of inflation?
 Describe the life of a honey bee.
 How does a refrigerator work?
-Write a Python function that reverses a string."""
+Write a Python function that reverses a string.""".splitlines()
 
 
 def load(tuned: Tuned, count: int) -> dict[str, list[list[int]]]:
@@ -55,6 +55,6 @@ def load(tuned: Tuned, count: int) -> dict[str, list[list[int]]]:
     return {
         "code": stretches,
         "prose": [tuned.tokenizer.encode(line) for line in _PROSE.splitlines()[:count]],
-        "chat": [tuned.chat(line) for line in _CHAT.splitlines()[:count]],
+        "chat": [tuned.chat(line) for line in CHAT[:count]],
         "copy": [stretch[:96] * 2 + stretch[:32] for stretch in stretches],
     }

@@ -24,6 +24,7 @@ from early_exit.training import loop, preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = {
+    "exits.recurrent_taps": (2, 6),
     "tune.steps": 60,
     "tune.checkpoint_every": 10,
     "tune.validate_every": 10,

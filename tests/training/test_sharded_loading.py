@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = {
     "exits.head": "norm",
     "exits.points": (3,),
+    "exits.recurrent_taps": (2, 6),
     "data.sequence_length": 16,
     "data.batch_size": 8,
     "tune.steps": 2,
@@ -41,7 +42,8 @@ from early_exit.pretrained import load
 from early_exit.training import loop
 
 folder, settings, recipes, meshes = pathlib.Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
-settings["exits.points"] = tuple(settings["exits.points"])
+for name in ("exits.points", "exits.recurrent_taps"):
+    settings[name] = tuple(settings[name])
 assert jax.device_count() == 8
 most, hosts, met = [], [], []
 

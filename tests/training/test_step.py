@@ -12,6 +12,7 @@ from early_exit import tree
 from early_exit.backbones import base
 from early_exit.backbones.decoder import Decoder, DecoderConfig
 from early_exit.data.transforms import next_token_targets
+from early_exit.exits import recurrent
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.training import step as steps
@@ -114,6 +115,55 @@ def test_the_loss_is_the_weighted_sum_of_masked_means(heads, loss):
     np.testing.assert_allclose(got, want, rtol=1e-4)
     np.testing.assert_allclose(metrics["loss"], want[0] + 0.25 * want[1], rtol=1e-4)
     assert new["step"] == 1
+
+
+DRAFTS = (1.0, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("points", [(), (2, 4)], ids=["alone", "beside exits"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_step_of_a_chain_has_its_share_of_the_loss(loss, points):
+    """Over the positions that a chain can reach at that step, in their own document."""
+    model, params = build(**HEADS["layer"] | {"points": points, "recurrent_taps": (3, 6)})
+    recipe = Recipe(loss, ExitWeights((1.0, 0.25)[: len(points)]), draft_weights=DRAFTS)
+    state, frozen = parts(params, ADAM)
+    batch = packed()
+    _, metrics = step(state, frozen, batch, model=model, recipe=recipe, optimizer=ADAM)
+
+    bound = model.bind(params)
+    embedded, context = bound.backbone.stem(batch)
+    taps = list(bound.hidden_at_exits(embedded, context, model.exits.recurrent_taps))
+    starts = recurrent.starts(jnp.asarray(batch["documents"]))
+    states = bound.recurrent.unrolled(taps, embedded, context, starts, len(DRAFTS))
+    table = bound.table(bound.recurrent)
+    said = [log_softmax(base.logits(bound.recurrent.features(x), table)) for x in states]
+    final = log_softmax(whole_logits(params, batch, model=model)[1])
+    kept = np.asarray(params["token_ids"])
+    wanted = []
+    for k, log_probs in enumerate(said):
+        found = []
+        for b, t in np.ndindex(4, batch["tokens"].shape[1] - 1):
+            documents = batch["documents"][b]
+            begins = t - k - 1  # where the taps are that the chain began with
+            inside = begins >= 0 and documents[begins] == documents[t] == documents[t + 1] != 0
+            if not inside:
+                continue
+            targets = [np.exp(final[b, t]), np.eye(TINY.vocab_size)[batch["tokens"][b, t + 1]]]
+            targets = {"kl": targets[:1], "cross_entropy": targets[1:]}.get(loss, targets)
+            for target in targets:
+                rest = np.delete(target, kept).sum(keepdims=True)
+                target = np.append(target[kept], rest)
+                some = target > 0
+                difference = np.log(target[some]) - log_probs[b, t][some]
+                found.append((target[some] * difference).sum() / len(targets))
+        wanted.append(np.sum(found) / (len(found) / len(targets)))
+    got = [metrics[f"loss/draft_{k + 1}"] for k in range(len(DRAFTS))]
+    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+    others = sum(
+        weight * float(metrics[f"loss/exit_{p}"])
+        for weight, p in zip((1.0, 0.25), points, strict=False)
+    )
+    np.testing.assert_allclose(metrics["loss"], others + np.dot(DRAFTS, wanted), rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -313,7 +363,7 @@ def test_unknown_loss():
 
 
 @functools.cache  # two tests share a compiled step
-def temporary_bytes(points, vocab_size):
+def temporary_bytes(points, vocab_size, drafts=0):
     """Of a compiled step at a small real model's proportions; nothing is allocated or run."""
     config = DecoderConfig(
         vocab_size=vocab_size,
@@ -325,7 +375,9 @@ def temporary_bytes(points, vocab_size):
         mlp_width=1536,
         context_length=512,
     )
-    model = MultiExit(config, ExitConfig(points, head="norm", output="shared"))
+    taps = (2, 5, 7) if drafts else ()
+    exits = ExitConfig(points, head="norm", output="shared", recurrent_taps=taps)
+    model = MultiExit(config, exits)
     optimizer = optax.adamw(1e-3)
     exits = model.abstract_exits()
     state = jax.eval_shape(
@@ -334,7 +386,7 @@ def temporary_bytes(points, vocab_size):
     frozen = {"backbone": base.abstract(config.build)[1]}
     array = jax.ShapeDtypeStruct((4, 512), jnp.int32)
     batch = dict.fromkeys(("tokens", "documents", "positions"), array)
-    recipe = Recipe("kl", ExitWeights((1.0,) * len(points)))
+    recipe = Recipe("kl", ExitWeights((1.0,) * len(points)), draft_weights=(1.0,) * drafts)
     lowered = step.lower(state, frozen, batch, model=model, recipe=recipe, optimizer=optimizer)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -349,3 +401,10 @@ def test_more_exits_take_little_more_memory():
 def test_a_larger_vocabulary_takes_no_more_memory():
     small, large = temporary_bytes((4,), 12288), temporary_bytes((4,), 49152)
     assert large <= 1.02 * small, (small, large)
+
+
+@pytest.mark.production
+def test_chains_take_memory_by_their_steps_and_none_for_the_vocabulary():
+    two, four, six = (temporary_bytes((), 49152, drafts=steps) for steps in (2, 4, 6))
+    assert six - four <= 1.1 * (four - two), (two, four, six)
+    assert four <= 1.02 * temporary_bytes((), 12288, drafts=4)

@@ -9,6 +9,7 @@ Whether a drafter is asked depends on what it gained: its `worth`, in tokens of 
 """
 
 import abc
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -50,8 +51,8 @@ class Drafter(abc.ABC):
         return ()
 
     def drafts_ahead(self, engine: "Engine") -> bool:
-        """Whether it proposes tokens before a pass: several may meet the first segment at once."""
-        return False
+        """Whether it may propose tokens before a pass: several meet the first segment at once."""
+        return type(self).propose is not Drafter.propose
 
     def start(self, model: "MultiExit", batch: int, slots: int, dtype) -> Any:
         """What it keeps for each row, a pytree of [B, …]; it lies in `DecodeState.kept`.
@@ -100,6 +101,16 @@ class Drafter(abc.ABC):
         before it.
         """
         return state
+
+
+def rivals(engine: "Engine", state: "DecodeState", drafter: Drafter) -> jax.Array:
+    """float32 [B], what the best of the drafters that are asked after this one has been worth.
+
+    At least 0, which is what it is worth to draft nothing.
+    """
+    later = engine.drafters[engine.drafters.index(drafter) + 1 :]
+    worths = [state.worth_BN[:, engine.final + other.place] for other in later]
+    return functools.reduce(jnp.maximum, worths, jnp.zeros(len(state.newest_B)))
 
 
 def free(state: "DecodeState") -> jax.Array:

@@ -25,8 +25,9 @@ def looked_up(texts, count=COUNT, rubbish=0):
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
     newest = np.array([len(text) - 1 for text in texts])
-    drafts, found = look_up(jnp.asarray(tokens, jnp.int32), jnp.asarray(newest), count)
-    return [row if ok else None for row, ok in zip(drafts.tolist(), found.tolist(), strict=True)]
+    drafts, length = look_up(jnp.asarray(tokens, jnp.int32), jnp.asarray(newest), count)
+    enough = np.asarray(length) >= lookup.SHORTEST_MATCH
+    return [row if ok else None for row, ok in zip(drafts.tolist(), enough, strict=True)]
 
 
 def by_definition(text, count=COUNT):

@@ -1,0 +1,183 @@
+"""What a recurrent exit is worth: speed without loss and with some, and whether costs are foreseen.
+
+    python -m experiments.recurrent_exits.run --workdir=runs/recurrent --check
+
+Greedy, float32, of a calibrated run of SmolLM2-135M with a recurrent exit
+(`configs/smollm2_recurrent.py`). All cases of a kind take turns in one process; a speed-up is the
+median over rounds of the ratio to the full model within a round. What verified decoding weighs is
+measured first, and what that makes of a decode is compared with the clock.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from early_exit.calibration import chains
+from early_exit.decoding import measure
+from early_exit.decoding.costs import Costs
+from early_exit.decoding.generate import Decoder, Generation
+from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, served, verified
+from early_exit.evaluation import drafts, tradeoff
+from early_exit.policy import ExitPolicy
+from early_exit.runs import assemble
+from early_exit.runs.metrics import table
+from experiments import bars
+from experiments.decoding_speed.timing import Turns, decode_case, one_after_the_other
+from experiments.recurrent_exits import prompts
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
+BATCHES = flags.DEFINE_multi_integer("batch", [1, 4, 8], "Prompts decoded together.")
+
+FULL, RECURRENT, LOOKUP = "full model", "verified: recurrent", "verified: lookup"
+# Shares of unchecked drafts that agree.
+EPSILONS = (0.95, 0.9)
+SLOTS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to decode, and what its steps cost here."""
+
+    policy: ExitPolicy | None
+    mode: Mode
+    costs: Costs | None = None
+
+
+def main(argv):
+    del argv
+    count, new_tokens, rounds = (2, 24, 1) if bars.QUICK.value else (8, 96, 2)
+    tuned = assemble.load_tuned(Path(WORKDIR.value))
+    texts = prompts.load(tuned, count)
+    rows, speedups, foreseen, equal = [], {}, [], {}
+    for batch in BATCHES.value:
+        ways, seconds = _ways(tuned, batch)
+        for kind, asked in texts.items():
+            cases = {}
+            for name, way in ways.items():
+                decoder = Decoder(tuned.model, tuned.params, way.policy, (), way.mode, way.costs)
+                parts = [asked[i : i + batch] for i in range(0, len(asked), batch)]
+                cases[name] = one_after_the_other(
+                    [decode_case(decoder, part, new_tokens, SLOTS) for part in parts]
+                )
+            turns = Turns(cases, rounds)
+            for name, way in ways.items():
+                answers = turns.answers[name]
+                speedups[kind, batch, name] = 1 / turns.ratio(name, FULL)
+                equal[kind, batch, name] = _equal(tuned, asked, answers)
+                if name in seconds:
+                    told = _foreseen(answers, seconds[name], way.mode)
+                    foreseen.append((kind, batch, name, told / turns.median(name)))
+                rate = len(asked) * new_tokens / turns.median(name)
+                figures = rate, speedups[kind, batch, name], equal[kind, batch, name]
+                rows.append((kind, batch, name, *figures, *_drafted(answers)))
+            print(table(rows[-len(cases) :], header=_HEADER), flush=True)
+    print(
+        "\nforeseen ÷ measured seconds\n" + table(foreseen, header=("text", "batch", "mode", "÷"))
+    )
+    bars.conclude(
+        {"rows": rows, "foreseen": foreseen, "costs": seconds},
+        _bars(speedups, equal, foreseen),
+    )
+
+
+_HEADER = (
+    "text",
+    "batch",
+    "mode",
+    "tokens/s",
+    "speed-up",
+    "equal",
+    "tokens/pass",
+    "drafts",
+    "kept",
+)
+
+
+def _ways(tuned: assemble.Tuned, batch: int) -> tuple[dict[str, Way], dict[str, dict]]:
+    """The ways by name; and of those that check drafts, seconds of their steps."""
+    model, saved = tuned.model, assemble.load_policy(tuned)
+    ways = {FULL: Way(None, LOSSY)}
+    checked = [verified("exits")] if model.exits.points else []
+    checked += [verified("lookup"), verified("recurrent"), served(VERIFIED, model)]
+    seconds = {}
+    for mode in checked:
+        decoder = Decoder(model, tuned.params, saved, (), mode)
+        costs = measure.costs(decoder, batch, SLOTS)
+        seconds[mode.name] = measure.seconds(decoder, batch, SLOTS)
+        ways[mode.name] = Way(saved, mode, costs)
+        print(f"{mode.name}, batch {batch}: {_told(seconds[mode.name])}", flush=True)
+    if batch == 1:
+        batches = tuned.feed.calibration(tuned.config.calibrate.batches)
+        found = drafts.record(model, tuned.params, batches)
+        for epsilon in EPSILONS:
+            asked = dataclasses.replace(tuned.config.calibrate, method="epsilon", epsilon=epsilon)
+            policy = dataclasses.replace(saved, drafts=chains.fit(found, asked)[0])
+            ways[f"deferred, ε = {epsilon:g}"] = Way(policy, DEFERRED)
+    return ways, seconds
+
+
+def _told(seconds: dict) -> str:
+    first = seconds["passes"][0]
+    passes = ", ".join(
+        f"{width} positions {taken / first:.2f}"
+        for width, taken in zip(seconds["widths"], seconds["passes"], strict=True)
+    )
+    return f"{1e3 * first:.1f} ms a pass; {passes}; a draft {seconds['draft'] / first:.3f}"
+
+
+def _equal(tuned, asked: Sequence[Sequence[int]], answers: Sequence[Generation]) -> float:
+    """Share of the new tokens that the full model says after the same text."""
+    found = [
+        tradeoff.agreement(tuned.model, tuned.params, prompt, answer)[1:]
+        for prompt, answer in zip(asked, answers, strict=True)
+    ]
+    return float(np.concatenate(found).mean())
+
+
+def _foreseen(answers: Sequence[Generation], seconds: dict, mode: Mode) -> float:
+    """Seconds that the passes and drafts of a decode take by what each was measured to take."""
+    passes_N = sum(answer.counts.passes_BEN[-1] for answer in answers)
+    steps = sum(float(answer.counts.draft_steps_B) for answer in answers)
+    return float(passes_N @ np.array(seconds["passes"]) + steps * seconds["draft"])
+
+
+def _drafted(answers: Sequence[Generation]) -> tuple:
+    """Of each row's passes: tokens, drafts that were checked, and the share of these that stood."""
+    drafted = sum(int(answer.counts.drafted_BW.sum()) for answer in answers)
+    kept = sum(int(answer.counts.accepted_BW.sum()) for answer in answers)
+    tokens = sum(len(answer.tokens) - 1 for answer in answers)
+    # Positions at full depth that were no drafts: the first of each pass.
+    passes = sum(int(answer.counts.evaluations_BE[-1]) - 1 for answer in answers) - drafted
+    return tokens / passes, drafted / passes, kept / drafted if drafted else None
+
+
+def _bars(speedups: dict, equal: dict, foreseen: list) -> list[bars.Bar]:
+    """What is claimed, each by its own figure."""
+    everything = max((name for *_, name in speedups if name.startswith("verified")), key=len)
+    found = []
+    for kind in prompts.OWN:
+        found.append(bars.Bar(f"{RECURRENT}, {kind}", speedups[kind, 1, RECURRENT], 1.5, True))
+    for kind, limit in (("functions", 2.5), ("maths", 1.8)):
+        found.append(bars.Bar(f"{everything}, {kind}", speedups[kind, 1, everything], limit, True))
+    for name in (RECURRENT, everything):
+        slowest = min(prompts.KINDS, key=lambda kind: speedups[kind, 1, name])
+        figure = speedups[slowest, 1, name]
+        found.append(bars.Bar(f"{name}, slowest ({slowest})", figure, 0.97, True))
+    for epsilon, limit in zip(EPSILONS, (1.4, 1.7), strict=True):
+        name = f"deferred, ε = {epsilon:g}"
+        mean = np.exp(np.mean([np.log(speedups[kind, 1, name]) for kind in prompts.OWN]))
+        found.append(bars.Bar(f"{name}, mean of own answers", float(mean), limit, True))
+    for batch in sorted({batch for _, batch, _ in speedups} - {1}):
+        for kind in prompts.KINDS:
+            figure = speedups[kind, batch, everything]
+            found.append(bars.Bar(f"{everything}, {kind}, batch {batch}", figure, 1.0, True))
+    furthest = max((abs(1 - ratio) for *_, ratio in foreseen), default=0.0)
+    found.append(bars.Bar("foreseen ÷ measured seconds, furthest from 1", furthest, 0.15))
+    return found
+
+
+if __name__ == "__main__":
+    bars.run(main)
