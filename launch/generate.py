@@ -7,7 +7,8 @@
 One prompt is answered as it is decoded; the last line counts the tokens that left at each exit. A
 file has a prompt on each line, as text or (`.jsonl`) as an object with a "prompt"; the answers go,
 in the same order, to a JSONL file with their statistics. Tokens that the full model is too unsure
-of, by a policy calibrated with --abstain or --reject_risk, are named.
+of, by a policy calibrated with --abstain or --reject_risk, are named. `--costs=1` says what the
+steps of the mode cost on this device, by which drafts are weighed.
 """
 
 import dataclasses
@@ -50,13 +51,20 @@ COLOUR = flags.DEFINE_enum(
     "colour", "auto", ["auto", "always", "never"], "Colour tokens by depth (auto: on a terminal)."
 )
 
+COSTS = flags.DEFINE_integer(
+    "costs",
+    0,
+    "Answer nothing: say what steps of the mode cost here, so many rows together (0: answer).",
+    lower_bound=0,
+)
+
 flags.adopt_module_key_flags(decoding_flags)  # what --help lists
 
 
 def main(argv):
     common.no_arguments(argv)
-    if (PROMPT.value is None) == (INPUT.value is None):
-        raise ValueError("give either --prompt or --input")
+    if [PROMPT.value, INPUT.value, COSTS.value or None].count(None) != 2:
+        raise ValueError("give one of --prompt, --input and --costs")
     if (INPUT.value is None) != (OUTPUT.value is None):
         raise ValueError("--input and --output go together")
     texts = text_files.listed(Path(INPUT.value), "prompt") if INPUT.value else None
@@ -77,6 +85,9 @@ def main(argv):
         "stop_ids": tuned.stop_ids,
         "seed": SEED.value,
     }
+    if COSTS.value:
+        _tell_costs(tuned, COSTS.value, settings)
+        return
     rejection.least_probability(settings["policy"])  # not only when all is decoded
     if texts is None:
         text = text_files.unicode(PROMPT.value, "--prompt")
@@ -85,6 +96,23 @@ def main(argv):
         _show(tuned, text, settings)
     else:
         _answer_all(tuned, texts, settings, Path(OUTPUT.value))
+
+
+def _tell_costs(tuned: assemble.Tuned, batch: int, settings: dict) -> None:
+    """Prints what verified decoding weighs; measures it if it is not known."""
+    mode = settings["mode"]
+    names = ("policy", "stop_ids", "mode")
+    decoder = Decoder(tuned.model, tuned.params, *(settings[name] for name in names))
+    found = measure.known_seconds(decoder, batch)
+    first = found["passes"][0]
+    rows = [
+        (f"a pass of {width} position{'s'[: width > 1]}", 1e3 * taken, taken / first)
+        for width, taken in zip(found["widths"], found["passes"], strict=True)
+    ]
+    if "recurrent" in mode.drafters:
+        rows.append(("a draft of the recurrent exit", 1e3 * found["draft"], found["draft"] / first))
+    print(f"{mode.name}, {batch} rows together, on {found['device']}")
+    print(table(rows, header=("step", "ms", "of a plain pass")))
 
 
 def _tokens(tuned: assemble.Tuned, text: str) -> list[int]:

@@ -149,6 +149,11 @@ def _facts(subject: Subject):
         matrix = f"{exits.classes:,} classes" if exits.classes else "all classes"
         yield "exits", f"after blocks {', '.join(map(str, exits.points))}"
         yield "heads", f"{exits.head}, {exits.output} output matrix, {matrix}"
+    if subject.exits and subject.exits.recurrent_taps:
+        taps = ", ".join(map(str, subject.exits.recurrent_taps))
+        own = subject.exits.recurrent_blocks
+        blocks = "1 block" if own == 1 else f"{own} blocks" if own else "a feed-forward part"
+        yield "recurrent exit", f"{blocks} of its own, reads what blocks {taps} put out"
 
 
 def _costs(config: BackboneConfig, of: multiply_adds.BackboneCost, subject: Subject) -> str:
@@ -179,6 +184,9 @@ def _costs(config: BackboneConfig, of: multiply_adds.BackboneCost, subject: Subj
         passed += head
         rows.append(row(f"head after block {point}", head))
         rows.append(row(f"all, leaving after {point}", of.before(point) + passed))
+    if subject.exits and subject.exits.recurrent_taps:
+        draft, _ = multiply_adds.draft(config, subject.exits, of, jnp.dtype(subject.dtype))
+        rows.append(row("draft of the recurrent exit", draft))
     shares = ("of a block", "of the full")
     return table(rows, header=("part", "M mult-adds", *shares, "MB read", *shares))
 

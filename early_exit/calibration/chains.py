@@ -69,8 +69,7 @@ def fit(chains: Chains, settings: CalibrateSettings) -> tuple[DraftPolicy, dict]
     stands_KN = _stands(chains, name)
     if settings.method in certify.METHODS:
         design = chosen_groups(chains.groups, settings.design, settings.seed)
-        rows = _path(chains.take(design), name)[::-1]
-        row = _certified(chains.take(~design), rows, name, settings)
+        row = _certified(chains.take(design), chains.take(~design), name, settings)
     else:
         row = _epsilon(chains, _path(chains, name), name, settings.epsilon)
     made = _made(chains.scores[name], row)
@@ -133,33 +132,44 @@ def _epsilon(chains: Chains, rows: np.ndarray, name: str, epsilon: float) -> np.
 
 
 def _certified(
-    chains: Chains, rows: np.ndarray, name: str, settings: CalibrateSettings
+    design: Chains, chains: Chains, name: str, settings: CalibrateSettings
 ) -> np.ndarray:
     """The last row before the first of which it cannot be shown that α is kept; never, if none.
 
-    Of each document the mean loss counts, over all steps of all its chains: 1 for a wrong draft, 0
-    for a right one, α for one that is not made. It is at most α where the share of wrong drafts is.
+    The rows, and what a document may draft at most, are from the design. Of each document the mean
+    loss over so many drafts counts: 1 for a wrong one, 0 for a right one, α for one that is not
+    made. It is at most α where the share of wrong drafts is.
     """
-    test = certify.METHODS[settings.method]
-    documents, of_N = np.unique(chains.groups, return_inverse=True)
-    sizes = np.bincount(of_N) * len(chains.agrees)
-    if settings.method == "clopper_pearson":  # counts losses of 0 or 1: a draft of each document
-        order = np.random.default_rng(settings.seed).permutation(of_N.size)
-    passed = np.full(rows.shape[1], NEVER, np.float32)
-    for row in rows:
+    test, never = certify.METHODS[settings.method], np.full(len(chains.agrees), NEVER, np.float32)
+    rows = _path(design, name)[::-1]
+    # Of very few drafts nothing can be shown, and the first failure is the end.
+    begun = [_made(design.scores[name], row)[0].mean() for row in rows]
+    passed, alpha = never, settings.alpha
+    for row in rows[np.searchsorted(np.maximum.accumulate(begun), certify.FIRST_COVERAGE) :]:
         made = _made(chains.scores[name], row)
-        if not made.any():
-            continue
-        if settings.method == "clopper_pearson":
-            first = order[made[0, order]]
-            _, chosen = np.unique(of_N[first], return_index=True)
-            ends = made[:, first[chosen]].sum(axis=0)
-            step = np.random.default_rng(settings.seed).integers(ends)
-            losses = ~chains.agrees[step, first[chosen]]
+        if settings.method == "clopper_pearson":  # counts losses of 0 or 1
+            losses = _one_of_each_document(chains, made, settings.seed)
         else:
-            losses = np.where(made, ~chains.agrees, settings.alpha).sum(axis=0)
-            losses = np.bincount(of_N, losses, len(documents)) / sizes
-        if test(losses, settings.alpha, settings.delta) > settings.delta:
+            most = _by_document(design.groups, _made(design.scores[name], row)).max()
+            count, wrong = (_by_document(chains.groups, x) for x in (made, made & ~chains.agrees))
+            slots = np.maximum(count, most)
+            losses = (wrong + alpha * (slots - count)) / slots
+        if not losses.size or test(losses, alpha, settings.delta) > settings.delta:
             break
         passed = row
     return passed
+
+
+def _by_document(groups: np.ndarray, counted_KN: np.ndarray) -> np.ndarray:
+    """How many there are in each document, int."""
+    _, of_N = np.unique(groups, return_inverse=True)
+    return np.bincount(of_N, counted_KN.sum(axis=0)).astype(int)
+
+
+def _one_of_each_document(chains: Chains, made: np.ndarray, seed: int) -> np.ndarray:
+    """bool, whether a draft is wrong that is drawn from those of each document that has some."""
+    step, chain = np.nonzero(made)
+    order = np.random.default_rng(seed).permutation(len(step))
+    _, first = np.unique(chains.groups[chain[order]], return_index=True)
+    chosen = order[first]
+    return ~chains.agrees[step[chosen], chain[chosen]]

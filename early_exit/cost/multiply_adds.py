@@ -19,6 +19,7 @@ from early_exit import tree
 from early_exit.backbones import base
 from early_exit.exits import heads
 from early_exit.exits.multi_exit import MultiExit
+from early_exit.exits.recurrent import Recurrent
 
 # How jax names what `jax.checkpoint` computes again.
 _AGAIN = "rematted_computation"
@@ -193,6 +194,29 @@ def head(
 
     everything = {"head": params, "table": table}
     cost = cost_of(call, everything, of.hidden[point - 1], of.context, earlier)
+    return cost, tree.count(params)
+
+
+def draft(
+    config: base.BackboneConfig, exits: heads.ExitConfig, of: BackboneCost, dtype
+) -> tuple[Cost, int]:
+    """(cost of a step of the recurrent exit, how many parameters it has of its own)."""
+    rows = exits.own_rows(config.num_classes)
+    how = config, exits.recurrent_taps, exits.recurrent_blocks, rows
+    definition, params = base.abstract(lambda rngs: Recurrent(*how, rngs=rngs))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    rows = exits.classes + 1 if exits.classes else config.num_classes
+    table = jax.ShapeDtypeStruct((rows, config.width), dtype)
+
+    def call(params, before, embedded, context):
+        head = base.merge(definition, params["head"])
+        hidden = head.joined(before, embedded)
+        for block in head.own_blocks:
+            hidden, _ = block(hidden, context)
+        return base.logits(head.features(head.deeper(hidden)), params["table"])
+
+    hidden = of.hidden[-1]
+    cost = cost_of(call, {"head": params, "table": table}, hidden, hidden, of.context)
     return cost, tree.count(params)
 
 

@@ -28,21 +28,23 @@ PROMPT = 32
 def costs(decoder: Decoder, batch: int, slots: int | None = None) -> Costs:
     """What steps cost, measured now if they never were: on this device, for this model and batch.
 
-    Kept beside the compiled programs (`storage.programs`), in seconds.
-
     Args:
       slots: of the cache that decoding is to have, so that its program serves.
     """
-    path = programs.folder() / "costs" / f"{_name(decoder, batch)}.json"
-    found = files.read_json(path) if path.exists() else None
-    if found is None:
-        found = seconds(decoder, batch, slots)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, found)
+    found = known_seconds(decoder, batch, slots)
     passes = np.array(found["passes"])
     return Costs(
         jnp.asarray(passes / passes[0], jnp.float32), jnp.float32(found["draft"] / passes[0])
     )
+
+
+def known_seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
+    """What `seconds` found; kept beside the compiled programs (`storage.programs`)."""
+    path = programs.folder() / "costs" / f"{_name(decoder, batch)}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, seconds(decoder, batch, slots))
+    return files.read_json(path)
 
 
 def _name(decoder: Decoder, batch: int) -> str:

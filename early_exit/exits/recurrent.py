@@ -92,7 +92,7 @@ class Recurrent(nnx.Module):
         for block, chain in zip(self.own_blocks, chains, strict=True):
             hidden, new = block.draft(hidden, context, chain)
             found.append(new)
-        return self._deeper(hidden), tuple(found)
+        return self.deeper(hidden), tuple(found)
 
     def features(self, states: jax.Array) -> jax.Array:
         return self.norm(states)
@@ -125,7 +125,7 @@ class Recurrent(nnx.Module):
         for block in self.own_blocks:
             hidden, new = block(hidden, context)
             first.append(new)
-        states, steps_rows = [self._deeper(hidden)], []
+        states, steps_rows = [self.deeper(hidden)], []
         for step in range(2, steps + 1):
             chains = [
                 base.Chain(
@@ -144,7 +144,8 @@ class Recurrent(nnx.Module):
             steps_rows.append(new)
         return states
 
-    def _deeper(self, hidden: jax.Array) -> jax.Array:
+    def deeper(self, hidden: jax.Array) -> jax.Array:
+        """What follows the blocks: the feed-forward part, where it is instead of them."""
         return hidden + self.mlp(self.mlp_norm(hidden)) if hasattr(self, "mlp") else hidden
 
 
