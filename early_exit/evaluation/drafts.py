@@ -77,7 +77,9 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit, steps: in
     }
 
 
-def record(model: MultiExit, params: base.Params, batches: Iterable[dict], steps: int) -> Chains:
+def record(
+    model: MultiExit, params: base.Params, batches: Iterable[dict], steps: int = STEPS
+) -> Chains:
     """Chains of so many steps from every position of `batches` that has so many behind it.
 
     Raises:
