@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import LOSSY, VERIFIED, verified
+from early_exit.decoding.mode import LOSSY, VERIFIED, served, verified
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from experiments import bars
@@ -49,7 +49,8 @@ def main(argv):
 
     full = answers(None, LOSSY)
     rows, differences = [], []
-    for mode in (verified("exits"), verified("lookup"), VERIFIED):
+    modes = [verified(name) for name in served(VERIFIED, tuned.model).drafters]
+    for mode in (*modes, served(VERIFIED, tuned.model)):
         name = mode.name
         equal = 0
         drafts = np.zeros(2, int)

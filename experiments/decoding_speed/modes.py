@@ -9,6 +9,7 @@ of the ratio within a round. Beside the rate of decoding stands the time to the 
 the prompt's pass counts. Needs a tuned run of SmolLM2-135M (`make demo` leaves one).
 """
 
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
+from early_exit.decoding import measure
 from early_exit.decoding.generate import Decoder
 from early_exit.decoding.mode import DEFERRED, LOSSY
 from early_exit.pretrained.export import export_backbone
@@ -37,6 +39,7 @@ PEERS = flags.DEFINE_bool("peers", False, "Time transformers too, on the same we
 PLOT = flags.DEFINE_string("plot", None, "File for the plot, as SVG or PNG.")
 
 FULL = "full model"
+SLOTS = 512
 
 
 def main(argv):
@@ -50,10 +53,13 @@ def main(argv):
     rows, speedups = [], {}
     for kind, texts in prompts.load(tuned, count).items():
         for batch in (1, len(texts)):
-            cases = {
-                name: _case(Decoder(tuned.model, tuned.params, p, (), m), texts, new_tokens, batch)
-                for name, (p, m) in modes.items()
-            }
+            cases = {}
+            for name, (chosen, mode) in modes.items():
+                decoder = Decoder(tuned.model, tuned.params, chosen, (), mode)
+                if mode.verified:
+                    costs = measure.costs(decoder, batch, SLOTS)
+                    decoder = dataclasses.replace(decoder, costs=costs)
+                cases[name] = _case(decoder, texts, new_tokens, batch)
             if PEERS.value and (kind, batch) == ("code", 1):
                 cases |= _peers(tuned, texts, new_tokens)
             turns = Turns(cases, rounds)
@@ -82,7 +88,7 @@ def _case(decoder: Decoder, texts: list[list[int]], new_tokens: int, batch: int)
     """All texts, `batch` at a time."""
     return one_after_the_other(
         [
-            decode_case(decoder, texts[i : i + batch], new_tokens, 512)
+            decode_case(decoder, texts[i : i + batch], new_tokens, SLOTS)
             for i in range(0, len(texts), batch)
         ]
     )

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import build
 from early_exit import policy as policies
 from early_exit.cost.traffic import traffic
-from early_exit.decoding.costs import POSITION
+from early_exit.decoding.costs import POSITION, Costs
 from early_exit.decoding.drafters import BY_NAME, base, lookup
-from early_exit.decoding.generate import generate
+from early_exit.decoding.engine import Engine
+from early_exit.decoding.generate import Decoder, generate
 from early_exit.decoding.mode import Mode
 
 SLOTS, COUNT = 40, 7
@@ -166,3 +168,50 @@ def test_drafts_that_never_stand_cost_little_in_the_loop(tiny):
     spent = asked * heads[1] + (drafted - accepted) * depths[1]
     dearest = heads[1] + depths[1] + POSITION
     assert spent <= CREDIT + dearest + base.INSURANCE * tokens + accepted
+
+
+PERIODIC = [5, 9, 31, 2] * 6
+
+
+def after_prompt(names=("lookup", "recurrent"), prompts=(PERIODIC, PERIODIC)):
+    """(engine, state) behind prompts of a model with a recurrent exit."""
+    model, params = build(recurrent_taps=(2, 6))
+    mode = Mode("defer", names, pending=5)
+    costs = Costs.assumed(mode, len(prompts))
+    decoder = Decoder(model, params, None, (), mode, costs)
+    state = decoder.start(list(prompts), [24] * len(prompts), jax.random.key(0), None)
+    # The first token that the random model said, replaced by what the period asks for.
+    rows = jnp.arange(len(prompts))
+    tokens = state.tokens_BS.at[rows, state.newest_B].set(PERIODIC[0])
+    engine = Engine.of(params, None, decoder._stops, costs, model=model, mode=mode)
+    return engine, state.change(tokens_BS=tokens)
+
+
+def proposed(engine, state):
+    """How many tokens lookup proposes in each row."""
+    after = BY_NAME["lookup"].propose(engine, state)
+    return (after.newest_B - state.newest_B).tolist()
+
+
+def test_lookup_learns_how_much_stands_after_matches_of_each_length():
+    engine, state = after_prompt()
+    assert proposed(engine, state) == [4, 4]
+    before = np.asarray(state.kept["lookup"]["stand_BL"])
+    for _ in range(20):  # of the first row nothing stands, of the second all; one is checked
+        state = BY_NAME["lookup"].propose(engine, state)
+        rows, accepted = jnp.array([True, False]), jnp.array([0, 4])
+        state = BY_NAME["lookup"].settle(engine, state, rows, accepted)
+        state = state.change(newest_B=state.prompt_B)
+    stand = np.asarray(state.kept["lookup"]["stand_BL"])
+    np.testing.assert_array_equal(stand[1], before[1])
+    assert (stand[0, :-1] == before[0, :-1]).all() and stand[0, -1] < before[0, -1] / 2
+    assert proposed(engine, state) == [0, 4]
+
+
+def test_lookup_leaves_the_turn_to_drafters_that_are_worth_more():
+    engine, state = after_prompt()
+    rival = engine.final + BY_NAME["recurrent"].place
+    worth = state.worth_BN.at[0, rival].set(2.0).at[1, rival].set(9.0)
+    assert proposed(engine, state.change(worth_BN=worth)) == [4, 0]
+    alone, state = after_prompt(("lookup",))
+    assert proposed(alone, state.change(worth_BN=worth)) == [4, 4]
