@@ -72,7 +72,7 @@ def told(stated):
             f"{stated['coverage']:.1%} leave early, {agreement}mean depth "
             f"{stated['mean_depth']:.2f}, cost {stated['mean_cost']:.2f} of going all the way"
         )
-    if of := stated.get("drafts"):
+    if of := stated.get("chains"):
         kept = "none" if of["agreement"] is None else f"{of['agreement']:.1%} of them"
         yield (
             f"drafts of the recurrent exit that stand unchecked: {kept} agree with the full model; "

@@ -134,6 +134,10 @@ def sandbox(tmp_path_factory):
         "digits_resnet": ("digits_resnet", digits),
         "fashion_mnist_resnet": ("digits_resnet", digits),
         "news_minilm": ("news_minilm", like_topics),
+        "smollm2_recurrent": (
+            "tiny",
+            texts | {"exits.recurrent_taps": (2, 6), "data.source": "made:data/answers"},
+        ),
     }
     (folder / "configs").mkdir()
     for path in (ROOT / "configs").glob("[!_]*.py"):

@@ -90,7 +90,7 @@ def calibrate(
         if tuned.model.exits.recurrent_taps:
             batches = tuned.feed.calibration(tuned.config.calibrate.batches)
             found = drafts.record(tuned.model, tuned.params, batches)
-            drafting, provenance["drafts"] = chains.fit(found, settings)
+            drafting, provenance["chains"] = chains.fit(found, settings)
         policy = dataclasses.replace(policy, provenance=provenance, drafts=drafting)
         policies.save(policy, tuned.workdir / layout.POLICY)
     return policy, records

@@ -80,6 +80,13 @@ DECODERS = {
         "tune.curriculum": "rotational",
         "tune.curriculum_period": 2,
     },
+    "recurrent": {"exits.recurrent_taps": "(1, 3)"},
+    "recurrent alone": {"exits.recurrent_taps": "(2, 3)", "exits.points": "()"},
+    "cached recurrent": {
+        "tune.hidden_states": "{root}/states",
+        "exits.recurrent_taps": "(1, 2)",
+        "exits.recurrent_blocks": 0,
+    },
     "behind a run": {"model.source": "{root}/joint"},
     "no chat template": {"model.source": "{root}/plain"},
 }
@@ -226,19 +233,22 @@ def text_of(printed):
 def test_a_decoder_of_every_kind(decoder, kind, tmp_path):
     """As the run, as its export, and as the export of that."""
     folder, answers = decoder(kind), set()
-    assert "after blocks 1, 2" in ok("inspect", folder)
+    where = "what blocks 2, 3 put out" if kind == "recurrent alone" else "after blocks 1, 2"
+    assert where in ok("inspect", folder)
     ok("export", f"--workdir={folder}", f"--to={tmp_path / 'out'}")
     ok("export", f"--workdir={tmp_path / 'out'}", f"--to={tmp_path / 'again'}")
     for place in (folder, tmp_path / "out", tmp_path / "again"):
         answers.add(text_of(generate(place, "--colour=always")))
-        assert "after blocks 1, 2" in ok("inspect", place)
+        assert where in ok("inspect", place)
     assert len(answers) == 1
     for place in (folder, tmp_path / "out"):
         printed = ok("evaluate", f"--workdir={place}")
         assert max(map(len, printed.splitlines())) <= 100
         assert ("left out" in printed) == (kind == "no chat template")
         html = pathlib.Path(ok("report", f"--workdir={place}").strip()).read_text()
-        assert html.count("<svg") == (3 if place == folder else 2)
+        # Without exits there are no curves of their losses.
+        plots = (3 if place == folder else 2) - (kind == "recurrent alone")
+        assert html.count("<svg") == plots
 
 
 @pytest.mark.parametrize("method", METHODS)
