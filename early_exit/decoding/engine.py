@@ -10,12 +10,10 @@ and values projected from its state ("propagate"), or it waits with its hidden s
 position goes deeper and takes it along ("defer"): then each position passes each block at most
 once, and what deeper blocks hold is what the full model would hold.
 
-Rows of a batch do not wait for each other's depth. The segment with the most rows waiting in front
-of it runs, so that its weights are read for as many as possible; meanwhile the others stand still.
-Were rows simply counted, those that need much depth would be left behind and finish alone, and the
-batch take longer than at full depth. So a row that has more tokens to go than others counts more
-(`LAG`), which also means that none waits for ever, and a deep segment more than a shallow one
-(`DEEPER`).
+Each row of a batch leaves where its exits let it. A segment runs once in a step, for all rows that
+need it, so its weights are read once for all of them, and each row has its next token at the end.
+(Letting shallow rows run ahead while deep ones wait saves a tenth of the passes at best, where most
+leave at the first exit, and elsewhere costs as much: `experiments/decoding_speed/schedules.py`.)
 """
 
 import dataclasses
@@ -35,12 +33,6 @@ from early_exit.decoding.mode import Mode
 from early_exit.decoding.state import DecodeState
 from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.policy import ExitPolicy
-
-# What a row waiting in front of a segment counts: 1, more by LAG for each token that it has to go
-# beyond the row with the fewest, times DEEPER for each segment before it. Chosen by simulation over
-# shares of early exits and batches of 4 and 8 rows of equal length: on average as many passes as in
-# lockstep where few leave early, up to a tenth fewer where most do, and in queues up to a fifth.
-LAG, DEEPER = 0.5, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +90,12 @@ class Engine:
         return len(self.model.segments) - 1
 
     def step(self, state: DecodeState) -> DecodeState:
-        """Every segment in turn, if it is the one to run, for the rows that wait in front of it."""
+        """Every segment in turn, for the rows that wait in front of it."""
         for drafter in self.drafters:
             state = drafter.propose(self, state)
         state = self._embed(state)
         for segment in range(self.final + 1):
-            active_B = self._chosen(state, segment)
+            active_B = ~state.finished_B & (state.stage_B == segment)
             before_BWD, start_B = state.hidden_BWD, state.filled_BE[:, segment]
             state = self._advance(state, segment, active_B)
             if segment == self.final:
@@ -121,19 +113,6 @@ class Engine:
         # Where positions leave early, they wait for each other in front of deeper segments.
         waits = segment and any(drafter.name == "exits" for drafter in self.drafters)
         return self.mode.widths if ahead or (waits and self.policy is not None) else (1,)
-
-    def _chosen(self, state: DecodeState, segment: int) -> jax.Array:
-        """bool [B], the rows for which a segment runs now."""
-        running = ~state.finished_B
-        waiting = running & (state.stage_B == segment)
-        if len(waiting) == 1:
-            return waiting
-        to_go = (state.limit_B - state.newest_B).astype(jnp.float32)
-        fewest = jnp.where(running, to_go, jnp.inf).min()
-        weight_B = jnp.where(running, 1 + LAG * (to_go - fewest), 0)
-        stages = jax.nn.one_hot(state.stage_B, self.final + 1)
-        crowd_E = weight_B @ stages * DEEPER ** jnp.arange(self.final + 1)
-        return waiting & (jnp.argmax(crowd_E) == segment)
 
     def positions(self, first_B: jax.Array, state: DecodeState, width: int) -> jax.Array:
         """int32 [B, width], positions from `first_B` on; the newest again where they run out."""
