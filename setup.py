@@ -4,8 +4,11 @@ from setuptools import find_packages, setup
 
 # The sources `tfds:` and `digits`; the first asks for importlib-resources without saying so.
 DATA = ["importlib-resources>=6", "scikit-learn>=1.5", "tensorflow-datasets>=4.9.10"]
+# Questions for the study of recurrent exits.
+STUDIES = ["reasoning-gym>=0.1.25,<0.2"]
 TEST = [
     *DATA,
+    *STUDIES,
     "hypothesis>=6.100",
     "pytest>=8.4",
     "pytest-xdist>=3.6",
@@ -53,8 +56,7 @@ setup(
         "test": TEST,
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
-        # Questions for the study of recurrent exits.
-        "studies": ["reasoning-gym>=0.1.25,<0.2"],
+        "studies": STUDIES,
         "cuda": ["jax[cuda13]>=0.10,<0.11", "nvidia-ml-py>=12"],
         # Compiles for TPU topologies on a host without one.
         # The version that jax 0.10 goes with: what others compile, it cannot read.

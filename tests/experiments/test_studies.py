@@ -24,6 +24,10 @@ STUDIES = {
     "decoding_speed.lengths": "--plot={out}/lengths.svg",
     "decoding_speed.modes": "--workdir={run} --plot={out}/modes.svg",
     "decoding_speed.lossless": "--workdir={run}",
+    "decoding_speed.schedules": "--seeds=1",
+    "recurrent_exits.run": "--workdir={recurrent} --batch=1 --batch=2",
+    "recurrent_exits.curve": "--run={recurrent} --plot={out}/curve.svg",
+    "recurrent_exits.questions": "--kind=maths --count=20 --output={out}/questions.jsonl",
     "calibration.guarantees": "--records={records} --plot={out}/guarantees.svg",
     "calibration.budgets": "--records={records} --plot={out}/budgets.svg",
     "calibration.rejection": "--records={records} --plot={out}/rejection.svg",
@@ -36,7 +40,11 @@ STUDIES = {
 }
 # Compiles for a pod by a library that is not here (extra `tpu-compile`): `test_pod_plan`.
 ELSEWHERE = {"pod_plan.run"}
-WITHOUT_BARS = {"calibration.temperatures"}
+# What those print that hold themselves to no bars.
+WITHOUT_BARS = {
+    "calibration.temperatures": "calibration error before",
+    "recurrent_exits.questions": "20 questions in",
+}
 
 
 def write_images(folder: pathlib.Path) -> None:
@@ -80,7 +88,7 @@ def succeeded(done):
 @pytest.fixture(scope="module")
 def given(folder, launcher):
     """{name: path} of what studies need: a calibrated run, records of it, its own answers."""
-    names = ("run", "made", "images", "decoder", "talkative")
+    names = ("run", "recurrent", "made", "images", "decoder", "talkative")
     paths = {name: folder / name for name in names} | {"records": folder / "records.npz"}
     stand_ins.deep_chat(paths["decoder"])
     stand_ins.deep_chat(paths["talkative"], blocks=6)
@@ -89,6 +97,10 @@ def given(folder, launcher):
     run = f"--workdir={paths['run']}"
     succeeded(launcher("tune", "--config=configs/tiny.py", run))
     succeeded(launcher("calibrate", run, "--epsilon=0.6"))
+    recurrent = f"--workdir={paths['recurrent']}"
+    taps = "--config.exits.recurrent_taps=(2,6)"
+    succeeded(launcher("tune", "--config=configs/tiny.py", taps, recurrent))
+    succeeded(launcher("calibrate", recurrent, "--epsilon=0.6"))
     flags = [run, f"--out={paths['records']}", "--texts=96", "--length=16"]
     succeeded(launcher.module("experiments.calibration.record", *flags))
     sizes = {"per_shard": 12, "batch": 4, "max_question_tokens": 40, "max_new_tokens": 40}
@@ -119,7 +131,7 @@ def test_a_study_runs_to_its_end(study, given, launcher, tmp_path):
     plots = [pathlib.Path(flag.split("=")[1]) for flag in flags if flag.startswith("--plot=")]
     assert all(path.read_text().startswith(("<svg", "<?xml")) for path in plots)
     if study in WITHOUT_BARS:
-        assert "calibration error before" in printed
+        assert WITHOUT_BARS[study] in printed
         return
     found = json.loads(out.read_text())
     assert found["figures"] and found["bars"]
