@@ -7,6 +7,7 @@ compiled for measuring alone, and everything that a step does is in the time.
 
 import dataclasses
 import hashlib
+import os
 import time
 
 import jax
@@ -50,8 +51,8 @@ def known_seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dic
 def _name(decoder: Decoder, batch: int) -> str:
     """Differs where costs may."""
     mode, dtype = decoder.mode, jax.tree.leaves(decoder.params["backbone"])[0].dtype
-    device = jax.devices()[0].device_kind
-    told = device, decoder.model, mode.widths, mode.drafters, str(dtype), batch
+    device, flags = jax.devices()[0].device_kind, os.environ.get("XLA_FLAGS", "")
+    told = device, flags, decoder.model, mode.widths, mode.drafters, str(dtype), batch
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 

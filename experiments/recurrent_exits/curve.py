@@ -1,6 +1,6 @@
 """How good a recurrent exit becomes with the tokens that it is tuned on: curves of several runs.
 
-    python -m experiments.recurrent_exits.curve --run=runs/recurrent --run=runs/one_tap --plot=curve.svg
+    python -m experiments.recurrent_exits.curve --run=runs/recurrent --run=runs/one_tap
 
 Reads what the runs' validations have said. Behind each curve stands a power law, 1 − agreement =
 a · tokens^(−b), fitted to the validations after the warm-up, and what it says for 64 million tokens

@@ -1,0 +1,77 @@
+"""What steps cost is measured once, with the program that decodes, and kept."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import build
+from early_exit import policy as policies
+from early_exit.decoding import measure
+from early_exit.decoding.decode import decode
+from early_exit.decoding.generate import Decoder
+from early_exit.decoding.mode import LOSSY, VERIFIED, served, verified
+
+BATCH, SLOTS = 2, 256
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EARLY_EXIT_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def model_and_params():
+    return build(recurrent_taps=(2, 6))
+
+
+def decoder_of(model, params, mode=VERIFIED, pending=5):
+    mode = dataclasses.replace(served(mode, model), pending=pending)
+    return Decoder(model, params, policies.make([0.5, 0.5]), (), mode)
+
+
+def test_each_step_takes_its_time(model_and_params, cache):
+    decoder = decoder_of(*model_and_params)
+    found = measure.seconds(decoder, BATCH, SLOTS)
+    assert found["widths"] == [1, 4, 5] and found["batch"] == BATCH
+    assert min(found["passes"]) > 0 and found["draft"] >= 0
+    costs = measure.costs(decoder, BATCH, SLOTS)
+    assert costs.passes_N[0] == 1 and costs.passes_N.shape == (3,)
+
+
+def test_the_program_is_the_one_that_decodes(model_and_params, cache):
+    decoder = decoder_of(*model_and_params, pending=6)
+    costs = measure.costs(decoder, BATCH, SLOTS)
+    programs = decode._cache_size()
+    decoder = dataclasses.replace(decoder, costs=costs)
+    state = decoder.start([[1, 2, 3]] * BATCH, [8] * BATCH, jax.random.key(0), SLOTS)
+    decoder.run(state)
+    assert decode._cache_size() == programs
+
+
+def test_it_is_measured_once(model_and_params, cache, monkeypatch):
+    decoder = decoder_of(*model_and_params)
+    told = {"passes": [2.0, 3.0, 4.0], "draft": 0.5, "device": "x", "batch": 2, "widths": [1, 4, 5]}
+    calls = []
+    monkeypatch.setattr(measure, "seconds", lambda *args: calls.append(args) or told)
+    for _ in range(2):
+        costs = measure.costs(decoder, BATCH, SLOTS)
+        np.testing.assert_array_equal(costs.passes_N, [1, 1.5, 2])
+        assert costs.draft == 0.25
+    assert len(calls) == 1
+    # Another batch, other drafters and other widths cost something else.
+    measure.costs(decoder, BATCH + 1, SLOTS)
+    measure.costs(decoder_of(*model_and_params, verified("lookup")), BATCH, SLOTS)
+    measure.costs(decoder_of(*model_and_params, pending=4), BATCH, SLOTS)
+    assert len(calls) == 4
+
+
+def test_a_mode_is_served_as_far_as_the_model_goes(tiny, model_and_params):
+    plain, recurrent = tiny[0], model_and_params[0]
+    assert served(VERIFIED, plain).name == "verified: exits + lookup"
+    assert served(VERIFIED, recurrent) == VERIFIED
+    assert served(LOSSY, plain) == LOSSY
+    with pytest.raises(ValueError, match="nothing to draft with by recurrent"):
+        served(verified("recurrent"), plain)
