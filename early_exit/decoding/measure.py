@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import policy as policies
+from early_exit.decoding import drafters
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.generate import Decoder
 from early_exit.decoding.state import DecodeState
@@ -22,16 +23,22 @@ from early_exit.storage import files, programs
 
 # Times that each kind of step is run, in turns; the median is kept.
 ROUNDS = 7
-# Tokens before what is measured.
-PROMPT = 32
+# Tokens before what is measured, at most: of the prompt, and of the model's own.
+PROMPT, WRITTEN = 32, 16
+# Chains of a recurrent exit over which the time of a draft is averaged, at most.
+CHAINS = 6
 
 
 def costs(decoder: Decoder, batch: int, slots: int | None = None) -> Costs:
     """What steps cost, measured now if they never were: on this device, for this model and batch.
 
+    Assumed where the model's context has no room to measure in.
+
     Args:
       slots: of the cache that decoding is to have, so that its program serves.
     """
+    if decoder.model.config.context_length < 8 * decoder.mode.capacity:
+        return Costs.assumed(decoder.mode, batch)
     found = known_seconds(decoder, batch, slots)
     passes = np.array(found["passes"])
     return Costs(
@@ -65,28 +72,41 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
     """
     mode, most = decoder.mode, decoder.mode.capacity
     silent = decoder.policy
-    if silent is not None:  # no exit is asked, and drafts are taken to stand
-        silent = dataclasses.replace(
-            silent, thresholds=jnp.full_like(silent.thresholds, policies.NEVER)
-        )
-    decoder = dataclasses.replace(
-        decoder, policy=silent, costs=Costs(jnp.ones(len(mode.widths)), jnp.float32(0))
-    )
-    tokens = np.random.default_rng(0).integers(0, decoder.model.config.vocab_size, PROMPT)
+    if silent is not None:  # no exit is asked
+        never = jnp.full_like(silent.thresholds, policies.NEVER)
+        silent = dataclasses.replace(silent, thresholds=never)
+
+    def weighing(draft: float) -> Decoder:
+        costs = Costs(jnp.ones(len(mode.widths)), jnp.float32(draft))
+        return dataclasses.replace(decoder, policy=silent, costs=costs)
+
+    # Where a draft costs all the time in the world, none is made.
+    quiet, eager = weighing(1e9), weighing(0.0)
+    config = decoder.model.config
+    prompt, written = (min(size, config.context_length // 8) for size in (PROMPT, WRITTEN))
+    chains = min(CHAINS, (config.context_length - prompt - written) // most - 2)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, prompt)
     keys = jax.random.split(jax.random.key(0), batch)
-    state = decoder.start([tokens.tolist()] * batch, [2 * most] * batch, keys, slots)
+    new = written + (chains + 2) * most
+    state = decoder.start([tokens.tolist()] * batch, [new] * batch, keys, slots)
+    # Nothing is looked up, and what is drafted goes on from words of the model's own.
+    lookup = len(decoder.model.exits.points) + drafters.BY_NAME["lookup"].place
+    state = state.change(worth_BN=state.worth_BN.at[:, lookup].set(-1e9))
+    state = quiet.run(state, steps=written)
     times: dict[int, list[float]] = {width: [] for width in mode.widths}
     drafts = []
     for _ in range(ROUNDS + 1):  # the first compiles
         for width, found in times.items():
-            taken, _ = _step(decoder, _waiting(state, width))
+            taken, _ = _timed(quiet, _waiting(state, width), 1)
             found.append(taken)
         if "recurrent" in state.kept:
-            drafts.append(_step(decoder, _copied(state)))
-    passes = {width: float(np.median(found[1:])) for width, found in times.items()}
+            drafts.append(_timed(eager, _copied(state), chains))
+    passes = [float(np.median(found[1:])) for found in times.values()]
+    before = state.counts.passes_BEN
+    found = [_of_drafts(taken, after, before, passes) for taken, after in drafts[1:]]
     return {
-        "passes": [passes[width] for width in mode.widths],
-        "draft": float(np.median([_of_drafts(*draft, passes) for draft in drafts[1:]] or [0.0])),
+        "passes": passes,
+        "draft": float(np.median(found or [0.0])),
         "device": jax.devices()[0].device_kind,
         "batch": batch,
         "widths": list(mode.widths),
@@ -104,14 +124,14 @@ def _waiting(state: DecodeState, width: int) -> DecodeState:
     return state.change(newest_B=state.newest_B + (width - 1))
 
 
-def _step(decoder: Decoder, state: DecodeState) -> tuple[float, DecodeState]:
+def _timed(decoder: Decoder, state: DecodeState, steps: int) -> tuple[float, DecodeState]:
     began = time.perf_counter()
-    after = decoder.run(state, steps=1)
+    after = decoder.run(state, steps=steps)
     return time.perf_counter() - began, after
 
 
-def _of_drafts(taken: float, after: DecodeState, passes: dict[int, float]) -> float:
-    """Seconds of one draft, of a step that made some and then a pass; 0 if it made none."""
-    steps = float(after.counts.draft_steps_B.sum())
-    width = list(passes)[int(np.argmax(np.asarray(after.counts.passes_BEN)[:, -1].sum(axis=0)))]
-    return max(taken - passes[width], 0) / steps if steps else 0.0
+def _of_drafts(taken: float, after: DecodeState, before: jax.Array, passes: list[float]) -> float:
+    """Seconds of one draft: what was not taken by passes, shared out; 0 if none was made."""
+    drafts = float(after.counts.draft_steps_B.sum())
+    made = np.asarray(after.counts.passes_BEN - before)[:, -1].sum(axis=0)
+    return max(taken - float(made @ np.array(passes)), 0) / drafts if drafts else 0.0
