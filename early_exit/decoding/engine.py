@@ -31,6 +31,7 @@ from early_exit.decoding.costs import Costs
 from early_exit.decoding.drafters import base as drafting
 from early_exit.decoding.mode import Mode
 from early_exit.decoding.state import DecodeState
+from early_exit.decoding.widths import in_width, pad
 from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.policy import ExitPolicy
 
@@ -168,7 +169,7 @@ class Engine:
                     start_B,
                     active_B if propagates else None,
                 )
-                return jax.tree.map(lambda x: _pad(x, widths[-1]), found)
+                return jax.tree.map(lambda x: pad(x, widths[-1]), found)
 
             return branch
 
@@ -181,7 +182,7 @@ class Engine:
             return found if propagates else jax.tree.map(jnp.zeros_like, found)
 
         waiting_B = jnp.where(active_B, state.newest_B + 1 - start_B, 0)
-        (hidden, rows, taps), narrowest = _in_width(widths, waiting_B, skip, run, state)
+        (hidden, rows, taps), narrowest = in_width(widths, waiting_B, skip, run, state)
         state = self._keep(state, start_B, hidden, active_B, taps)
         filled_B = jnp.where(active_B, state.newest_B + 1, start_B)
         if propagates:  # rows that have left lack this segment's rows of their last position
@@ -253,7 +254,7 @@ class Engine:
                     self.gather(state.hidden_BWD, state, positions)
                 )
                 drawn = self.draw(state, logits, positions, False)
-                return jax.tree.map(lambda x: _pad(x, widths[-1]), drawn)
+                return jax.tree.map(lambda x: pad(x, widths[-1]), drawn)
 
             return branch
 
@@ -261,7 +262,7 @@ class Engine:
             zeros = jnp.zeros((len(active_B), widths[-1]), jnp.int32)
             return zeros, zeros.astype(jnp.float32)
 
-        (tokens, log_probs), narrowest = _in_width(widths, waiting_B, skip, read, state)
+        (tokens, log_probs), narrowest = in_width(widths, waiting_B, skip, read, state)
         drafted_B = jnp.maximum(waiting_B - 1, 0)
         accepted_B = jnp.zeros_like(drafted_B)
         if self.mode.verified and widths[-1] > 1:
@@ -346,21 +347,3 @@ class Engine:
     def column(self, index: int, values_B: jax.Array) -> jax.Array:
         """[B, E + 1]: the values in one column, zeros in the others."""
         return values_B[:, None] * (jnp.arange(self.final + 1) == index)[None]
-
-
-def _in_width(widths: tuple[int, ...], waiting_B: jax.Array, skip, run, state: DecodeState):
-    """(result of a pass just wide enough for the positions that wait, index of that width).
-
-    Args:
-      skip: what is done with the state where no row waits.
-      run: width → what is done in a pass that wide; one compiled branch each.
-    """
-    most = waiting_B.max()
-    narrowest = jnp.searchsorted(jnp.array(widths), most)
-    branch = jnp.where(most > 0, 1 + narrowest, 0)
-    return jax.lax.switch(branch, [skip, *map(run, widths)], state), narrowest
-
-
-def _pad(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, …] → [B, length, …], zeros behind."""
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))

@@ -1,9 +1,5 @@
 """Questions of two kinds for a model to answer: maths word problems, and functions to be written.
 
-    python -m experiments.recurrent_exits.questions --kind=maths --output=data/maths.jsonl
-    python -m experiments.recurrent_exits.questions --kind=code --output=data/code.jsonl
-    python -m experiments.recurrent_exits.questions --kind=code --held_out --output=…
-
 Maths: GSM-Symbolic's templates (Mirzadeh et al. 2024) as `reasoning-gym` has them (extra
 `studies`), with names and numbers drawn anew. Code: what the functions of the standard library say
 of themselves, as a task. Held out are templates and modules of which the other questions have none.
@@ -12,32 +8,12 @@ of themselves, as a task. Held out are templates and modules of which the other 
 import ast
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-from absl import app, flags
 
 from early_exit.data.sources import SPLITS, documents, hash_position
-from early_exit.storage import files
 
 KINDS = ("maths", "code")
 # Share of templates and of modules that are held out.
 HELD_OUT = 0.15
-
-KIND = flags.DEFINE_enum("kind", None, KINDS, "Which questions.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file for them.", required=True)
-COUNT = flags.DEFINE_integer("count", 2000, "How many, at most.", lower_bound=1)
-HELD = flags.DEFINE_bool("held_out", False, "Those to measure with.")
-
-
-def main(argv):
-    del argv
-    found = questions(KIND.value, COUNT.value, held_out=HELD.value)
-    path = Path(OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for question in found:
-            file.write(files.json_text({"prompt": question}, ensure_ascii=False) + "\n")
-    print(f"{len(found)} questions in {path}")
 
 
 def questions(kind: str, count: int, *, held_out: bool) -> list[str]:
@@ -86,7 +62,3 @@ def _tasks() -> Iterator[tuple[str, str]]:
                         names = [a.arg for a in node.args.args if a.arg not in ("self", "cls")]
                         task = f"Write a Python function {node.name}({', '.join(names)})."
                         yield module, f"{task} {said}"
-
-
-if __name__ == "__main__":
-    app.run(main)

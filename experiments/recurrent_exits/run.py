@@ -29,6 +29,9 @@ from experiments.decoding_speed.timing import Turns, decode_case, one_after_the_
 from experiments.recurrent_exits import prompts
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
+PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts of each kind.", lower_bound=1)
+NEW = flags.DEFINE_integer("new_tokens", 96, "Tokens of an answer.", lower_bound=2)
+ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns on the clock.", lower_bound=1)
 BATCHES = flags.DEFINE_multi_integer("batch", [1, 4, 8], "Prompts decoded together.")
 
 FULL, RECURRENT, LOOKUP = "full model", "verified: recurrent", "verified: lookup"
@@ -48,7 +51,9 @@ class Way:
 
 def main(argv):
     del argv
-    count, new_tokens, rounds = (2, 24, 1) if bars.QUICK.value else (8, 96, 2)
+    count, new_tokens, rounds = PROMPTS.value, NEW.value, ROUNDS.value
+    if bars.QUICK.value:
+        count, new_tokens, rounds = 2, 24, 1
     tuned = assemble.load_tuned(Path(WORKDIR.value))
     texts = prompts.load(tuned, count)
     rows, speedups, foreseen, equal = [], {}, [], {}

@@ -27,7 +27,7 @@ STUDIES = {
     "decoding_speed.schedules": "--seeds=1",
     "recurrent_exits.run": "--workdir={recurrent} --batch=1 --batch=2",
     "recurrent_exits.curve": "--run={recurrent} --plot={out}/curve.svg",
-    "recurrent_exits.questions": "--kind=maths --count=20 --output={out}/questions.jsonl",
+    "recurrent_exits.write_questions": "--kind=maths --count=20 --output={out}/questions.jsonl",
     "calibration.guarantees": "--records={records} --plot={out}/guarantees.svg",
     "calibration.budgets": "--records={records} --plot={out}/budgets.svg",
     "calibration.rejection": "--records={records} --plot={out}/rejection.svg",
@@ -43,7 +43,7 @@ ELSEWHERE = {"pod_plan.run"}
 # What those print that hold themselves to no bars.
 WITHOUT_BARS = {
     "calibration.temperatures": "calibration error before",
-    "recurrent_exits.questions": "20 questions in",
+    "recurrent_exits.write_questions": "20 questions in",
 }
 
 

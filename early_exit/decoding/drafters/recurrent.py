@@ -17,6 +17,7 @@ from early_exit import consult
 from early_exit.backbones import base as networks
 from early_exit.decoding import cache as caches
 from early_exit.decoding.drafters import base
+from early_exit.decoding.widths import in_width, pad
 
 # Passes over which a row's rate of tokens is averaged.
 _MEMORY = 16
@@ -77,7 +78,12 @@ class Recurrent(base.Drafter):
         }
 
     def read(self, engine, kept, before, tokens_BT, positions_BT):
-        new = self._rows(engine, kept, before, tokens_BT, positions_BT)
+        def rows():
+            return self._rows(engine, kept, before, tokens_BT, positions_BT)
+
+        # Always true. Outside a branch, XLA would copy the rows that blocks read (see `decode`).
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(rows))
+        new = jax.lax.cond(positions_BT.min() >= 0, rows, lambda: nothing)
         start_B = positions_BT[:, 0]
         return kept | {"rows": caches.write(kept["rows"], new, start_B)}
 
@@ -86,14 +92,24 @@ class Recurrent(base.Drafter):
         kept = state.kept[self.name]
         # After the prompt's pass, `read` has had it.
         known_B = jnp.maximum(kept["known_B"], state.prompt_B)
-        positions = engine.positions(known_B, state, engine.mode.capacity)
-        before = {
-            name: engine.gather(tap, state, positions - 1)
-            for name, tap in state.taps.items()
-            if int(name) in engine.model.exits.recurrent_taps
-        }
-        tokens = jnp.take_along_axis(state.tokens_BS, positions, axis=1)
-        new = self._rows(engine, kept, before, tokens, positions)
+        widths, waiting_B = engine.mode.widths, jnp.where(rows_B, state.newest_B + 1 - known_B, 0)
+
+        def rows(width):
+            def branch(state):
+                positions = engine.positions(known_B, state, width)
+                before = {
+                    str(tap): engine.gather(state.taps[str(tap)], state, positions - 1)
+                    for tap in engine.model.exits.recurrent_taps
+                }
+                tokens = jnp.take_along_axis(state.tokens_BS, positions, axis=1)
+                new = self._rows(engine, state.kept[self.name], before, tokens, positions)
+                return jax.tree.map(lambda x: pad(x, widths[-1]), new)
+
+            return branch
+
+        shapes = jax.eval_shape(rows(widths[-1]), state)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        new, _ = in_width(widths, waiting_B, lambda _: nothing, rows, state)
         kept = kept | {
             # Of rows that were not checked, slots are written that are not in use yet.
             "rows": caches.write(kept["rows"], new, known_B),
@@ -139,7 +155,8 @@ class Recurrent(base.Drafter):
         batch, policy = len(newest_B), engine.policy
         fitted = None if policy is None else policy.drafts
         costs = engine.costs
-        position = (costs.passes_N[-1] - 1) / (engine.mode.capacity - 1)
+        # Where a pass may be wider, its positions cost what they do in the width that suits best.
+        position = ((costs.passes_N[1:] - 1) / (jnp.array(engine.mode.widths[1:]) - 1)).min()
         price = rate * (costs.draft + position) / _NEXT
         checked = engine.mode.verified
         table = engine.bound.table(head)
@@ -216,16 +233,8 @@ class Recurrent(base.Drafter):
         )
         fused = head.fused([before[str(tap)] for tap in engine.model.exits.recurrent_taps])
         fused = jnp.where((positions_BT > 0)[:, :, None], fused, 0)
-        joined, past = head.joined(fused, embedded), tuple(kept["rows"].values())
-
-        def rows():
-            return head.rows(joined, context, past, positions_BT[:, 0])
-
-        if len(past) > 1:  # which read the past; outside a branch, XLA would copy it (`decode`)
-            nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(rows))
-            new = jax.lax.cond(positions_BT.min() >= 0, rows, lambda: nothing)
-        else:
-            new = rows()
+        past = tuple(kept["rows"].values())
+        new = head.rows(head.joined(fused, embedded), context, past, positions_BT[:, 0])
         return dict(zip(kept["rows"], new, strict=True))
 
 
