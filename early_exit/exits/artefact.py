@@ -114,7 +114,11 @@ def describe(folder: Path) -> Artefact:
         )
     try:
         about = fields["exits"]
-        exits = ExitConfig(**{k: tuple(x) if isinstance(x, list) else x for k, x in about.items()})
+        tuples = {"points": tuple(about["points"])}
+        tuples["recurrent_taps"] = tuple(
+            about.get("recurrent_taps", ())
+        )  # earlier versions had none
+        exits = ExitConfig(**about | tuples)
         fields = {"data": None} | fields  # earlier versions kept nothing of it
         others = [field.name for field in dataclasses.fields(Artefact)[1:]]
         artefact = Artefact(exits, *(fields[name] for name in others))

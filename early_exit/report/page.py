@@ -178,7 +178,10 @@ def _decoding(evaluation: dict[str, Any], depths: list[int]) -> dict[str, Any]:
     full, *others = rows = of["rows"]
     own = [row for row in others if row["policy"] is not None and row["policy"] == of["chosen"]]
     # Behind the exits' shares stand those of other drafters; files of earlier versions have fewer.
-    sources = [tokens.LOOKED_UP, tokens.RECURRENT][: len(full["exit_shares"]) - len(depths)]
+    places = max(len(row["exit_shares"]) for row in rows)
+    for row in rows:
+        row["exit_shares"] += [0.0] * (places - len(row["exit_shares"]))
+    sources = [tokens.LOOKED_UP, tokens.RECURRENT][: places - len(depths)]
     return {
         "full": full,
         "rows": rows,

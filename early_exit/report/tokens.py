@@ -26,6 +26,7 @@ _SOURCES: dict[int, tuple[str, str, RGB]] = {
     LOOKED_UP: ("looked up", "from earlier text", (122, 126, 130)),
     RECURRENT: ("recurrent", "from the recurrent exit", (244, 178, 102)),
 }
+_UNKNOWN = ("other", "from no exit of this model", (122, 126, 130))
 
 # What would move a terminal's cursor, change its state or reverse its text → a visible stand-in.
 _VISIBLE = (
@@ -44,7 +45,7 @@ def background(depth: int, exit_depths: Sequence[int]) -> RGB:
     comes from none of them, as looked-up tokens do, has a colour of its own.
     """
     if depth not in exit_depths:
-        return _SOURCES[depth][2]
+        return _SOURCES.get(depth, _UNKNOWN)[2]
     place = exit_depths.index(depth) / max(len(exit_depths) - 1, 1) * (len(_STOPS) - 1)
     stop = min(int(place), len(_STOPS) - 2)
     return tuple(
@@ -117,7 +118,7 @@ def html_spans(pieces: Sequence[str], depths: Sequence[int], exit_depths: Sequen
         behind = background(depth, exit_depths)
         title = f"exit after block {depth} of {full_depth}"
         if depth not in exit_depths:
-            title = _SOURCES[depth][1]
+            title = _SOURCES.get(depth, _UNKNOWN)[1]
         elif depth == full_depth:
             title = f"all {full_depth} blocks"
         colours = f"background:{hex_colour(behind)};color:{hex_colour(foreground(behind))}"

@@ -155,8 +155,8 @@ def test_generate_answers_a_file_losslessly(run, launch, tmp_path):
         assert len(row["tokens"]) == len(row["depths"]) == len(row["log_probs"]) == 24
         facts = row["statistics"]
         assert facts["new_tokens"] == sum(facts["exits"].values()) == 24
-        proposed = facts["exits"] | {"text": facts["exits"].get("text", 0)}
-        for depth, place in [(2, "block 2"), (4, "block 4"), (6, "block 6"), (0, "text")]:
+        proposed = facts["exits"] | {"lookup": facts["exits"].get("lookup", 0)}
+        for depth, place in [(2, "block 2"), (4, "block 4"), (6, "block 6"), (0, "lookup")]:
             assert row["depths"].count(depth) == proposed[place]
         assert sum(facts["drafts_accepted"]) == 24 - proposed["block 6"]
         assert facts["tokens_per_second"] > 0 and facts["blocks_per_token"] >= 6

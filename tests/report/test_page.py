@@ -159,17 +159,20 @@ def test_a_policy_that_was_not_measured_is_not_shown_with_the_figures(write_run,
     assert "6 never 18 0.8750" in shown and "0.7500" not in shown
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25])
-def test_looked_up_tokens_have_their_part_of_the_bar(write_run, share):
+@pytest.mark.parametrize("others", [[0.0], [0.25], [0.25, 0.125], [0.0, 0.125]])
+def test_other_sources_have_their_parts_of_the_bar(write_run, others):
+    """As many as the file knows: those of earlier versions know fewer."""
+
     def change(evaluation):
-        evaluation["decoding"]["rows"][1] |= {"exit_shares": [0.5, 0.25, 0.25, share]}
+        evaluation["decoding"]["rows"][1] |= {"exit_shares": [0.5, 0.25, 0.25, *others]}
 
     html = page.write(write_run(change)).read_text(encoding="utf-8")
     bar = html.split('class="shares"')[2]
     widths = [float(x) for x in re.findall(r"flex:([\d.]+) 0 0", bar.split("</td>")[0])]
-    assert widths == [0.5, 0.25, 0.25, share]
+    assert widths == [0.5, 0.25, 0.25, *others]
     label = re.search(r'aria-label="(.*?)"', bar, re.DOTALL)[1]
-    assert ("looked up: 25.0" in label) == (share > 0)
+    assert ("looked up: 25.0" in label) == (others[0] > 0)
+    assert ("recurrent: 12.5" in label) == (others[1:] == [0.125])
 
 
 def test_a_run_after_a_curriculum_has_its_curves(write_run):

@@ -134,19 +134,29 @@ def test_tokens_without_a_depth_are_an_error(show):
         show(["a", "b"], [6], [6, 30])
 
 
-@pytest.mark.parametrize("depth", [0, 5, 31, -1])
-def test_what_comes_from_no_exit_has_a_colour_of_its_own(depth):
-    """Looked-up tokens have the depth 0; and whatever else may come to propose tokens."""
+@pytest.mark.parametrize(
+    ("depth", "title"),
+    [
+        (tokens.LOOKED_UP, "from earlier text"),
+        (tokens.RECURRENT, "from the recurrent exit"),
+        (5, "from no exit of this model"),
+        (31, "from no exit of this model"),
+        (-7, "from no exit of this model"),
+    ],
+)
+def test_what_comes_from_no_exit_has_a_colour_of_its_own(depth, title):
+    """Of each source that there is, and whatever else may come to propose tokens."""
     behind = tokens.background(depth, [6, 18, 30])
     assert behind not in {tokens.background(d, [6, 18, 30]) for d in (6, 18, 30)}
     levels = sorted(luminance(c)[1] + 0.05 for c in (behind, tokens.foreground(behind)))
     assert levels[1] / levels[0] >= 4.5
     assert "a" in tokens.ansi(["a"], [depth], [6, 18, 30])
     ((attributes, _),) = Spans(tokens.html_spans(["a"], [depth], [6, 18, 30])).found
-    assert attributes["title"] == "from earlier text"
+    assert attributes["title"] == title
 
 
-def test_the_legend_names_lookups_where_there_are_some():
-    legend = tokens.legend_ansi([6, 30], looked_up=True)
-    assert SGR.sub("", legend) == "blocks run:  6  30   looked up "
+def test_the_legend_names_other_sources_where_there_are_some():
+    legend = tokens.legend_ansi([6, 30], [tokens.LOOKED_UP, tokens.RECURRENT])
+    assert SGR.sub("", legend) == "blocks run:  6  30   looked up   recurrent "
     assert tokens.ansi([" looked up "], [tokens.LOOKED_UP], [6, 30]) in legend
+    assert tokens.ansi([" recurrent "], [tokens.RECURRENT], [6, 30]) in legend
