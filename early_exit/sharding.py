@@ -25,7 +25,7 @@ _ROWS = P(("data", "fsdp"))
 # First match wins. Kernels are [in, out]: the wide side of each pair is split over `tensor`, so
 # that a block needs one reduction after attention and one after the feed-forward part.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"(query|key|value|gate|up|fuse|join)/kernel$", P("fsdp", "tensor")),
     (r"attention/output/kernel$|down/kernel$", P("tensor", "fsdp")),
     (r"embedding$", P("tensor", "fsdp")),
     (r"", P()),

@@ -151,7 +151,8 @@ def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
 
     print("\n")
     if coloured:
-        sources = sorted({int(depth) for depth in answer.depths if depth < 1}, reverse=True)
+        others = drafters.of(tuned.model, settings["mode"])
+        sources = [1 - drafter.place for drafter in others if drafter.place]
         print(token_colours.legend_ansi(exit_depths, sources))
     decoded = len(answer.tokens) - 1
     facts = _statistics(answer, tuned, settings)

@@ -334,22 +334,13 @@ def test_rows_of_a_batch_equal_rows_alone(tiny, mixed, mode, temperature):
     assert len({tuple(row.exits[1:]) for row in batch}) > 1
 
 
-def passes_beside_lockstep(tiny, policy):
-    """Blocks passed by a batch of 8, ÷ those if every row waited for the deepest of its step."""
-    answers = run(*tiny, [[row, *PROMPT] for row in range(8)], policy, 60)
+def test_a_segment_is_read_once_for_all_rows_that_need_it(tiny, mixed):
+    """In each step as deep as the deepest row, and no deeper."""
+    answers = run(*tiny, [[row, *PROMPT] for row in range(8)], mixed, 60)
     passes = 2 * sum(answer.counts.passes_BEN.sum() for answer in answers)
-    return passes / np.max([answer.depths[1:] for answer in answers], axis=0).sum()
-
-
-def test_rows_do_not_wait_for_each_others_depth(tiny, mixed):
-    """Where most leave at the first exit, fewer blocks are passed than if every row waited."""
-    first, second = np.asarray(mixed.thresholds)
-    assert passes_beside_lockstep(tiny, policies.make([0.7 * first, second])) < 0.97
-
-
-def test_rows_of_evenly_mixed_depths_cost_little_more_than_if_they_waited(tiny, mixed):
-    """Some row goes deep at almost every step, and those that did not wait pass there again."""
-    assert 1.0 < passes_beside_lockstep(tiny, mixed) < 1.1
+    deepest = np.max([answer.depths[1:] for answer in answers], axis=0)
+    assert deepest.mean() > 2 and np.mean([answer.depths[1:] for answer in answers]) < 5.5
+    np.testing.assert_allclose(passes, deepest.sum(), rtol=1e-5)
 
 
 def test_ended_rows_cost_no_pass(tiny):

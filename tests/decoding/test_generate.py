@@ -92,7 +92,7 @@ def test_figures_of_an_answer_fit_together(tiny, mixed, mode):
     rows = generate(model, params, PROMPTS, policy=mixed, mode=mode, max_new_tokens=LENGTHS)
     for row, length in zip(rows, LENGTHS, strict=True):
         assert len(row.tokens) == len(row.exits) == len(row.log_probs) == length
-        assert row.exits[0] == 2 and (row.exits <= (3 if mode.drafts_ahead else 2)).all()
+        assert row.exits[0] == 2 and (row.exits <= (3 if "lookup" in mode.drafters else 2)).all()
         assert row.depths.tolist() == [depths[e] for e in row.exits]
         assert (row.log_probs <= 0).all()
         positions = row.counts.positions_BE
@@ -100,7 +100,7 @@ def test_figures_of_an_answer_fit_together(tiny, mixed, mode):
         assert (np.diff(positions) <= 0).all()  # none gets deeper without having been shallower
         if mode is LOSSY:
             assert row.layer_tokens == row.depths[1:].sum()
-        if not mode.drafts_ahead:
+        if "lookup" not in mode.drafters:
             assert positions[0] == length - 1
         assert (row.counts.accepted_BW <= row.counts.drafted_BW).all()
         # The drafts of one check stand from the first on.
@@ -231,7 +231,10 @@ def test_slots_that_do_not_fit_are_refused(tiny, slots):
     [
         ({"skipped": "recompute"}, "propagate or defer, not 'recompute'"),
         ({"drafters": ("exits",)}, "use skipped='defer'"),
-        ({"skipped": "defer", "drafters": ("lookup", "exits")}, "exits, lookup, in this order"),
+        (
+            {"skipped": "defer", "drafters": ("lookup", "exits")},
+            "lookup, recurrent, in this order",
+        ),
         ({"skipped": "defer", "drafters": ("n-grams",)}, "must be some of exits, lookup"),
         ({"skipped": "defer", "pending": 1}, "pending must be 2 to 32 positions, not 1"),
     ],

@@ -228,7 +228,7 @@ def test_another_text_does_not_suit_the_states(config, cache, tmp_path):
     [
         ({}, {"top_k": 0}, r"top_k must lie in 1…\d+, not 0"),
         ({}, {"batches": 0}, "batches must be at least 1, not 0"),
-        ({"exits.points": ()}, {}, "exits.points names no place"),
+        ({"exits.points": ()}, {}, "neither exits.points nor exits.recurrent_taps names"),
         ({"exits.points": (3,)}, {"cached": True}, "holds records with another points; name"),
         ({"seed": 1}, {"cached": True}, "holds records with another seed; name another folder"),
     ],

@@ -5,7 +5,7 @@ import pytest
 
 from early_exit import policy as policies
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import LOSSY, VERIFIED
+from early_exit.decoding.mode import LOSSY, VERIFIED, served
 from early_exit.evaluation import tradeoff
 from early_exit.evaluation.tradeoff import Case
 
@@ -35,7 +35,7 @@ def test_rows_count_what_was_decoded(tiny, monkeypatch):
         return answers[-1]
 
     monkeypatch.setattr(tradeoff, "generate", watched)
-    verified = dataclasses.replace(VERIFIED, pending=4)
+    verified = dataclasses.replace(served(VERIFIED, model), pending=4)
     rows = tradeoff.compare(
         model,
         params,
@@ -60,7 +60,7 @@ def test_rows_count_what_was_decoded(tiny, monkeypatch):
     assert full["agreement"] == never["agreement"] == 1.0
     depths = [row["blocks_per_token"] for row in (full, always, never)]
     assert depths == [6, 2, 6] and lookup["blocks_per_token"] > 6 * (1 - lookup["exit_shares"][3])
-    assert always["exit_shares"] == [1, 0, 0, 0] and never["exit_shares"] == [0, 0, 1, 0]
+    assert always["exit_shares"] == [1, 0, 0, 0, 0] and never["exit_shares"] == [0, 0, 1, 0, 0]
     # Verified: the full model's own answer, though some of it was proposed elsewhere.
     assert lookup["agreement"] == 1.0
     # Once for nothing, to compile; then once in each case.
@@ -70,7 +70,7 @@ def test_rows_count_what_was_decoded(tiny, monkeypatch):
     for a, b in zip(of_verified, of_full, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
     proposed = np.concatenate([g.exits[1:] for g in of_verified])
-    np.testing.assert_allclose(lookup["exit_shares"], [(proposed == e).mean() for e in range(4)])
+    np.testing.assert_allclose(lookup["exit_shares"], [(proposed == e).mean() for e in range(5)])
     for row, of_row in zip(rows, timed, strict=True):
         to_last = np.mean([g.prefill_seconds + g.seconds for g in of_row])
         assert row["seconds_to_last"] == pytest.approx(to_last)

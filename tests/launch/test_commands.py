@@ -85,8 +85,8 @@ def test_evaluate_and_report(run, launch):
     assert [(row["policy"], row["mode"]) for row in rows] == [
         (None, None),
         *((own, mode) for mode in ("lossy", "deferred", "verified: exits")),
-        (own, "verified: exits + lookup"),
         (None, "verified: lookup"),
+        (own, "verified: exits + lookup"),
     ]
     full, lossy, _, *verified = rows
     assert results["decoding"]["chosen"] == own and lossy["epsilon"] == 0.6
@@ -202,8 +202,8 @@ def test_generate_answers_the_lines_of_a_text_file(run, launch, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give either --prompt or --input"),
-        (["--prompt=a", "--input={file}", "--output={out}"], "give either --prompt or --input"),
+        ([], "give one of --prompt, --input and --costs"),
+        (["--prompt=a", "--input={file}", "--output={out}"], "give one of --prompt, --input"),
         (["--input={file}"], "--input and --output go together"),
         (["--prompt=a", "--output={out}"], "--input and --output go together"),
         (["--input={file}.txt", "--output={out}"], "there is no .*prompts.jsonl.txt"),

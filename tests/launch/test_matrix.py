@@ -247,7 +247,7 @@ def test_a_decoder_of_every_kind(decoder, kind, tmp_path):
         assert ("left out" in printed) == (kind == "no chat template")
         html = pathlib.Path(ok("report", f"--workdir={place}").strip()).read_text()
         # Without exits there are no curves of their losses.
-        plots = (3 if place == folder else 2) - (kind == "recurrent alone")
+        plots = 3 if place == folder and kind != "recurrent alone" else 2
         assert html.count("<svg") == plots
 
 

@@ -164,4 +164,5 @@ def test_a_run_on_the_mesh_compiles_once_resumed_or_not_and_learns_the_same(foun
     (fresh, resumed), (other, again) = found["rows"]["split"], found["rows"]["whole"]
     assert fresh == resumed and other == again
     for a, b in zip(fresh, other, strict=True):
-        assert a["exit"] == b["exit"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        (kind, number), *_ = a.items()  # an exit, or a draft of the recurrent one
+        assert b[kind] == number and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
