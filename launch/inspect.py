@@ -153,7 +153,7 @@ def _facts(subject: Subject):
         taps = ", ".join(map(str, subject.exits.recurrent_taps))
         own = subject.exits.recurrent_blocks
         blocks = "1 block" if own == 1 else f"{own} blocks" if own else "a feed-forward part"
-        yield "recurrent exit", f"{blocks} of its own, reads what blocks {taps} put out"
+        yield "recurrent", f"{blocks} of its own, reads what blocks {taps} put out"
 
 
 def _costs(config: BackboneConfig, of: multiply_adds.BackboneCost, subject: Subject) -> str:
