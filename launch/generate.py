@@ -101,9 +101,7 @@ def main(argv):
 def _tell_costs(tuned: assemble.Tuned, batch: int, settings: dict) -> None:
     """Prints what verified decoding weighs; measures it if it is not known."""
     mode = settings["mode"]
-    names = ("policy", "stop_ids", "mode")
-    decoder = Decoder(tuned.model, tuned.params, *(settings[name] for name in names))
-    found = measure.known_seconds(decoder, batch)
+    found = measure.known_seconds(_decoder(tuned, settings), batch)
     first = found["passes"][0]
     rows = [
         (f"a pass of {width} position{'s'[: width > 1]}", 1e3 * taken, taken / first)
@@ -126,9 +124,12 @@ def _costs(tuned: assemble.Tuned, prompts: list[list[int]], batch: int, settings
     slots = cache.bucket(max(map(len, prompts)) + NEW.value + mode.capacity - 1)
     if not mode.verified:
         return {"slots": slots}
+    return {"slots": slots, "costs": measure.costs(_decoder(tuned, settings), batch, slots)}
+
+
+def _decoder(tuned: assemble.Tuned, settings: dict) -> Decoder:
     names = ("policy", "stop_ids", "mode")
-    decoder = Decoder(tuned.model, tuned.params, *(settings[name] for name in names))
-    return {"slots": slots, "costs": measure.costs(decoder, batch, slots)}
+    return Decoder(tuned.model, tuned.params, *(settings[name] for name in names))
 
 
 def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from early_exit.decoding.mode import Mode
 
-# Of a pass with one position: what another one adds, and a step of a recurrent exit. As measured
-# for SmolLM2-135M on two cores with AVX-512 (`experiments/decoding_speed`).
+# Of a pass with one position: what another one adds, as measured for SmolLM2-135M on two cores with
+# AVX-512 (`experiments/decoding_speed`); and a draft, by the weights that one reads there.
 POSITION, DRAFT = 0.1, 0.06
 
 

@@ -73,15 +73,11 @@ def prefill(
         here = (offset >= 0) & (offset < PREFILL_CHUNK)
         reached["hidden"] = hidden
         last = jnp.clip(offset, 0, PREFILL_CHUNK - 1)
-        return (
-            cache,
-            kept,
-            before,
-            {
-                name: jnp.where(here[:, None], x[jnp.arange(batch), last], at_end[name])
-                for name, x in reached.items()
-            },
-        )
+        at_end = {
+            name: jnp.where(here[:, None], x[jnp.arange(batch), last], at_end[name])
+            for name, x in reached.items()
+        }
+        return cache, kept, before, at_end
 
     chunks = (state.prompt_B.max() + PREFILL_CHUNK - 1) // PREFILL_CHUNK
     pending = state.taps | {"hidden": state.hidden_BWD}

@@ -46,6 +46,7 @@ class Engine:
       drafters: what proposes tokens, in the order in which they are asked.
       taps: blocks (1-based) whose output they read.
       tables: the heads' output matrices; none without a policy.
+      draft_table: the recurrent exit's; None where it does not draft.
       policy: when positions leave; None for the full model without any exit.
       stop_ids: int32 [n], tokens that end a row.
       costs: what steps cost relative to each other.
@@ -59,6 +60,7 @@ class Engine:
     drafters: tuple[drafting.Drafter, ...]
     taps: tuple[int, ...]
     tables: tuple[jax.Array, ...]
+    draft_table: jax.Array | None
     policy: ExitPolicy | None
     stop_ids: jax.Array
     costs: Costs
@@ -69,15 +71,18 @@ class Engine:
     def of(
         cls, params: base.Params, policy, stop_ids, costs, *, model: MultiExit, mode: Mode
     ) -> "Engine":
-        bound = model.bind(params)
+        bound, asked = model.bind(params), drafters.of(model, mode)
+        # Some are gathered: here, outside any loop.
+        drafts = any(drafter.name == "recurrent" for drafter in asked)
         depth_shares, head_shares = traffic(model, params).shares()
         return cls(
             model=model,
             mode=mode,
             bound=bound,
-            drafters=drafters.of(model, mode),
+            drafters=asked,
             taps=drafters.taps(model, mode),
             tables=() if policy is None else bound.exit_tables(),
+            draft_table=bound.draft_table() if drafts else None,
             policy=policy,
             stop_ids=stop_ids,
             costs=costs,

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import consult, precision, sharding
+from early_exit import consult, precision
 from early_exit.backbones import base
 from early_exit.calibration.chains import SCORES, Chains
 from early_exit.data.transforms import next_token_targets
 from early_exit.decoding.mode import LOSSY
-from early_exit.evaluation.exits import said_of
+from early_exit.evaluation.exits import said_of, scored
 from early_exit.exits import recurrent
 from early_exit.exits.multi_exit import MultiExit
 
@@ -54,7 +54,7 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit, steps: in
             x_BT = x_N.reshape(labels_BT.shape)
             return jnp.pad(x_BT[:, step:], ((0, 0), (0, step))).reshape(-1)
 
-        table, labels_N = bound.table(bound.recurrent), labels_BT.reshape(-1)
+        table, labels_N = bound.draft_table(), labels_BT.reshape(-1)
         summary, losses, _ = said_of(
             bound.recurrent.features(state), table, bound.token_ids, labels_N
         )
@@ -85,20 +85,12 @@ def record(
     Raises:
       ValueError: there is none.
     """
-    parts, groups = [], 0
-    for batch in batches:
-        out = sharding.fetch(score_batch(params, batch, model=model, steps=steps))
-        if "groups" not in batch:  # numbered within the batch
-            out["groups"] = out["groups"] + groups
-            groups = out["groups"].max() + 1
-        keep = out.pop("mask")
-        parts.append(jax.tree.map(lambda x, keep=keep: x[..., keep], out))
-    if not parts or not sum(len(part["groups"]) for part in parts):
+    found = scored(lambda batch: score_batch(params, batch, model=model, steps=steps), batches)
+    if not found["groups"].size:
         raise ValueError(
             f"no text to record chains of {steps} drafts on; give more, or longer, held-out text"
         )
-    whole = jax.tree.map(lambda *xs: np.concatenate(xs, axis=-1), *parts)
-    return Chains(**whole)
+    return Chains(**found)
 
 
 def summary(chains: Chains) -> list[dict]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +136,27 @@ def score_batch(
     }
 
 
+def scored(score: Callable[[dict], dict], batches: Iterable[dict]) -> dict:
+    """What `score` says of all batches, as numpy arrays [..., N]: what its `mask` keeps, in a row.
+
+    Groups that are numbered within a batch are numbered on.
+
+    Raises:
+      ValueError: no batch.
+    """
+    parts, groups = [], 0
+    for batch in batches:
+        out = sharding.fetch(score(batch))
+        if "groups" not in batch:
+            out["groups"] = out["groups"] + groups
+            groups = out["groups"].max() + 1
+        keep = out.pop("mask")
+        parts.append(jax.tree.map(lambda x, keep=keep: x[..., keep], out))
+    if not parts:
+        raise ValueError("no batch to record; give more held-out text")
+    return jax.tree.map(lambda *xs: np.concatenate(xs, axis=-1), *parts)
+
+
 def record(
     model: MultiExit,
     params: base.Params,
@@ -152,22 +173,18 @@ def record(
       soften: whether to keep what temperatures are fitted on, which takes longer.
       metadata: of the records.
     """
-    parts, groups = [], 0
     score = classes.score_batch if model.config.classifies else score_batch
-    for batch in batches:
-        out = sharding.fetch(score(params, batch, model=model, soften=soften))
-        if "groups" not in batch:  # numbered within the batch
-            out["groups"] = out["groups"] + groups
-            groups = out["groups"].max() + 1
-        keep = out.pop("mask")
-        parts.append(jax.tree.map(lambda x, keep=keep: x[..., keep], out))
-    if not parts:
-        raise ValueError("no batch to record; give more held-out text")
-    whole = jax.tree.map(lambda *xs: np.concatenate(xs, axis=-1), *parts)
+    last: dict = {}
+
+    def of(batch: dict) -> dict:
+        last.update(batch)
+        return score(params, batch, model=model, soften=soften)
+
+    whole = scored(of, batches)
     softened = whole.pop("softened")
     return Records(
         exit_depths=model.exit_depths,
-        costs=costs_of(model, batch),
+        costs=costs_of(model, last),
         softened=Softened(np.array(confidences.TEMPERATURES), **softened) if soften else None,
         metadata=metadata,
         **whole,

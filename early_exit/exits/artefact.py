@@ -115,9 +115,8 @@ def describe(folder: Path) -> Artefact:
     try:
         about = fields["exits"]
         tuples = {"points": tuple(about["points"])}
-        tuples["recurrent_taps"] = tuple(
-            about.get("recurrent_taps", ())
-        )  # earlier versions had none
+        # Earlier versions had none.
+        tuples["recurrent_taps"] = tuple(about.get("recurrent_taps", ()))
         exits = ExitConfig(**about | tuples)
         fields = {"data": None} | fields  # earlier versions kept nothing of it
         others = [field.name for field in dataclasses.fields(Artefact)[1:]]

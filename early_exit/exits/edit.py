@@ -29,10 +29,8 @@ def add(
     new = sorted(points)
     if taken := sorted(set(new) & set(model.exits.points)):
         raise ValueError(f"there are exits after blocks {taken} already; move or drop those first")
-    only_new = _with_points(model, new)
-    only_new = dataclasses.replace(
-        only_new, exits=dataclasses.replace(only_new.exits, recurrent_taps=())
-    )
+    exits = dataclasses.replace(model.exits, points=tuple(new), recurrent_taps=())
+    only_new = dataclasses.replace(model, exits=exits)
     heads = only_new.init_exits(key, params["backbone"], source, params.get("token_ids"))
     return _with_heads(model, params, params["exits"] | heads)
 

@@ -192,20 +192,25 @@ class Bound:
         Cheap when the matrix is the head's own or the whole of the backbone's. A reduced shared
         one is gathered: call this once, outside any loop.
         """
-        return tuple(map(self.table, self.heads))
+        return self._tables(self.heads)
 
-    def table(self, head: heads.Head | Recurrent) -> jax.Array:
-        """One head's; see `exit_tables`."""
+    def draft_table(self) -> jax.Array:
+        """The same of the recurrent exit."""
+        return self._tables([self.recurrent])[0]
 
-        def shared():
-            table = self.backbone.output_table()
-            return table if self.token_ids is None else table[self.token_ids]
+    def _tables(self, of: Sequence[heads.Head | Recurrent]) -> tuple[jax.Array, ...]:
+        shared = self.backbone.output_table()
+        if self.token_ids is not None:
+            shared = shared[self.token_ids]
 
-        if not hasattr(head, "output"):
-            return shared()
-        own = head.output.embedding[...]
-        is_rest_row_only = self.token_ids is not None and own.shape[0] == 1
-        return jnp.concatenate([shared(), own]) if is_rest_row_only else own
+        def table(head):
+            if not hasattr(head, "output"):
+                return shared
+            own = head.output.embedding[...]
+            is_rest_row_only = self.token_ids is not None and own.shape[0] == 1
+            return jnp.concatenate([shared, own]) if is_rest_row_only else own
+
+        return tuple(map(table, of))
 
     def hidden_at_exits(self, hidden, context, points) -> Iterator[jax.Array]:
         """Runs the backbone and yields the hidden states after each of the rising `points`.

@@ -127,12 +127,13 @@ def _token_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[
         # together would be most of what several exits keep.
         features_of = jax.checkpoint(features_of, static_argnums=0)
     features = [features_of(e, observed["hidden"][e]) for e in exits]
-    tables = [bound.table(bound.heads[e]) for e in exits]
+    at_exits = bound.exit_tables()
+    tables = [at_exits[e] for e in exits]
     if steps := len(group) - len(exits):
         read = (observed[name] for name in ("taps", "embedded", "context", "starts"))
         states = bound.recurrent.unrolled(*read, steps)
         features += [_flat(bound.recurrent.features(state)) for state in states]
-        tables += [bound.table(bound.recurrent)] * steps
+        tables += [bound.draft_table()] * steps
     targets = {"labels": observed["labels"].reshape(-1)}
     if "last" in observed:
         final = _flat(bound.backbone.features(observed["last"], observed["context"]))

@@ -135,7 +135,7 @@ def test_each_step_of_a_chain_has_its_share_of_the_loss(loss, points):
     taps = list(bound.hidden_at_exits(embedded, context, model.exits.recurrent_taps))
     starts = recurrent.starts(jnp.asarray(batch["documents"]))
     states = bound.recurrent.unrolled(taps, embedded, context, starts, len(DRAFTS))
-    table = bound.table(bound.recurrent)
+    table = bound.draft_table()
     said = [log_softmax(base.logits(bound.recurrent.features(x), table)) for x in states]
     final = log_softmax(whole_logits(params, batch, model=model)[1])
     kept = np.asarray(params["token_ids"])

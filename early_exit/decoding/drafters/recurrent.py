@@ -118,15 +118,15 @@ class Recurrent(base.Drafter):
         return state.change(kept=state.kept | {self.name: kept})
 
     def propose(self, engine, state):
-        stands = not engine.mode.verified
+        checked = engine.mode.verified
         if not self.drafts_ahead(engine):
             return state
         kept, mark = state.kept[self.name], engine.final + self.place
         worth_B, free_B = state.worth_BN[:, mark], base.free(state)
-        worthwhile_B = free_B & ((worth_B >= 0) | stands)
+        worthwhile_B = free_B & ((worth_B >= 0) | (not checked))
         rate_B = jnp.where(state.finished_B, 0, kept["rate_B"])
         chain = self._chain(engine, state, worthwhile_B, rate_B.sum())
-        if not stands:
+        if checked:
             chain, rate_B = _cut(engine, state, chain, rate_B)
             asked_B = worthwhile_B & (chain.steps > 0)
             share = len(asked_B) / jnp.maximum(asked_B.sum(), 1)
@@ -159,7 +159,6 @@ class Recurrent(base.Drafter):
         position = ((costs.passes_N[1:] - 1) / (jnp.array(engine.mode.widths[1:]) - 1)).min()
         price = rate * (costs.draft + position) / _NEXT
         checked = engine.mode.verified
-        table = engine.bound.table(head)
         has_rest = engine.bound.token_ids is not None
         zeros = jnp.zeros((batch, most), jnp.float32)
 
@@ -179,7 +178,7 @@ class Recurrent(base.Drafter):
                 for past, drafted in zip(kept["rows"].values(), chain.rows, strict=True)
             ]
             states, new = head.drafted(head.joined(chain.before_B1D, embedded), context, chains)
-            logits = networks.logits(head.features(states), table)
+            logits = networks.logits(head.features(states), engine.draft_table)
             token_B1, log_prob_B1 = engine.draw(state, logits, at_B1, True)
             summary = confidences.summarize(logits[:, 0], has_rest=has_rest)
             name = "max_prob" if fitted is None else fitted.confidence

@@ -47,7 +47,7 @@ def slow_drafts(model, params, tokens, count):
             hidden, _ = block(hidden, context)
         if not head.own_blocks:
             hidden = hidden + head.mlp(head.mlp_norm(hidden))
-        logits = head.features(hidden)[0, -1] @ bound.table(head).T
+        logits = head.features(hidden)[0, -1] @ bound.draft_table().T
         said.append(int(jnp.argmax(logits)))
         text = {"tokens": jnp.append(text["tokens"], said[-1])[None]}
         before = jnp.concatenate([before, hidden[:, -1:]], axis=1)
