@@ -41,6 +41,31 @@ def test_each_step_takes_its_time(model_and_params, cache):
     assert costs.passes_N[0] == 1 and costs.passes_N.shape == (3,)
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_is_timed_has_run(model_and_params, cache, monkeypatch, stops):
+    """Each pass as wide as it is called, each chain as long as it may be; whatever ends answers."""
+    decoder = decoder_of(*model_and_params)
+    if stops:  # every token is one
+        decoder = dataclasses.replace(decoder, stop_ids=range(decoder.model.config.vocab_size))
+    timed, done = measure._timed, []
+
+    def watched(decoder, state, steps):
+        before = jax.device_get(state.counts)  # the state is given away
+        taken, after = timed(decoder, state, steps)
+        change = jax.tree.map(lambda x, y: (np.asarray(x) - y).sum(axis=0), after.counts, before)
+        done.append((change.passes_BEN[-1], change.draft_steps_B))
+        return taken, after
+
+    monkeypatch.setattr(measure, "_timed", watched)
+    assert measure.seconds(decoder, BATCH, SLOTS)["draft"] > 0
+    passes, drafts = map(np.array, zip(*done, strict=True))
+    kinds = np.eye(3)[[0, 1, 2, 0]]  # the last with a chain before it, that hands nothing on
+    np.testing.assert_allclose(passes, np.tile(kinds, (measure.ROUNDS + 1, 1)), rtol=1e-6)
+    longest = 1 if stops else decoder.mode.capacity - 1  # what ends an answer is not drafted
+    steps = np.tile([0, 0, 0, longest], measure.ROUNDS + 1)
+    np.testing.assert_allclose(drafts, steps, rtol=1e-6)
+
+
 def test_the_program_is_the_one_that_decodes(model_and_params, cache):
     decoder = decoder_of(*model_and_params, pending=6)
     costs = measure.costs(decoder, BATCH, SLOTS)
