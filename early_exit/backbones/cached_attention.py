@@ -1,8 +1,8 @@
-"""Attention to a cache of earlier positions: read in chunks, as far as it is filled, never written.
+"""Attention to a cache of earlier positions: read as far as it is filled, never written.
 
 The one idea: a softmax can be kept up as its scores come (Milakov & Gimelshein 2018, algorithm 3).
-So new positions begin with themselves, which are few, and fold in what the cache has of them, one
-chunk at a time.
+So new positions begin with themselves, which are few, and fold in what the cache has of them: one
+chunk at a time, or all at once where most of it is filled and few ask.
 
 Shapes: B batch, T new positions, S cache slots, H query heads, K key/value heads,
 G = H / K queries per key/value head, d head width.
@@ -18,6 +18,9 @@ from early_exit.backbones.visibility import Visibility
 
 # Positions read from the cache at a time: the grain in which cost follows the filled length.
 CACHE_CHUNK = 128
+# A chunk is copied before it is read. So where at least this part of the chunks is seen, by at most
+# so many new positions, with at most so many scores at a time, the cache is read as it is.
+_SEEN_PART, _FEW, _SCORES = 1 / 4, 8, 1 << 24
 
 
 class _Softmax(NamedTuple):
@@ -75,12 +78,7 @@ def cached(
     first_BT = jnp.zeros_like(length_BT)
     if window is not None:
         first_BT = jnp.maximum(length_BT + jnp.arange(length)[None] - (window - 1), 0)
-    # The least of a batch, of what any position sees.
-    chunks = first_BT.min() // CACHE_CHUNK, -(-past_length_B.max() // CACHE_CHUNK)
-    softmax = jax.lax.fori_loop(
-        *chunks, lambda i, found: _with_chunk(found, query, past, first_BT, length_BT, i), softmax
-    )
-    return _finished(softmax, query_BTHd)
+    return _finished(_with_past(softmax, query, past, first_BT, length_BT), query_BTHd)
 
 
 def chained(
@@ -115,15 +113,16 @@ def chained(
         "bktgj,btjkd->bktgd",
     )
 
+    if not chain.learns:
+        softmax = _with_past(softmax, query, chain.past, first_BT, chain.length_BT)
+        return _finished(softmax, query_BTHd)
+
     def fold(found, i):
         return _with_chunk(found, query, chain.past, first_BT, chain.length_BT, i), None
 
-    if chain.learns:  # a loop of known length, whose chunks the backward pass makes anew
-        chunks = jnp.arange(chain.past[0].shape[2] // CACHE_CHUNK)
-        softmax, _ = jax.lax.scan(jax.checkpoint(fold), softmax, chunks)
-    else:
-        chunks = first_BT.min() // CACHE_CHUNK, -(-chain.length_BT.max() // CACHE_CHUNK)
-        softmax = jax.lax.fori_loop(*chunks, lambda i, found: fold(found, i)[0], softmax)
+    # A loop of known length, whose chunks the backward pass makes anew.
+    chunks = jnp.arange(chain.past[0].shape[2] // CACHE_CHUNK)
+    softmax, _ = jax.lax.scan(jax.checkpoint(fold), softmax, chunks)
     return _finished(softmax, query_BTHd)
 
 
@@ -136,9 +135,46 @@ def _by_group(query_BTHd, key_BTKd) -> jax.Array:
 
 
 def _scores(spec: str, query, key) -> jax.Array:
+    """Queries and keys in whatever order `spec` says; both have the head width last."""
     scores = jnp.einsum(spec, query, key, preferred_element_type=jnp.float32)
     # Not the query: in half precision it would be rounded once more.
     return scores * query.shape[-1] ** -0.5
+
+
+def _with_past(softmax: _Softmax, query, past: base.Rows, first_BT, length_BT) -> _Softmax:
+    """With the cache, in which each position sees slots from its first to its length."""
+    # The least of a batch, of what any position sees.
+    first, last = first_BT.min() // CACHE_CHUNK, -(-length_BT.max() // CACHE_CHUNK)
+
+    def by_chunk(softmax):
+        return jax.lax.fori_loop(
+            first,
+            last,
+            lambda i, found: _with_chunk(found, query, past, first_BT, length_BT, i),
+            softmax,
+        )
+
+    batch, kv_heads, length, group, _ = query.shape
+    slots = past[0].shape[2]
+    if length > _FEW or batch * kv_heads * length * group * slots > _SCORES:
+        return by_chunk(softmax)
+    return jax.lax.cond(
+        last - first >= _SEEN_PART * (slots // CACHE_CHUNK),
+        lambda softmax: _with_all(softmax, query, past, first_BT, length_BT),
+        by_chunk,
+        softmax,
+    )
+
+
+def _with_all(softmax: _Softmax, query, past: base.Rows, first_BT, length_BT) -> _Softmax:
+    key, value = past
+    slots = jnp.arange(key.shape[2])[None, None]
+    seen = (slots >= first_BT[:, :, None]) & (slots < length_BT[:, :, None])
+    # The keys come first and the scores are turned afterwards, behind a barrier: else XLA turns the
+    # keys on a CPU, which takes ten times as long as what it is for.
+    scores = jax.lax.optimization_barrier(_scores("bksd,bktgd->bkstg", key, query))
+    scores = jnp.moveaxis(scores, 2, -1)
+    return softmax.fold(scores, seen[:, None, :, None], value, "bktgs,bksd->bktgd")
 
 
 def _with_chunk(softmax: _Softmax, query, past: base.Rows, first_BT, length_BT, i) -> _Softmax:

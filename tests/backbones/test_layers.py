@@ -9,6 +9,8 @@ from early_exit.backbones import cached_attention, layers
 from early_exit.backbones.visibility import Visibility
 
 HEADS, KV_HEADS, WIDTH, SLOTS = 4, 2, 6, 256
+# Of which so little is seen that it is read chunk by chunk, not at once.
+MANY = 16 * cached_attention.CACHE_CHUNK
 # Empty, one, either side of a chunk's edge, and full but for what is new.
 LENGTHS = np.array([0, 1, 127, 128, 129, 250], np.int32)
 
@@ -26,7 +28,7 @@ def plain_attention(query, keys, values, mask):
     return out
 
 
-def case(new, kv_heads=KV_HEADS, lengths=LENGTHS):
+def case(new, kv_heads=KV_HEADS, lengths=LENGTHS, slots=SLOTS):
     """(query, key, value) of the new positions and a cache with every slot drawn."""
     rng = np.random.default_rng(new)
 
@@ -35,7 +37,7 @@ def case(new, kv_heads=KV_HEADS, lengths=LENGTHS):
 
     batch = len(lengths)
     rows = [draw(batch, new, heads, WIDTH) for heads in (HEADS, kv_heads, kv_heads)]
-    past = draw(batch, kv_heads, SLOTS, WIDTH), draw(batch, kv_heads, SLOTS, WIDTH)
+    past = draw(batch, kv_heads, slots, WIDTH), draw(batch, kv_heads, slots, WIDTH)
     return rows, past
 
 
@@ -43,9 +45,11 @@ attend = jax.jit(layers.attend)
 BACKWARDS = Visibility(causal=True)
 
 
+@pytest.mark.parametrize("slots", [SLOTS, MANY], ids=["at once", "by chunk"])
 @pytest.mark.parametrize(
     ("new", "kv_heads", "window"),
     [
+        (9, 2, None),
         (1, 2, None),
         (5, 2, None),
         (3, 1, None),
@@ -58,8 +62,8 @@ BACKWARDS = Visibility(causal=True)
         (3, 2, 1000),
     ],
 )
-def test_cached_attention_equals_plain_attention(new, kv_heads, window):
-    (query, key, value), past = case(new, kv_heads)
+def test_cached_attention_equals_plain_attention(new, kv_heads, window, slots):
+    (query, key, value), past = case(new, kv_heads, slots=slots)
     visibility = Visibility(causal=True, window=window)
     got = attend(query, key, value, visibility, past, jnp.asarray(LENGTHS))
     for b, length in enumerate(LENGTHS):
@@ -68,7 +72,7 @@ def test_cached_attention_equals_plain_attention(new, kv_heads, window):
             for old, rows in zip(past, (key, value), strict=True)
         )
         distance = length + np.arange(new)[:, None] - np.arange(length + new)[None]
-        seen = (distance >= 0) & (distance < (window or SLOTS))
+        seen = (distance >= 0) & (distance < (window or 2 * MANY))
         np.testing.assert_allclose(got[b], plain_attention(query[b], keys, values, seen), atol=1e-5)
 
 
@@ -117,17 +121,18 @@ def test_unfilled_slots_have_no_influence(garbage):
     want = attend(query, key, value, BACKWARDS, past, lengths)
     dirty = tuple(jnp.where(unfilled, garbage, x) for x in past)
     np.testing.assert_array_equal(attend(query, key, value, BACKWARDS, dirty, lengths), want)
-    # Chunks that no row has reached are not even read: there, NaN does no harm either.
+    # Where little is filled, other chunks are not even read: there, NaN does no harm either.
+    (query, key, value), past = case(2, slots=MANY)
     short = jnp.minimum(lengths, cached_attention.CACHE_CHUNK)
     want = attend(query, key, value, BACKWARDS, past, short)
-    unread = (np.arange(SLOTS) >= cached_attention.CACHE_CHUNK)[None, None, :, None]
+    unread = (np.arange(MANY) >= cached_attention.CACHE_CHUNK)[None, None, :, None]
     broken = tuple(jnp.where(unread, jnp.nan, x) for x in past)
     np.testing.assert_array_equal(attend(query, key, value, BACKWARDS, broken, short), want)
 
 
 def test_chunks_out_of_every_window_are_not_read():
     """Cost follows the window: what is too far back may be NaN."""
-    (query, key, value), past = case(2, lengths=np.array([200, 250]))
+    (query, key, value), past = case(2, lengths=np.array([200, 250]), slots=MANY)
     lengths = jnp.array([200, 250])
     broken = tuple(x.at[:, :, : cached_attention.CACHE_CHUNK].set(jnp.nan) for x in past)
     for window, reaches in ((72, False), (74, True)):  # 200 − 73 = 127, the first chunk's last
