@@ -19,8 +19,19 @@ from early_exit.decoding.state import DecodeState
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 
-# Prompt positions run at a time: enough to be bound by compute, little waste on short prompts.
-PREFILL_CHUNK = 64
+# Prompt positions of a row run at a time, at least and at most; and of all rows: enough to be bound
+# by compute, little waste on prompts that are shorter than the chunks that they fill.
+_CHUNKS = 16, 64
+_TOGETHER = 256
+
+
+def chunk_size(batch: int) -> int:
+    """Prompt positions of each of so many rows that run at a time: a power of two."""
+    least, most = _CHUNKS
+    size = most
+    while size > least and size * batch > _TOGETHER:
+        size //= 2
+    return size
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mode"), donate_argnames="state")
@@ -37,14 +48,15 @@ def prefill(
       stop_ids: int32 [n], tokens that end a row.
     """
     batch = state.tokens_BS.shape[0]
+    size = chunk_size(batch)
     assumed = Costs.assumed(mode, batch)  # nothing is weighed before the first token
     engine = Engine.of(params, None, stop_ids, assumed, model=model, mode=mode)
 
     def chunk(index, carry):
         cache, kept, before, at_end = carry
-        start = index * PREFILL_CHUNK
-        tokens = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, PREFILL_CHUNK, axis=1)
-        positions = jnp.broadcast_to((start + jnp.arange(PREFILL_CHUNK))[None], tokens.shape)
+        start = index * size
+        tokens = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, size, axis=1)
+        positions = jnp.broadcast_to((start + jnp.arange(size))[None], tokens.shape)
         hidden, context = engine.bound.backbone.stem({"tokens": tokens, "positions": positions})
         filled_B, reached = jnp.full(batch, start), {}
         for segment in range(len(model.segments)):
@@ -70,16 +82,16 @@ def prefill(
             name = drafter.name
             kept = kept | {name: drafter.read(engine, kept[name], shifted, tokens, positions)}
         offset = state.newest_B - start
-        here = (offset >= 0) & (offset < PREFILL_CHUNK)
+        here = (offset >= 0) & (offset < size)
         reached["hidden"] = hidden
-        last = jnp.clip(offset, 0, PREFILL_CHUNK - 1)
+        last = jnp.clip(offset, 0, size - 1)
         at_end = {
             name: jnp.where(here[:, None], x[jnp.arange(batch), last], at_end[name])
             for name, x in reached.items()
         }
         return cache, kept, before, at_end
 
-    chunks = (state.prompt_B.max() + PREFILL_CHUNK - 1) // PREFILL_CHUNK
+    chunks = (state.prompt_B.max() + size - 1) // size
     pending = state.taps | {"hidden": state.hidden_BWD}
     at_end = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), pending)
     before = {name: x for name, x in at_end.items() if name != "hidden"}

@@ -4,6 +4,7 @@ The one idea: streaming, whole answers and queues of prompts are the same compil
 a few steps, until all rows have ended, or until one has and the next prompt can take its place.
 """
 
+import collections
 import dataclasses
 import functools
 import time
@@ -31,6 +32,9 @@ from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 
 FOREVER = np.int32(2**31 - 1)
+# Of a batch's rows, the part that starts together from a queue. One prompt's pass alone costs as
+# much as a step of many rows; but rows that have ended wait for the others meanwhile.
+JOINING = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,33 +264,42 @@ def generate(
 def _queued(decoder: Decoder, prompts, max_new_tokens, seed, batch, slots) -> list[Generation]:
     max_new_tokens = check_prompts(decoder.model, prompts, max_new_tokens)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
+    sizes = [len(p) + new for p, new in zip(prompts, max_new_tokens, strict=True)]
     if slots is None:
-        longest = max(len(p) + new for p, new in zip(prompts, max_new_tokens, strict=True))
-        slots = caches.bucket(longest + decoder.mode.capacity - 1)
-    waiting = iter(range(len(prompts)))
+        slots = caches.bucket(max(sizes) + decoder.mode.capacity - 1)
+    # Long ones first: those that start together are alike, and short ones end together at last.
+    waiting = collections.deque(sorted(range(len(prompts)), key=lambda i: -sizes[i]))
+    together = -(-batch // JOINING)
     rows: list[int | None] = [None] * batch  # the prompt in each row
     seconds, prefill_seconds = np.zeros((2, batch))
     state, answers = None, {}
     while len(answers) < len(prompts):
-        for row, prompt in enumerate(rows):
-            if prompt is None and (following := next(waiting, None)) is not None:
-                rows[row], seconds[row] = following, 0.0
-                began = time.perf_counter()
-                single = decoder.start(
-                    [prompts[following]],
-                    [max_new_tokens[following]],
-                    keys[following : following + 1],
-                    slots,
-                )
-                prefill_seconds[row] = time.perf_counter() - began
-                state = _empty(single, batch) if state is None else state
-                state = _insert(state, single, row)
+        empty = [row for row, prompt in enumerate(rows) if prompt is None]
+        while waiting and empty:
+            places, empty = empty[:together], empty[together:]
+            started = [waiting.popleft() for _ in places[: len(waiting)]]
+            places = places[: len(started)]
+            # Always as many: others would be another program. Who has no place is forgotten.
+            padding = together - len(started)
+            chosen = [*started, *started[:1] * padding]
+            began = time.perf_counter()
+            new = decoder.start(
+                [prompts[i] for i in chosen],
+                [max_new_tokens[i] for i in chosen],
+                keys[jnp.array(chosen)],
+                slots,
+            )
+            taken = time.perf_counter() - began
+            state = _empty(new, batch) if state is None else state
+            state = _insert(state, new, jnp.array([*places, *[batch] * padding]))
+            for row, prompt in zip(places, started, strict=True):
+                rows[row], seconds[row], prefill_seconds[row] = prompt, 0.0, taken
         state = decoder.run(state, steps=0)  # compiles, off the clock
-        running = [prompt is not None for prompt in rows]
-        ended_already = batch - sum(running)
+        running = np.array([prompt is not None for prompt in rows])
+        joining = min(together, len(waiting)) or 1
         began = time.perf_counter()
-        state = decoder.run(state, finishing=ended_already + 1)
-        seconds += (time.perf_counter() - began) * np.array(running)
+        state = decoder.run(state, finishing=batch - running.sum() + joining)
+        seconds += (time.perf_counter() - began) * running
         finished = np.asarray(state.finished_B)
         generations = decoder.generations(state, seconds, prefill_seconds)
         for row in np.flatnonzero(finished & running):
@@ -294,13 +307,13 @@ def _queued(decoder: Decoder, prompts, max_new_tokens, seed, batch, slots) -> li
     return [answers[i] for i in range(len(prompts))]
 
 
-def _empty(single: DecodeState, batch: int) -> DecodeState:
-    """A batch of rows that have all ended, shaped like the one given."""
-    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])).copy(), single)
+def _empty(part: DecodeState, batch: int) -> DecodeState:
+    """A batch of rows that have all ended, shaped like those given."""
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (batch, *x.shape[1:])).copy(), part)
     return state.change(finished_B=jnp.ones(batch, bool))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _insert(state: DecodeState, single: DecodeState, row: jax.Array) -> DecodeState:
-    """The batch with one row replaced."""
-    return jax.tree.map(lambda whole, one: whole.at[row].set(one[0]), state, single)
+def _insert(state: DecodeState, part: DecodeState, rows: jax.Array) -> DecodeState:
+    """The batch with some rows replaced; those beyond it are left out."""
+    return jax.tree.map(lambda whole, new: whole.at[rows].set(new, mode="drop"), state, part)
