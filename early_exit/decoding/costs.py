@@ -25,10 +25,13 @@ class Costs:
     Attributes:
       passes_N: float32, a pass of each of the mode's widths, all rows together; the first is 1.
       draft: float32 scalar, a step of a recurrent exit, all rows together.
+      heads: float32 scalar, of asking exits on the way: what it takes, by what their weights are
+        of the full model's.
     """
 
     passes_N: jax.Array
     draft: jax.Array
+    heads: jax.Array = dataclasses.field(default_factory=lambda: jnp.float32(1))
 
     @classmethod
     def assumed(cls, mode: Mode, batch: int) -> "Costs":

@@ -97,9 +97,7 @@ class Engine:
 
     def step(self, state: DecodeState) -> DecodeState:
         """Every segment in turn, for the rows that wait in front of it."""
-        for drafter in self.drafters:
-            state = drafter.propose(self, state)
-        state = self._embed(state)
+        state = self._embed(self._propose(state))
         for segment in range(self.final + 1):
             active_B = ~state.finished_B & (state.stage_B == segment)
             before_BWD, start_B = state.hidden_BWD, state.filled_BE[:, segment]
@@ -112,6 +110,16 @@ class Engine:
                 for drafter in self.drafters:
                     state = drafter.after_segment(self, state, segment, active_B, before_BWD)
         return state
+
+    def _propose(self, state: DecodeState) -> DecodeState:
+        """The state with what drafters say before any pass."""
+        ahead = [drafter for drafter in self.drafters if drafter.drafts_ahead(self)]
+        if not ahead:
+            return state
+        proposed = drafting.Proposed.nothing(len(state.newest_B), self.mode.capacity - 1)
+        for drafter in ahead:
+            state, proposed = drafter.propose(self, state, proposed)
+        return drafting.handed_on(self, state, proposed) if self.mode.verified else state
 
     def _widths(self, segment: int) -> tuple[int, ...]:
         """How many positions of a row can meet a segment: one compiled branch each."""
@@ -291,7 +299,7 @@ class Engine:
             exit_index=self.final,
         )
         for drafter in self.drafters:
-            state = drafter.settle(self, state, active_B, accepted_B)
+            state = drafter.settle(self, state, active_B, drafted_B, accepted_B)
         return state
 
     def append(

@@ -16,7 +16,6 @@ import numpy as np
 
 from early_exit import policy as policies
 from early_exit.cost.traffic import traffic
-from early_exit.decoding import drafters
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.generate import Decoder
 from early_exit.decoding.state import DecodeState
@@ -28,6 +27,8 @@ ROUNDS = 7
 PROMPT, WRITTEN = 32, 16
 # Of a position in a pass: what nothing is worth, and float32 still counts from 1.
 _DEAR = 1e6
+# A threshold that no score reaches, of exits that are asked all the same.
+_NOBODY = 1e30
 
 
 def costs(decoder: Decoder, batch: int, slots: int | None = None) -> Costs:
@@ -43,7 +44,9 @@ def costs(decoder: Decoder, batch: int, slots: int | None = None) -> Costs:
     found = known_seconds(decoder, batch, slots)
     passes = np.array(found["passes"])
     return Costs(
-        jnp.asarray(passes / passes[0], jnp.float32), jnp.float32(found["draft"] / passes[0])
+        jnp.asarray(passes / passes[0], jnp.float32),
+        jnp.float32(found["draft"] / passes[0]),
+        jnp.float32(found["heads"]),
     )
 
 
@@ -60,7 +63,8 @@ def _name(decoder: Decoder, batch: int) -> str:
     """Differs where costs may."""
     mode, dtype = decoder.mode, jax.tree.leaves(decoder.params["backbone"])[0].dtype
     device, flags = jax.devices()[0].device_kind, os.environ.get("XLA_FLAGS", "")
-    told = device, flags, decoder.model, mode.widths, mode.drafters, str(dtype), batch
+    score = decoder.policy and decoder.policy.confidence
+    told = device, flags, decoder.model, mode.widths, mode.drafters, score, str(dtype), batch
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
@@ -68,55 +72,61 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
     """Seconds of a pass of each of the mode's widths, and of a step of a recurrent exit.
 
     Returns:
-      `passes`, one for each width, `draft`, 0 where there is no recurrent exit; and of what:
-      `device`, `batch`, `widths`.
+      `passes`, one for each width, `draft`, 0 where there is no recurrent exit; `heads`, as in
+      `Costs`, 1 where no exit is asked; and of what: `device`, `batch`, `widths`.
     """
     mode, most = decoder.mode, decoder.mode.capacity
-    silent = decoder.policy
-    if silent is not None:  # no exit is asked
-        never = jnp.full_like(silent.thresholds, policies.NEVER)
-        silent = dataclasses.replace(silent, thresholds=never)
 
-    def weighing(draft: float) -> Decoder:
+    def weighing(draft: float, threshold: float = policies.NEVER, heads: float = 1.0) -> Decoder:
         passes = 1 + _DEAR * (jnp.array(mode.widths, jnp.float32) - 1)
-        costs = Costs(passes, jnp.float32(draft))
-        return dataclasses.replace(decoder, policy=silent, costs=costs)
+        costs = Costs(passes, jnp.float32(draft), jnp.float32(heads))
+        policy = decoder.policy
+        if policy is not None:
+            policy = dataclasses.replace(
+                policy, thresholds=jnp.full_like(policy.thresholds, threshold)
+            )
+        return dataclasses.replace(decoder, policy=policy, costs=costs)
 
     # So dear a position that no draft is handed on. Made are none, or all, if each seems to save
-    # what its position costs.
+    # what its position costs. Exits are asked, in vain, if asking seems to be worth more than that.
     quiet, eager = weighing(_DEAR), weighing(-_DEAR)
+    asking = weighing(_DEAR, _NOBODY, heads=-_DEAR * len(mode.widths) * _DEAR)
     config = decoder.model.config
     prompt, written = (min(size, config.context_length // 8) for size in (PROMPT, WRITTEN))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, prompt)
     keys = jax.random.split(jax.random.key(0), batch)
     new = written + 2 * most
     state = decoder.start([tokens.tolist()] * batch, [new] * batch, keys, slots)
-    # Nothing is looked up, and what is drafted goes on from words of the model's own.
-    lookup = len(decoder.model.exits.points) + drafters.BY_NAME["lookup"].place
-    state = state.change(worth_BN=state.worth_BN.at[:, lookup].set(-1e9))
+    # What is drafted goes on from words of the model's own.
     state = quiet.run(state, steps=written)
     # Also where the model has met a stop token: what has ended costs nothing.
     state = state.change(finished_B=jnp.zeros_like(state.finished_B))
     times: dict[int, list[float]] = {width: [] for width in mode.widths}
-    drafts = []
+    drafts, heads = [], []
+    asks = "exits" in mode.drafters and decoder.policy is not None
     for _ in range(ROUNDS + 1):  # the first compiles
         for width, found in times.items():
             taken, _ = _timed(quiet, _waiting(state, width), 1)
             found.append(taken)
         if "recurrent" in state.kept:
             drafts.append(_timed(eager, _copied(state), 1))
+        if asks:
+            heads.append(_timed(asking, _copied(state), 1)[0])
     passes = [float(np.median(found[1:])) for found in times.values()]
-    draft = 0.0
+    draft, of_heads, reads = 0.0, 1.0, traffic(decoder.model, decoder.params)
+    if asks:  # beside a pass without; never less than their weights would
+        by_weights = passes[0] * reads.shares()[1][:-1].sum()
+        of_heads = max((float(np.median(heads[1:])) - passes[0]) / by_weights, 1.0)
     if drafts:  # each time as many, and then a pass of one position
         steps = float(drafts[0][1].counts.draft_steps_B.sum())
         with_drafts = float(np.median([taken for taken, _ in drafts[1:]]))
         draft = (with_drafts - passes[0]) / steps
         if draft <= 0:  # lost in the noise: what its weights are of the model's
-            reads = traffic(decoder.model, decoder.params)
             draft = passes[0] * reads.draft / reads.full
     return {
         "passes": passes,
         "draft": draft,
+        "heads": of_heads,
         "device": jax.devices()[0].device_kind,
         "batch": batch,
         "widths": list(mode.widths),

@@ -88,6 +88,7 @@ class DecodeState:
       kept: by drafter, what it keeps for each row.
       said: what the exits asked so far have said of the newest position, [B].
       account_B: float32, blocks that a policy's budget has left over.
+      rate_B: float32, tokens that a row has had lately for what a pass of one position costs.
       worth_BN: float32 [B, N], what asking each source of drafts has gained lately, by its mark.
       counts: what was done so far.
       cache: keys and values (`decoding.cache`).
@@ -107,6 +108,7 @@ class DecodeState:
     kept: dict[str, Any]
     said: Said
     account_B: jax.Array
+    rate_B: jax.Array
     worth_BN: jax.Array
     counts: Counts
     cache: caches.Cache
@@ -243,6 +245,7 @@ def initial_state(
         },
         said=Said.nothing((batch,)),
         account_B=jnp.zeros(batch, jnp.float32),
+        rate_B=jnp.ones(batch, jnp.float32),
         worth_BN=jnp.tile(drafters.credits(segments - 1), (batch, 1)),
         counts=Counts.zero(batch, segments, mode),
         cache=caches.empty(model.config, points, batch, slots, dtype),

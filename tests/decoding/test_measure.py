@@ -53,17 +53,22 @@ def test_what_is_timed_has_run(model_and_params, cache, monkeypatch, stops):
         before = jax.device_get(state.counts)  # the state is given away
         taken, after = timed(decoder, state, steps)
         change = jax.tree.map(lambda x, y: (np.asarray(x) - y).sum(axis=0), after.counts, before)
-        done.append((change.passes_BEN[-1], change.draft_steps_B))
+        asked = change.evaluations_BE[:-1]
+        done.append((change.passes_BEN[-1], change.draft_steps_B, asked))
         return taken, after
 
     monkeypatch.setattr(measure, "_timed", watched)
-    assert measure.seconds(decoder, BATCH, SLOTS)["draft"] > 0
-    passes, drafts = map(np.array, zip(*done, strict=True))
-    kinds = np.eye(3)[[0, 1, 2, 0]]  # the last with a chain before it, that hands nothing on
-    np.testing.assert_allclose(passes, np.tile(kinds, (measure.ROUNDS + 1, 1)), rtol=1e-6)
+    found = measure.seconds(decoder, BATCH, SLOTS)
+    assert found["draft"] > 0 and found["heads"] >= 1
+    rounds = measure.ROUNDS + 1
+    passes, drafts, asked = map(np.array, zip(*done, strict=True))
+    # Each width; then one with a chain of which nothing is handed on, and one that asks the exits.
+    widths = np.eye(3)[[0, 1, 2, 0, 0]]
+    np.testing.assert_allclose(passes, np.tile(widths, (rounds, 1)), rtol=1e-6)
     longest = 1 if stops else decoder.mode.capacity - 1  # what ends an answer is not drafted
-    steps = np.tile([0, 0, 0, longest], measure.ROUNDS + 1)
-    np.testing.assert_allclose(drafts, steps, rtol=1e-6)
+    np.testing.assert_allclose(drafts, np.tile([0, 0, 0, longest, 0], rounds), rtol=1e-6)
+    every = [[0, 0]] * 4 + [[BATCH, BATCH]]
+    np.testing.assert_array_equal(asked, np.tile(every, (rounds, 1)))
 
 
 def test_the_program_is_the_one_that_decodes(model_and_params, cache):
@@ -78,13 +83,13 @@ def test_the_program_is_the_one_that_decodes(model_and_params, cache):
 
 def test_it_is_measured_once(model_and_params, cache, monkeypatch):
     decoder = decoder_of(*model_and_params)
-    told = {"passes": [2.0, 3.0, 4.0], "draft": 0.5}
+    told = {"passes": [2.0, 3.0, 4.0], "draft": 0.5, "heads": 1.5}
     calls = []
     monkeypatch.setattr(measure, "seconds", lambda *args: calls.append(args) or told)
     for _ in range(2):
         costs = measure.costs(decoder, BATCH, SLOTS)
         np.testing.assert_array_equal(costs.passes_N, [1, 1.5, 2])
-        assert costs.draft == 0.25
+        assert costs.draft == 0.25 and costs.heads == 1.5
     assert len(calls) == 1
     # Another batch, other drafters and other widths cost something else.
     measure.costs(decoder, BATCH + 1, SLOTS)

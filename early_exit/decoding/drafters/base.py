@@ -5,12 +5,14 @@ with the others, the next full pass takes it along, and only the engine says whe
 drafter decides how good its tokens are, never what the answer is, and knows nothing of segments,
 caches or batches but what it is handed.
 
-Whether a drafter is asked depends on what it gained: its `worth`, in tokens of plain decoding.
+How many drafts are handed on is decided once, for all drafters and rows together, for they share a
+pass: as many as are worth one so wide (`handed_on`). Whether a drafter is asked at all depends on
+what it gained: its `worth`, in tokens of plain decoding.
 """
 
 import abc
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,25 @@ if TYPE_CHECKING:
 # A drafter is asked while its `worth`, a running mean of what asking it gained, is not negative.
 MEMORY = 32  # times asked over which the mean runs
 INSURANCE = 0.005  # per token, back to one that is not asked: what trying again may cost
+# Passes over which a row's rate of tokens is averaged.
+_RATE_MEMORY = 16
+
+
+class Proposed(NamedTuple):
+    """What drafters have proposed before a pass; K is a mode's capacity − 1.
+
+    Attributes:
+      reach_BK: float32, how likely each draft behind the newest token stands, with all before it; 0
+        where there is none.
+      cost: float32 scalar, what it took to make them, in passes.
+    """
+
+    reach_BK: jax.Array
+    cost: jax.Array
+
+    @classmethod
+    def nothing(cls, batch: int, most: int) -> "Proposed":
+        return cls(jnp.zeros((batch, most)), jnp.float32(0))
 
 
 class Drafter(abc.ABC):
@@ -77,9 +98,15 @@ class Drafter(abc.ABC):
         """
         return kept
 
-    def propose(self, engine: "Engine", state: "DecodeState") -> "DecodeState":
-        """Before a pass: appends drafts to rows where nothing waits (`free`), by `drafted`."""
-        return state
+    def propose(
+        self, engine: "Engine", state: "DecodeState", proposed: Proposed
+    ) -> tuple["DecodeState", Proposed]:
+        """Before a pass: appends drafts to rows where nothing waits (`free`), by `drafted`.
+
+        Args:
+          proposed: what drafters before this one have, which is returned with its own added.
+        """
+        return state, proposed
 
     def after_segment(
         self, engine: "Engine", state: "DecodeState", segment: int, active_B: jax.Array, before_BWD
@@ -93,9 +120,14 @@ class Drafter(abc.ABC):
         return state
 
     def settle(
-        self, engine: "Engine", state: "DecodeState", rows_B: jax.Array, accepted_B: jax.Array
+        self,
+        engine: "Engine",
+        state: "DecodeState",
+        rows_B: jax.Array,
+        drafted_B: jax.Array,
+        accepted_B: jax.Array,
     ) -> "DecodeState":
-        """After a check: told how many drafts stood in each of the rows that were checked.
+        """After a check: told how many drafts stood, of how many, in the rows that were checked.
 
         The row's newest token is the full model's then, and `taps` are exact up to the position
         before it.
@@ -136,30 +168,65 @@ def draftable(
 def drafted(
     engine: "Engine",
     state: "DecodeState",
-    drafts_BT,
-    usable_BT,
+    proposed: Proposed,
     drafter: Drafter,
-    log_probs_BT: jax.Array | None = None,
-) -> "DecodeState":
-    """The state with drafts behind the newest token of rows that are `free`.
+    drafts_BK: jax.Array,
+    reach_BK: jax.Array,
+    log_probs_BK: jax.Array | None = None,
+) -> tuple["DecodeState", Proposed]:
+    """The state with drafts behind the newest token of rows that are `free`; all that is proposed.
 
     Args:
-      drafts_BT: int32 [B, T], T below `Mode.pending`.
-      usable_BT: bool, which of them, from the first on; not beyond `draftable`.
-      log_probs_BT: float32, of drafts that may stand unchecked.
+      drafts_BK: int32, as many as may be handed on at most.
+      reach_BK: float32, how likely each stands, with all before it; 0 from the first on that is
+        none, or is beyond `draftable`.
+      log_probs_BK: float32, of drafts that may stand unchecked.
     """
-    rows = jnp.arange(len(drafts_BT))[:, None]
-    positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BT.shape[1])[None]
-    at = jnp.where(usable_BT, positions, state.tokens_BS.shape[1])
+    usable_BK = reach_BK > 0
+    rows = jnp.arange(len(drafts_BK))[:, None]
+    positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BK.shape[1])[None]
+    at = jnp.where(usable_BK, positions, state.tokens_BS.shape[1])
     mark = engine.final + drafter.place
-    if log_probs_BT is not None:
-        log_probs = state.log_prob_BS.at[rows, at].set(log_probs_BT, mode="drop")
+    if log_probs_BK is not None:
+        log_probs = state.log_prob_BS.at[rows, at].set(log_probs_BK, mode="drop")
         state = state.change(log_prob_BS=log_probs)
-    return state.change(
-        tokens_BS=state.tokens_BS.at[rows, at].set(drafts_BT, mode="drop"),
+    state = state.change(
+        tokens_BS=state.tokens_BS.at[rows, at].set(drafts_BK, mode="drop"),
         exit_BS=state.exit_BS.at[rows, at].set(mark, mode="drop"),
-        newest_B=state.newest_B + usable_BT.sum(axis=1),
+        newest_B=state.newest_B + usable_BK.sum(axis=1),
     )
+    return state, proposed._replace(reach_BK=jnp.maximum(proposed.reach_BK, reach_BK))
+
+
+def handed_on(engine: "Engine", state: "DecodeState", proposed: Proposed) -> "DecodeState":
+    """The state with only those of the new drafts that are worth a pass so wide, for all rows.
+
+    What a pass gains are the tokens of all rows; what it costs is worth as many tokens as have been
+    had for that lately (Dinkelbach 1967: so the rate itself becomes the best there is).
+    """
+    costs, widths = engine.costs, jnp.array(engine.mode.widths)
+    within_NK = jnp.arange(proposed.reach_BK.shape[1])[None] < widths[:, None] - 1
+    gained_NB = 1 + (proposed.reach_BK[None] * within_NK[:, None]).sum(-1)
+    gained_NB = jnp.where(state.finished_B[None], 0, gained_NB)
+    paid_N = costs.passes_N + proposed.cost
+    best = jnp.argmax(gained_NB.sum(-1) - rate(state) * paid_N)
+    rate_B = state.rate_B + (gained_NB[best] / paid_N[best] - state.rate_B) / _RATE_MEMORY
+    proposed_B = (proposed.reach_BK > 0).sum(axis=1)
+    dropped_B = jnp.maximum(proposed_B - (widths[best] - 1), 0)
+    return state.change(newest_B=state.newest_B - dropped_B, rate_B=rate_B)
+
+
+def rate(state: "DecodeState") -> jax.Array:
+    """float32 scalar, tokens of all rows for what a pass of one position in each costs."""
+    return jnp.where(state.finished_B, 0, state.rate_B).sum()
+
+
+def worthwhile(state: "DecodeState", mark: int) -> jax.Array:
+    """bool scalar, whether a source of drafts is to be asked: on an average of rows that go on.
+
+    One row's draft makes the pass wider for all, so all learn from it.
+    """
+    return jnp.where(state.finished_B, 0, state.worth_BN[:, mark]).sum() >= 0
 
 
 def accepted(drafts_BW: jax.Array, chosen_BW: jax.Array, drafted_B: jax.Array) -> jax.Array:

@@ -91,10 +91,12 @@ def _may_leave(engine, state) -> jax.Array:
 
 
 def _worthwhile(engine, state, e: int, wanted_B: jax.Array):
-    """(state, those of the wanted rows where asking this exit has paid lately)."""
-    worth_B = state.worth_BN[:, e]
-    refused_B = wanted_B & (worth_B < 0)
+    """(state, those of the wanted rows where asking this exit has paid lately, and can pay)."""
+    price = engine.head_shares[e] * engine.costs.heads
+    # At best all rows leave here: then a wider pass is saved them, of all deeper segments.
+    at_best = (1 - engine.depth_shares[e]) * (2 - engine.costs.passes_N[1])
+    refused_B = wanted_B & ~(base.worthwhile(state, e) & (at_best > price))
     wanted_B &= ~refused_B
-    worth_B = base.asked(worth_B, wanted_B, engine.head_shares[e])
+    worth_B = base.asked(state.worth_BN[:, e], wanted_B, price)
     worth_B = base.passed_over(worth_B, refused_B)
     return state.change(worth_BN=state.worth_BN.at[:, e].set(worth_B)), wanted_B

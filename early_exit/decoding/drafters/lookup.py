@@ -12,52 +12,55 @@ from early_exit.decoding.drafters import base
 
 # Tokens compared: the longest match wins, and at least this many must match.
 LONGEST_MATCH, SHORTEST_MATCH = 8, 2
-# How many of seven drafts stand after matches of 0 to 8 tokens, before a row knows better: as
-# counted in answers of SmolLM2-135M to maths problems and to programming tasks.
-_STAND = (0.0, 0.0, 1.4, 1.7, 1.9, 2.1, 2.4, 2.5, 3.0)
-_MEMORY = 8  # drafts over which a row's own experience is averaged
+# How often a draft stands, if all before it do, after matches of 0 to 8 tokens, before a row knows
+# better: as counted in answers of SmolLM2-135M to maths problems and to programming tasks.
+_STANDS = (0.0, 0.0, 0.59, 0.64, 0.67, 0.695, 0.73, 0.74, 0.785)
+_MEMORY = 32  # drafts over which a row's own experience is averaged
+_FORGETTING = 1 / 256  # a step, back to what was known before
 
 
 class Lookup(base.Drafter):
     """Proposes what followed the longest earlier match of a row's newest tokens."""
 
     name, place = "lookup", 1
-    credit = 0.1  # a wrong draft costs no pass of its own, and right ones are rare
+    credit = 0.0
 
     def start(self, model, batch, slots, dtype):
-        """How many drafts stand by length of match; the length that was last drafted by, or 0."""
-        stand = jnp.tile(jnp.array(_STAND, jnp.float32), (batch, 1))
-        return {"stand_BL": stand, "length_B": jnp.zeros(batch, jnp.int32)}
+        """How often drafts stand by length of match; the length that was last drafted by, or 0."""
+        stands = jnp.tile(jnp.array(_STANDS, jnp.float32), (batch, 1))
+        return {"stands_BL": stands, "length_B": jnp.zeros(batch, jnp.int32)}
 
-    def propose(self, engine, state):
-        kept, mark = state.kept[self.name], engine.final + self.place
-        worth_B, free_B = state.worth_BN[:, mark], base.free(state)
-        drafts, length_B = look_up(state.tokens_BS, state.newest_B, engine.mode.pending - 1)
-        found_B = length_B >= SHORTEST_MATCH
-        stand_B = jnp.take_along_axis(kept["stand_BL"], length_B[:, None], axis=1)[:, 0]
-        # In tokens of plain decoding: what stands, less what so wide a pass costs.
-        better_B = stand_B - (engine.costs.passes_N[-1] - 1) >= base.rivals(engine, state, self)
-        worthwhile_B = free_B & (worth_B >= 0)
-        usable = (worthwhile_B & found_B & better_B)[:, None]
-        usable &= base.draftable(engine, state, drafts)
-        asked_B = usable.any(axis=1)
-        worth_B = base.asked(worth_B, asked_B, 0.0)
-        worth_B = base.passed_over(worth_B, free_B & ~worthwhile_B)
-        kept = kept | {"length_B": jnp.where(asked_B, length_B, 0)}
-        state = state.change(
-            worth_BN=state.worth_BN.at[:, mark].set(worth_B),
-            kept=state.kept | {self.name: kept},
-        )
-        return base.drafted(engine, state, drafts, usable, self)
+    def propose(self, engine, state, proposed):
+        kept, most = state.kept[self.name], engine.mode.pending - 1
+        drafts, length_B = look_up(state.tokens_BS, state.newest_B, most)
+        stands_B = jnp.take_along_axis(kept["stands_BL"], length_B[:, None], axis=1)
+        reach_BK = stands_B ** (1 + jnp.arange(most, dtype=jnp.float32))[None]
+        # In tokens of plain decoding, what it would gain were all rows like this one.
+        within_NK = jnp.arange(most)[None] < jnp.array(engine.mode.widths)[:, None] - 1
+        gained_BN = (reach_BK[:, None] * within_NK[None]).sum(-1) - (engine.costs.passes_N - 1)[
+            None
+        ]
+        usable_B = base.free(state) & (length_B >= SHORTEST_MATCH)
+        usable_B &= gained_BN.max(axis=1) >= base.rivals(engine, state, self)
+        usable_BK = usable_B[:, None] & base.draftable(engine, state, drafts)
+        known = jnp.array([_STANDS], jnp.float32)
+        kept = {
+            "stands_BL": (1 - _FORGETTING) * kept["stands_BL"] + _FORGETTING * known,
+            "length_B": jnp.where(usable_BK.any(axis=1), length_B, 0),
+        }
+        state = state.change(kept=state.kept | {self.name: kept})
+        reach_BK = jnp.where(usable_BK, reach_BK, 0)
+        return base.drafted(engine, state, proposed, self, drafts, reach_BK)
 
-    def settle(self, engine, state, rows_B, accepted_B):
-        """Learns how many drafts stood."""
+    def settle(self, engine, state, rows_B, drafted_B, accepted_B):
+        """Learns how many drafts stood: all before the first that did not, which was the last."""
         kept = state.kept[self.name]
         told_B = rows_B & (kept["length_B"] > 0)
         is_length = jax.nn.one_hot(kept["length_B"], LONGEST_MATCH + 1)
-        more = (accepted_B[:, None] - kept["stand_BL"]) * is_length / _MEMORY
+        tried_B = accepted_B + (accepted_B < drafted_B)
+        more = (accepted_B[:, None] - tried_B[:, None] * kept["stands_BL"]) * is_length / _MEMORY
         kept = {
-            "stand_BL": kept["stand_BL"] + jnp.where(told_B[:, None], more, 0),
+            "stands_BL": kept["stands_BL"] + jnp.where(told_B[:, None], more, 0),
             "length_B": jnp.where(rows_B, 0, kept["length_B"]),
         }
         return state.change(kept=state.kept | {self.name: kept})

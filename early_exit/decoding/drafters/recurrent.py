@@ -2,9 +2,8 @@
 
 The one idea: where a row's last pass ended, the exact deep states of the position before its newest
 token are at hand. From these a chain of cheap steps goes on (`exits.recurrent`), as long as what it
-may still gain is worth a step; of the batch's chains as much is handed on as is worth a pass so
-wide. What the head's own blocks have left of exact positions is kept; what drafts left of
-themselves is forgotten with the chain.
+may still gain is worth a step. What the head's own blocks have left of exact positions is kept;
+what drafts left of themselves is forgotten with the chain.
 """
 
 from typing import NamedTuple
@@ -19,8 +18,6 @@ from early_exit.decoding import cache as caches
 from early_exit.decoding.drafters import base
 from early_exit.decoding.widths import in_width, pad
 
-# Passes over which a row's rate of tokens is averaged.
-_MEMORY = 16
 # How likely a further draft is taken to stand before it is made, if all before it do.
 _NEXT = 0.7
 
@@ -65,7 +62,7 @@ class Recurrent(base.Drafter):
         return engine.mode.verified or fitted
 
     def start(self, model, batch, slots, dtype):
-        """The exact rows of its blocks, of how many positions; and each row's rate of tokens."""
+        """The exact rows of its blocks, and of how many positions."""
         rows = model.config.cached_rows(model.config.depth - 1)
         names = map(str, range(model.exits.recurrent_blocks))
         return {
@@ -74,7 +71,6 @@ class Recurrent(base.Drafter):
                 for name in names
             },
             "known_B": jnp.zeros(batch, jnp.int32),
-            "rate_B": jnp.ones(batch, jnp.float32),
         }
 
     def read(self, engine, kept, before, tokens_BT, positions_BT):
@@ -87,7 +83,7 @@ class Recurrent(base.Drafter):
         start_B = positions_BT[:, 0]
         return kept | {"rows": caches.write(kept["rows"], new, start_B)}
 
-    def settle(self, engine, state, rows_B, accepted_B):
+    def settle(self, engine, state, rows_B, drafted_B, accepted_B):
         """Takes in the positions that have become exact, the newest token's own among them."""
         kept = state.kept[self.name]
         # After the prompt's pass, `read` has had it.
@@ -117,35 +113,24 @@ class Recurrent(base.Drafter):
         }
         return state.change(kept=state.kept | {self.name: kept})
 
-    def propose(self, engine, state):
-        checked = engine.mode.verified
-        if not self.drafts_ahead(engine):
-            return state
-        kept, mark = state.kept[self.name], engine.final + self.place
-        worth_B, free_B = state.worth_BN[:, mark], base.free(state)
-        worthwhile_B = free_B & ((worth_B >= 0) | (not checked))
-        rate_B = jnp.where(state.finished_B, 0, kept["rate_B"])
-        chain = self._chain(engine, state, worthwhile_B, rate_B.sum())
+    def propose(self, engine, state, proposed):
+        checked, mark = engine.mode.verified, engine.final + self.place
+        free_B = base.free(state)
+        worthwhile_B = free_B & (base.worthwhile(state, mark) | (not checked))
+        chain = self._chain(engine, state, worthwhile_B)
         if checked:
-            chain, rate_B = _cut(engine, state, chain, rate_B)
-            asked_B = worthwhile_B & (chain.steps > 0)
+            asked_B, cost = worthwhile_B & (chain.steps > 0), chain.steps * engine.costs.draft
             share = len(asked_B) / jnp.maximum(asked_B.sum(), 1)
-            worth_B = base.asked(worth_B, asked_B, chain.steps * engine.costs.draft * share)
+            worth_B = base.asked(state.worth_BN[:, mark], asked_B, cost * share)
             worth_B = base.passed_over(worth_B, free_B & ~worthwhile_B)
-            kept = kept | {"rate_B": jnp.where(worthwhile_B, rate_B, kept["rate_B"])}
-        state = state.change(
-            worth_BN=state.worth_BN.at[:, mark].set(worth_B),
-            kept=state.kept | {self.name: kept},
-        ).count(draft_steps_B=worthwhile_B / jnp.maximum(worthwhile_B.sum(), 1) * chain.steps)
-        usable = chain.reach_BK > 0
-        return base.drafted(engine, state, chain.drafts_BK, usable, self, chain.log_probs_BK)
+            state = state.change(worth_BN=state.worth_BN.at[:, mark].set(worth_B))
+            proposed = proposed._replace(cost=proposed.cost + cost)
+        taken_B = worthwhile_B / jnp.maximum(worthwhile_B.sum(), 1) * chain.steps
+        drafts = chain.drafts_BK, chain.reach_BK, chain.log_probs_BK
+        return base.drafted(engine, state.count(draft_steps_B=taken_B), proposed, self, *drafts)
 
-    def _chain(self, engine, state, rows_B, rate) -> _Chain:
-        """Chains of the given rows, as long as they are worth another step.
-
-        Args:
-          rate: tokens that the batch gets for what a pass of one position in each row costs.
-        """
+    def _chain(self, engine, state, rows_B) -> _Chain:
+        """Chains of the given rows, as long as they are worth another step."""
         head, most = engine.bound.recurrent, engine.mode.capacity - 1
         kept, newest_B = state.kept[self.name], state.newest_B
         taps = [
@@ -157,7 +142,7 @@ class Recurrent(base.Drafter):
         costs = engine.costs
         # Where a pass may be wider, its positions cost what they do in the width that suits best.
         position = ((costs.passes_N[1:] - 1) / (jnp.array(engine.mode.widths[1:]) - 1)).min()
-        price = rate * (costs.draft + position) / _NEXT
+        price = base.rate(state) * (costs.draft + position) / _NEXT
         checked = engine.mode.verified
         has_rest = engine.bound.token_ids is not None
         zeros = jnp.zeros((batch, most), jnp.float32)
@@ -235,17 +220,3 @@ class Recurrent(base.Drafter):
         past = tuple(kept["rows"].values())
         new = head.rows(head.joined(fused, embedded), context, past, positions_BT[:, 0])
         return dict(zip(kept["rows"], new, strict=True))
-
-
-def _cut(engine, state, chain: _Chain, rate_B: jax.Array) -> tuple[_Chain, jax.Array]:
-    """(the chains without what is not worth a wider pass, the rows' rates with this one)."""
-    costs, widths = engine.costs, jnp.array(engine.mode.widths)
-    place = jnp.arange(chain.reach_BK.shape[1])
-    within_NK = place[None] < widths[:, None] - 1
-    gained_NB = 1.0 + (chain.reach_BK[None] * within_NK[:, None]).sum(-1)
-    gained_NB = jnp.where(state.finished_B[None], 0, gained_NB)
-    paid_N = costs.passes_N + chain.steps * costs.draft
-    best = jnp.argmax(gained_NB.sum(-1) - rate_B.sum() * paid_N)
-    reach_BK = jnp.where(within_NK[best][None], chain.reach_BK, 0)
-    rate_B += (gained_NB[best] / paid_N[best] - rate_B) / _MEMORY
-    return chain._replace(reach_BK=reach_BK), rate_B

@@ -35,7 +35,7 @@ class Oracle(base.Drafter):
         stood, checks = (jnp.zeros(batch, jnp.int32) for _ in range(2))
         return {"seen": jnp.zeros(shape, dtype), "stood": stood, "checks": checks}
 
-    def propose(self, engine, state):
+    def propose(self, engine, state, proposed):
         """The second answer of a repeated row starts where the first does: rows by their prompt."""
         width = engine.mode.pending - 1
         at = state.newest_B[:, None] + 1 + jnp.arange(width)[None]
@@ -46,9 +46,9 @@ class Oracle(base.Drafter):
         wrong = (at % self.faults == 0) if self.faults else jnp.zeros_like(at, bool)
         drafts = jnp.where(wrong, (drafts + 1) % engine.model.config.vocab_size, drafts)
         usable = base.free(state)[:, None] & base.draftable(engine, state, drafts)
-        return base.drafted(engine, state, drafts, usable, self)
+        return base.drafted(engine, state, proposed, self, drafts, usable.astype(jnp.float32))
 
-    def settle(self, engine, state, rows_B, accepted_B):
+    def settle(self, engine, state, rows_B, drafted_B, accepted_B):
         """Keeps the tapped states of the position before the newest: exact, as is promised."""
         mine = state.kept[self.name]
         before = state.newest_B - 1

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -188,30 +189,107 @@ def after_prompt(names=("lookup", "recurrent"), prompts=(PERIODIC, PERIODIC)):
 
 
 def proposed(engine, state):
-    """How many tokens lookup proposes in each row."""
-    after = BY_NAME["lookup"].propose(engine, state)
-    return (after.newest_B - state.newest_B).tolist()
+    """(the state after lookup has proposed, how many tokens in each row)."""
+    nothing = base.Proposed.nothing(len(state.newest_B), engine.mode.capacity - 1)
+    after, _ = BY_NAME["lookup"].propose(engine, state, nothing)
+    return after, (after.newest_B - state.newest_B).tolist()
 
 
-def test_lookup_learns_how_much_stands_after_matches_of_each_length():
+def test_lookup_learns_how_often_drafts_stand_after_matches_of_each_length():
     engine, state = after_prompt()
-    assert proposed(engine, state) == [4, 4]
-    before = np.asarray(state.kept["lookup"]["stand_BL"])
-    for _ in range(20):  # of the first row nothing stands, of the second all; one is checked
-        state = BY_NAME["lookup"].propose(engine, state)
-        rows, accepted = jnp.array([True, False]), jnp.array([0, 4])
-        state = BY_NAME["lookup"].settle(engine, state, rows, accepted)
+    assert proposed(engine, state)[1] == [4, 4]
+    before = np.asarray(state.kept["lookup"]["stands_BL"])
+    # Of the first row half stand and then one does not; of the second all, but none is checked.
+    rows, drafted, accepted = jnp.array([True, False]), jnp.array([2, 4]), jnp.array([1, 4])
+    for _ in range(40):
+        state, _ = proposed(engine, state)
+        state = BY_NAME["lookup"].settle(engine, state, rows, drafted, accepted)
         state = state.change(newest_B=state.prompt_B)
-    stand = np.asarray(state.kept["lookup"]["stand_BL"])
-    np.testing.assert_array_equal(stand[1], before[1])
-    assert (stand[0, :-1] == before[0, :-1]).all() and stand[0, -1] < before[0, -1] / 2
-    assert proposed(engine, state) == [0, 4]
+    stands = np.asarray(state.kept["lookup"]["stands_BL"])
+    np.testing.assert_allclose(stands[1], before[1], rtol=1e-5)
+    np.testing.assert_allclose(stands[0, :-1], before[0, :-1], rtol=1e-5)
+    assert 0.5 < stands[0, -1] < 0.55
+    for _ in range(40):  # and then nothing
+        state, _ = proposed(engine, state)
+        state = BY_NAME["lookup"].settle(engine, state, rows, drafted, 0 * accepted)
+        state = state.change(newest_B=state.prompt_B)
+    assert proposed(engine, state)[1] == [0, 4]
+    for _ in range(300):  # what it was known for before comes back
+        state, _ = proposed(engine, state)
+        state = state.change(newest_B=state.prompt_B)
+    assert proposed(engine, state)[1] == [4, 4]
+
+
+def test_drafts_that_were_not_checked_teach_nothing():
+    """Two of four were handed on, and both stood: no draft has failed."""
+    engine, state = after_prompt()
+    before = state.kept["lookup"]["stands_BL"]
+    state, _ = proposed(engine, state)
+    two = jnp.array([2, 0])
+    state = BY_NAME["lookup"].settle(engine, state, jnp.array([True, True]), two, two)
+    change = np.asarray(state.kept["lookup"]["stands_BL"] - before)
+    assert change[0, -1] > 0 and not change[1].any() and not change[0, :-1].any()
 
 
 def test_lookup_leaves_the_turn_to_drafters_that_are_worth_more():
     engine, state = after_prompt()
     rival = engine.final + BY_NAME["recurrent"].place
-    worth = state.worth_BN.at[0, rival].set(2.0).at[1, rival].set(9.0)
-    assert proposed(engine, state.change(worth_BN=worth)) == [4, 0]
+    worth = state.worth_BN.at[0, rival].set(0.5).at[1, rival].set(9.0)
+    assert proposed(engine, state.change(worth_BN=worth))[1] == [4, 0]
     alone, state = after_prompt(("lookup",))
-    assert proposed(alone, state.change(worth_BN=worth)) == [4, 4]
+    assert proposed(alone, state.change(worth_BN=worth))[1] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("passes", "reach", "rate", "kept"),
+    [
+        # A pass of four costs half a pass more, so a token for these two rows. One row's drafts
+        # are worth 0.9 + 0.8 + 0.7 tokens; or 0.3 + 0.2 + 0.1, which do not pay for it.
+        ([1, 1.5, 9], [[0.9, 0.8, 0.7, 0.6], [0, 0, 0, 0]], 1.0, [3, 0]),
+        ([1, 1.5, 9], [[0.3, 0.2, 0.1, 0.1], [0, 0, 0, 0]], 1.0, [0, 0]),
+        # With the other row's they do.
+        ([1, 1.5, 9], [[0.3, 0.2, 0.1, 0.1], [0.5, 0, 0, 0]], 1.0, [3, 1]),
+        # Where a pass has given three tokens a row, half a pass is worth three times as much.
+        ([1, 1.5, 9], [[0.9, 0.8, 0.7, 0.6], [0, 0, 0, 0]], 3.0, [0, 0]),
+        ([1, 1.5, 1.6], [[0.9, 0.8, 0.7, 0.6], [0, 0, 0, 0]], 1.0, [4, 0]),
+    ],
+)
+def test_as_much_is_handed_on_as_is_worth_the_pass(passes, reach, rate, kept):
+    engine, state = after_prompt()
+    mode = dataclasses.replace(engine.mode, pending=5)
+    assert mode.widths == (1, 4, 5)
+    costs = Costs(jnp.array(passes, jnp.float32), jnp.float32(0))
+    engine = dataclasses.replace(engine, costs=costs)
+    reach, before = jnp.array(reach, jnp.float32), state.newest_B
+    state = state.change(rate_B=jnp.full(2, rate))
+    drafts = jnp.full((2, 4), 7)
+    nothing = base.Proposed.nothing(2, 4)
+    state, found = base.drafted(engine, state, nothing, BY_NAME["lookup"], drafts, reach)
+    state = base.handed_on(engine, state, found)
+    assert (state.newest_B - before).tolist() == kept
+
+
+def test_exits_are_not_asked_where_wider_passes_cost_as_much_as_further_ones(tiny):
+    """At best a draft saves its row a pass; where the wider one costs that, no head is run."""
+    model, params = tiny
+    mode, policy = Mode("defer", ("exits",), pending=4), policies.make([0.0, 0.0])
+    for second, asked in ((1.2, True), (2.0, False), (2.5, False)):
+        costs = Costs(jnp.array([1, second], jnp.float32), jnp.float32(0))
+        decoder = Decoder(model, params, policy, (), mode, costs)
+        state = decoder.run(decoder.start([[7, 3, 52]] * 2, [12] * 2, jax.random.key(0), None))
+        assert bool(state.counts.evaluations_BE[:, :-1].sum()) == asked
+
+
+def test_rows_learn_from_each_other_what_a_source_is_worth(tiny):
+    """One that has lost more than the other has gained: neither row asks."""
+    model, params = tiny
+    decoder = Decoder(model, params, None, (), Mode("defer", ("exits",), pending=4))
+    state = decoder.start([[7, 3, 52]] * 2, [12] * 2, jax.random.key(0), None)
+    for worths, ended, expected in (
+        ([0.1, -0.2], [False, False], False),
+        ([0.1, -0.05], [False, False], True),
+        ([0.1, -0.2], [False, True], True),
+    ):
+        worth = state.worth_BN.at[:, 0].set(jnp.array(worths))
+        now = state.change(worth_BN=worth, finished_B=jnp.array(ended))
+        assert bool(base.worthwhile(now, 0)) == expected

@@ -1,15 +1,18 @@
 """Recurrent exits in decoding: what they draft is what their chains say, whatever came before."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow_chain import slow_chain
 
 from conftest import TINY, build
 from early_exit import policy as policies
 from early_exit.decoding.costs import Costs
+from early_exit.decoding.drafters import base
 from early_exit.decoding.engine import Engine
 from early_exit.decoding.generate import Decoder
 from early_exit.decoding.mode import DEFERRED, VERIFIED, Mode, verified
@@ -31,36 +34,18 @@ def model_and_params():
     return build(**TAPS)
 
 
-def slow_drafts(model, params, tokens, count):
-    """What the chain behind a text says: the head run over the whole text for every draft."""
-    bound = model.bind(params)
-    head, said = bound.recurrent, []
-    text = {"tokens": jnp.asarray(tokens, jnp.int32)[None]}
-    embedded, context = bound.backbone.stem(text)
-    taps = list(bound.hidden_at_exits(embedded, context, model.exits.recurrent_taps))
-    fused = head.fused(taps)[:, :-1]
-    before = jnp.concatenate([jnp.zeros_like(fused[:, :1]), fused], axis=1)
-    for _ in range(count):
-        embedded, context = bound.backbone.stem(text)
-        hidden = head.joined(before, embedded)
-        for block in head.own_blocks:
-            hidden, _ = block(hidden, context)
-        if not head.own_blocks:
-            hidden = hidden + head.mlp(head.mlp_norm(hidden))
-        logits = head.features(hidden)[0, -1] @ bound.draft_table().T
-        said.append(int(jnp.argmax(logits)))
-        text = {"tokens": jnp.append(text["tokens"], said[-1])[None]}
-        before = jnp.concatenate([before, hidden[:, -1:]], axis=1)
-    return said
+@functools.partial(jax.jit, static_argnames=("model", "mode"))
+def proposed(params, policy, stops, costs, state, *, model, mode):
+    engine = Engine.of(params, policy, stops, costs, model=model, mode=mode)
+    (drafter,) = (d for d in engine.drafters if d.name == "recurrent")
+    nothing = base.Proposed.nothing(len(state.newest_B), mode.capacity - 1)
+    return drafter.propose(engine, state, nothing)[0]
 
 
 def drafts_of(decoder, state):
     """What each row's newest token is followed by after the recurrent exit has proposed."""
-    costs = decoder.costs
     how = {"model": decoder.model, "mode": decoder.mode}
-    engine = Engine.of(decoder.params, decoder.policy, decoder._stops, costs, **how)
-    (drafter,) = (d for d in engine.drafters if d.name == "recurrent")
-    after = drafter.propose(engine, state)
+    after = proposed(decoder.params, decoder.policy, decoder._stops, decoder.costs, state, **how)
     return [
         np.asarray(after.tokens_BS[row, state.newest_B[row] + 1 : after.newest_B[row] + 1]).tolist()
         for row in range(len(state.newest_B))
@@ -80,9 +65,10 @@ def test_drafts_are_the_chain_s_after_any_passes(blocks, names):
         state = decoder.run(state, steps=steps)
         found = drafts_of(decoder, state)
         for row, drafts in enumerate(found):
-            text = np.asarray(state.tokens_BS[row, : state.newest_B[row] + 1])
             assert len(drafts) == mode.pending - 1
-            assert drafts == slow_drafts(model, params, text, len(drafts)), (steps, row)
+            text, newest = state.tokens_BS[row], state.newest_B[row]
+            how = {"model": model, "steps": len(drafts), "own": True}
+            assert drafts == slow_chain(params, text, newest, **how)[1].tolist(), (steps, row)
 
 
 MODES = {
@@ -152,7 +138,9 @@ def test_deferred_drafts_stand_with_exact_keys(model_and_params):
             np.testing.assert_allclose(log_probs[before].max(), answer.log_probs[i], atol=1e-4)
         # The drafts between are the chain's, after the text as it stood.
         first = len(prompt) + by_full[0] + 1
-        drafts = slow_drafts(model, params, text[:first], 4)
+        padded = np.pad(text, (0, 128 - len(text)))
+        how = {"model": model, "steps": 4, "own": True}
+        drafts = slow_chain(params, padded, first - 1, **how)[1].tolist()
         count = min(4, int(by_full[1] - by_full[0] - 1)) if len(by_full) > 1 else 4
         assert text[first : first + count].tolist() == drafts[:count]
 
