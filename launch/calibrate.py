@@ -8,8 +8,8 @@ The first asks that of those who leave, 95 % agree with the full model on the re
 promises, with a probability of 90 %, that at most 5 % of all positions of new texts will not; the
 third looks for the best that 15 blocks per position buy. What is not given is the config's. A
 promise is about positions of given text (or examples), not about what is decoded; before the model
-runs, it is said what the data can promise at best, and less is refused. Writes records.npz and
-policy.json.
+runs, it is said what the data can promise at best, and less is refused. Writes records.npz, for a
+recurrent exit chains.npz, and policy.json.
 """
 
 import dataclasses

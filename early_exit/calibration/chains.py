@@ -6,6 +6,8 @@ agreement that all steps share, tests in a row with a promise) is fitted for ste
 """
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,9 @@ from early_exit.calibration import certify, thresholds
 from early_exit.calibration.records import chosen_groups
 from early_exit.policy import NEVER, DraftPolicy
 from early_exit.settings.sections import CalibrateSettings
+from early_exit.storage import files
 
+_ARRAYS, _SCORE = ("agrees", "losses", "groups"), "score_"
 # Scores of one draft alone, by what it says.
 SCORES = ("max_prob", "margin", "entropy")
 # Equal parts of [0, 1] in which scores are told apart.
@@ -34,12 +38,22 @@ class Chains:
       agrees: bool [K, N], whether the step's token is the full model's there.
       losses: float32 [K, N], cross-entropy of the text's token in nats.
       groups: int [N], the document.
+      metadata: where they come from.
+
+    Raises:
+      ValueError: no chain, or arrays that do not belong together.
     """
 
     scores: dict[str, np.ndarray]
     agrees: np.ndarray
     losses: np.ndarray
     groups: np.ndarray
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        shapes = {x.shape for x in (*self.scores.values(), self.agrees, self.losses)}
+        if shapes != {(len(self.agrees), *self.groups.shape)} or not self.groups.size:
+            raise ValueError(f"{self.groups.size} chains, with arrays of the shapes {shapes}")
 
     @property
     def stands(self) -> np.ndarray:
@@ -48,12 +62,31 @@ class Chains:
 
     def take(self, positions: np.ndarray) -> "Chains":
         """The chains that begin at some positions, given by index or by a mask."""
-        return Chains(
-            {name: score[:, positions] for name, score in self.scores.items()},
-            self.agrees[:, positions],
-            self.losses[:, positions],
-            self.groups[positions],
+        return dataclasses.replace(
+            self,
+            scores={name: score[:, positions] for name, score in self.scores.items()},
+            agrees=self.agrees[:, positions],
+            losses=self.losses[:, positions],
+            groups=self.groups[positions],
         )
+
+    def save(self, path: Path) -> None:
+        """Writes one `.npz`, whole or not at all."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {f"{_SCORE}{name}": score for name, score in self.scores.items()}
+        files.write_records(path, arrays, self.metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "Chains":
+        """Reads what `save` wrote.
+
+        Raises:
+          FileNotFoundError: no such file, naming the command that writes it.
+          ValueError: a damaged file, or not one of chains.
+        """
+        with files.opened_records(path) as (arrays, metadata):
+            found = {name: arrays[name] for name in _ARRAYS}
+            return cls(files.beginning(arrays, _SCORE), **found, metadata=metadata)
 
 
 def fit(chains: Chains, settings: CalibrateSettings) -> tuple[DraftPolicy, dict]:

@@ -5,8 +5,6 @@ never runs the model again.
 """
 
 import dataclasses
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +153,7 @@ class Records:
         if self.softened:
             fields = dataclasses.asdict(self.softened)
             arrays |= {f"{_SOFTENED}{name}": array for name, array in fields.items()}
-        # Opened here, for a name would get `.npz` appended.
-        with files.replacing(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, metadata=np.array(files.json_text(self.metadata)), **arrays)
+        files.write_records(path, arrays, self.metadata)
 
     @classmethod
     def load(cls, path: Path) -> "Records":
@@ -167,27 +163,14 @@ class Records:
           FileNotFoundError: no such file, naming the command that writes it.
           ValueError: a damaged file, or not one of records.
         """
-        if not path.exists():
-            raise FileNotFoundError(f"no records at {path}; write them with `launch.calibrate`")
-        try:
-            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-
-                def named(prefix):
-                    own = [name for name in file.files if name.startswith(prefix)]
-                    return {name.removeprefix(prefix): file[name] for name in own}
-
-                softened = named(_SOFTENED)
-                return cls(
-                    scores=named(_SCORE),
-                    softened=Softened(**softened) if softened else None,
-                    metadata=json.loads(str(file["metadata"])),
-                    **{name: file[name] for name in _ARRAYS},
-                )
-        except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} holds no records ({error!r}); delete it, and `launch.calibrate` will "
-                "write it again"
-            ) from error
+        with files.opened_records(path) as (arrays, metadata):
+            softened = files.beginning(arrays, _SOFTENED)
+            return cls(
+                scores=files.beginning(arrays, _SCORE),
+                softened=Softened(**softened) if softened else None,
+                metadata=metadata,
+                **{name: arrays[name] for name in _ARRAYS},
+            )
 
 
 def chosen_groups(groups: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -78,9 +78,16 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit, steps: in
 
 
 def record(
-    model: MultiExit, params: base.Params, batches: Iterable[dict], steps: int = STEPS
+    model: MultiExit,
+    params: base.Params,
+    batches: Iterable[dict],
+    steps: int = STEPS,
+    **metadata,
 ) -> Chains:
     """Chains of so many steps from every position of `batches` that has so many behind it.
+
+    Args:
+      metadata: of the chains.
 
     Raises:
       ValueError: there is none.
@@ -90,7 +97,7 @@ def record(
         raise ValueError(
             f"no text to record chains of {steps} drafts on; give more, or longer, held-out text"
         )
-    return Chains(**found)
+    return Chains(**found, metadata=metadata)
 
 
 def summary(chains: Chains) -> list[dict]:

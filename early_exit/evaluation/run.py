@@ -5,6 +5,7 @@ the fingerprint of the heads it came from, so results of an older checkpoint are
 """
 
 import dataclasses
+import functools
 import os
 import platform
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import jax
 import numpy as np
 
 from early_exit import policy as policies
-from early_exit.calibration import chains, methods, promise, thresholds
+from early_exit.calibration import chains, methods, promise
+from early_exit.calibration.chains import Chains
 from early_exit.calibration.records import Records
 from early_exit.data.transforms import next_token_targets
 from early_exit.evaluation import drafts, exits
@@ -42,20 +44,36 @@ def records_of(tuned: Tuned, *, soften: bool = False) -> Records:
       ValueError: a run without exits.
     """
     check_exits(tuned)
-    path = tuned.workdir / "records.npz"
+    record = functools.partial(exits.record, soften=soften)
+    serves = (lambda found: bool(found.softened)) if soften else (lambda found: True)
+    return _kept(tuned, "records.npz", Records, record, serves)
+
+
+def chains_of(tuned: Tuned) -> Chains:
+    """What `records_of` is for exits, for a run's recurrent exit."""
+    return _kept(tuned, "chains.npz", Chains, drafts.record, lambda found: True)
+
+
+def _kept(tuned: Tuned, name: str, kind, record: Callable, serves: Callable):
+    """Records of some kind on the run's calibration data; made where what is kept does not serve.
+
+    Args:
+      name: of their file in the run's folder.
+    """
+    path = tuned.workdir / name
     feed = tuned.feed
     metadata = tuned.metadata | {
         "data": feed.data_hash("calibration"),
         "num_batches": tuned.config.calibrate.batches,
     }
     if path.exists():
-        records = Records.load(path)
-        if records.metadata == metadata and (records.softened or not soften):
-            return records
+        found = kind.load(path)
+        if found.metadata == metadata and serves(found):
+            return found
     batches = feed.calibration(metadata["num_batches"])
-    records = exits.record(tuned.model, tuned.params, batches, soften=soften, **metadata)
-    records.save(path)
-    return records
+    found = record(tuned.model, tuned.params, batches, **metadata)
+    found.save(path)
+    return found
 
 
 def calibrate(
@@ -84,16 +102,22 @@ def calibrate(
             for one in found:
                 tell(str(one))
         records = records_of(tuned, soften=settings.temperature)
-        policy = methods.fit(records, settings)
-        provenance = {**policy.provenance, "promise": stated}
-        drafting = None
-        if tuned.model.exits.recurrent_taps:
-            batches = tuned.feed.calibration(tuned.config.calibrate.batches)
-            found = drafts.record(tuned.model, tuned.params, batches)
-            drafting, provenance["chains"] = chains.fit(found, settings)
-        policy = dataclasses.replace(policy, provenance=provenance, drafts=drafting)
+        policy = _fitted(tuned, records, settings, promise=stated)
         policies.save(policy, tuned.workdir / layout.POLICY)
     return policy, records
+
+
+def _fitted(tuned: Tuned, records: Records, settings: CalibrateSettings, **stated) -> ExitPolicy:
+    """The policy that keeps what is asked, of all kinds of exits that the run has.
+
+    Args:
+      stated: goes into its provenance.
+    """
+    policy, drafting = methods.fit(records, settings), None
+    stated = policy.provenance | stated
+    if tuned.model.exits.recurrent_taps:
+        drafting, stated["chains"] = chains.fit(chains_of(tuned), settings)
+    return dataclasses.replace(policy, provenance=stated, drafts=drafting)
 
 
 def _groups(tuned: Tuned) -> np.ndarray:
@@ -117,12 +141,13 @@ def policies_of(tuned: Tuned, records: Records) -> dict[str, ExitPolicy]:
     saved = (tuned.workdir / layout.POLICY).exists()
     own = assemble.load_policy(tuned) if saved else None
     confidence = own.confidence if own else tuned.config.calibrate.confidence
-    epsilons = list(tuned.config.evaluate.epsilons) if tuned.model.exits.points else []
+    epsilons = list(tuned.config.evaluate.epsilons)
     if own is None and epsilons:
         epsilons.insert(0, max(epsilons))
     found = {} if own is None else {methods.described(own): own}
     for epsilon in epsilons:
-        policy = thresholds.fit(records, confidence, float(epsilon))
+        asked = CalibrateSettings(confidence=confidence, epsilon=float(epsilon))
+        policy = _fitted(tuned, records, asked)
         found.setdefault(methods.described(policy), policy)
     return found
 

@@ -14,7 +14,7 @@ from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, served, verified
 from early_exit.decoding.state import check_prompts
-from early_exit.evaluation import exits, run, tradeoff
+from early_exit.evaluation import drafts, exits, run, tradeoff
 from early_exit.evaluation.tradeoff import Case
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
@@ -67,6 +67,7 @@ def _measured(tuned: Tuned) -> dict:
     return {
         "model": _described(tuned),
         "exits": exits.summary(records),
+        "drafts": drafts.summary(run.chains_of(tuned)) if model.exits.recurrent_taps else [],
         "policy": policy and policies.as_json(policy),
         "decoding": {
             "chosen": chosen,
@@ -97,9 +98,9 @@ def cases_of(found: dict[str, ExitPolicy], model: MultiExit) -> list[Case]:
         cases.insert(-1, Case(mode=LOOKUP))  # before all drafters together
     else:
         cases.append(Case(mode=LOOKUP))
-    if model.exits.points:
-        cases += [Case(name, policy, LOSSY) for name, policy in others]
-    return cases
+    # The cheapest way in which each kind of exit decides alone.
+    modes = [LOSSY] * bool(model.exits.points) + [DEFERRED] * bool(model.exits.recurrent_taps)
+    return cases + [Case(name, policy, mode) for mode in modes for name, policy in others]
 
 
 def modes_of(model: MultiExit) -> list[Mode]:
@@ -137,6 +138,12 @@ def tables(results: dict) -> Iterator[str]:
         [(row["exit"], row["loss"], row["agreement"], row["coverage"]) for row in results["exits"]],
         header=("exit", "loss", "agreement", "coverage at 95 %"),
     )
+    if results["drafts"]:
+        yield (
+            "Drafts of the recurrent exit, and the tokens of a pass that checks so many of them:\n"
+        ) + table(
+            [tuple(row.values()) for row in results["drafts"]], header=tuple(results["drafts"][0])
+        )
     times = "once" if of["rounds"] == 1 else f"{of['rounds']} times"
     yield (
         f"Decoding, batch 1, {of['prompts']} prompts of {of['prompt_tokens']} tokens × "
@@ -181,19 +188,21 @@ def _shown(tuned: Tuned, prompts: Sequence[Sequence[int]]) -> tuple[list[Prompt]
 
 def _sample(tuned: Tuned, prompt: Prompt, name: str, policy: ExitPolicy) -> dict:
     text, ids = prompt
+    # Tokens of exits stand; those of a recurrent exit can only where keys and values are exact.
+    mode = DEFERRED if tuned.model.exits.recurrent_taps else LOSSY
     (answer,) = generate(
         tuned.model,
         tuned.params,
         [ids],
         policy=policy,
-        mode=LOSSY,
+        mode=mode,
         max_new_tokens=tuned.config.evaluate.sample_tokens,
         stop_ids=tuned.stop_ids,
     )
     return {
         "prompt": text,
         "policy": name,
-        "mode": LOSSY.name,
+        "mode": mode.name,
         "pieces": detokenize.pieces(tuned.tokenizer, answer.tokens),
         "depths": answer.depths.tolist(),
     }

@@ -182,7 +182,10 @@ def _decoding(evaluation: dict[str, Any], depths: list[int]) -> dict[str, Any]:
     for row in rows:
         row["exit_shares"] += [0.0] * (places - len(row["exit_shares"]))
     sources = [tokens.LOOKED_UP, tokens.RECURRENT][: places - len(depths)]
+    drafted = [depth for sample in evaluation["samples"] for depth in sample["depths"] if depth < 1]
     return {
+        "drafts": evaluation.get("drafts", []),  # files of earlier versions have none
+        "samples_drafted": bool(drafted),
         "full": full,
         "rows": rows,
         "chosen": next((row for row in own if row["mode"] == LOSSY.name), None),

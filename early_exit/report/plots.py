@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from early_exit.decoding.mode import LOSSY
+from early_exit.decoding.mode import DEFERRED, LOSSY
 from early_exit.report import tokens
 
 # Stand-in colour → the page's variable, and what to do without one.
@@ -70,30 +70,43 @@ def quality_against_speed(decoding: Sequence[dict[str, Any]]) -> str:
 
     Args:
       decoding: rows with `policy`, `mode`, `tokens_per_second`, `agreement` (0 … 1) and `epsilon`;
-        the first is the full model. Lossy rows are called by their policy, others by their mode;
-        a line joins those of an ε.
+        the first is the full model. Lossy rows are called by their policy, others by their mode,
+        and by their policy, too, where several have it; a line joins those of an ε.
     """
     full, *others = decoding
-    dense = [full, *(row for row in others if row["mode"] != LOSSY.name)]
-    dynamic = [row for row in others if row["mode"] == LOSSY.name]
-    by_epsilon = sorted(
-        (row for row in dynamic if row["epsilon"] is not None), key=lambda row: row["epsilon"]
-    )
+    dynamic = {
+        mode.name: [row for row in others if row["mode"] == mode.name] for mode in (LOSSY, DEFERRED)
+    }
+    checked = [full, *(row for row in others if row["mode"] not in dynamic)]
+
+    def label(row):
+        if row["mode"] not in dynamic:
+            return row["mode"] or "full model"
+        policy = row["policy"].replace("epsilon", "ε")
+        if row["mode"] == LOSSY.name:
+            return policy
+        return f"{row['mode']}, {policy}" if len(dynamic[row["mode"]]) > 1 else row["mode"]
 
     def place(rows):
         return [r["tokens_per_second"] for r in rows], [100 * r["agreement"] for r in rows]
 
     def draw(axes: Axes):
-        axes.plot(*place(by_epsilon), color=_ACCENT, linewidth=1.2)
-        axes.plot(*place(dynamic), color=_ACCENT, linestyle="none", marker="o", markersize=6)
+        for rows, colour in zip(dynamic.values(), (_ACCENT, _INK), strict=True):
+            of_epsilon = [row for row in rows if row["epsilon"] is not None]
+            axes.plot(
+                *place(sorted(of_epsilon, key=lambda row: row["epsilon"])),
+                color=colour,
+                linewidth=1.2,
+            )
+            axes.plot(*place(rows), color=colour, linestyle="none", marker="o", markersize=6)
         axes.axvline(full["tokens_per_second"], color=_MUTED, linewidth=0.8, dashes=(4, 3))
-        axes.plot(*place(dense), linestyle="none", marker="D", markersize=7, color=_INK)
-        labels = ["full model", *(row["mode"] for row in dense[1:])]
-        labels += [row["policy"].replace("epsilon", "ε") for row in dynamic]
+        axes.plot(*place(checked), linestyle="none", marker="D", markersize=7, color=_INK)
+        drawn = [*checked, *itertools.chain(*dynamic.values())]
+        labels = [label(row) for row in drawn]
         axes.margins(x=0.2, y=0.12)
         # Quality falls with speed: above and to the right of a point there is no line, but left of
         # the full model there may be its own point, and far to the right there is no room.
-        speeds, shares = place([*dense, *dynamic])
+        speeds, shares = place(drawn)
         middle = (min(speeds) + max(speeds)) / 2
         on_left = [speed < speeds[0] or speed > middle for speed in speeds]
         _label(axes, speeds, shares, labels, on_left=on_left, rise=7)

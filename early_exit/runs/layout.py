@@ -1,6 +1,6 @@
 """What lies in a run's folder, and whose it is.
 
-    workdir/config.json  checkpoints/  records.npz  policy.json  evaluation.json
+    workdir/config.json  checkpoints/  records.npz  chains.npz  policy.json  evaluation.json
             metrics.jsonl  speed.jsonl  tensorboard/  report.html  bad_batch_<step>.npz
             in_use.json    as long as a command writes there (see `lock`)
 

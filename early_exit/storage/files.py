@@ -1,4 +1,4 @@
-"""Files in open formats: JSON objects, and named arrays as safetensors, read and written.
+"""Files in open formats: JSON objects, and named arrays as safetensors or `.npz`, read and written.
 
 The one idea: a file comes from somewhere else and may hold anything, so whatever is wrong with it
 is one error that names it; and what this project writes appears whole or not at all, and is read
@@ -17,6 +17,7 @@ import os
 import struct
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +121,39 @@ def write_tensors(
             if array.shape != tuple(shape) or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, not {dtype} {shape}")
             file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def write_records(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """Writes compressed arrays with what there is to say of them, whole or not at all."""
+    # Opened here, for a name would get `.npz` appended.
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, metadata=np.array(json_text(metadata)), **arrays)
+
+
+@contextlib.contextmanager
+def opened_records(path: Path) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, Any]]]:
+    """What `write_records` wrote: the arrays, each read when it is asked for, and the metadata.
+
+    Raises:
+      FileNotFoundError: no such file, naming the command that writes it.
+      ValueError: a damaged file, or what was asked of it, in the block, is not there or not sound.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no records at {path}; write them with `launch.calibrate`")
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            yield file, json.loads(str(file["metadata"]))
+    except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no records ({error!r}); delete it, and `launch.calibrate` will "
+            "write it again"
+        ) from error
+
+
+def beginning(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Those whose names begin with a prefix, under the names without it."""
+    own = [name for name in arrays if name.startswith(prefix)]
+    return {name.removeprefix(prefix): arrays[name] for name in own}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from early_exit import policy as policies
 from early_exit.calibration import chains
 from early_exit.calibration.chains import Chains
 from early_exit.settings.sections import CalibrateSettings
+from early_exit.storage import files
 
 STEPS = 4
 
@@ -27,6 +29,27 @@ def made(documents=60, per_document=50, seed=0, harder=0.1):
         losses=np.zeros((STEPS, count), np.float32),
         groups=np.repeat(np.arange(documents), per_document),
     )
+
+
+def test_they_come_back_from_their_file(tmp_path):
+    found = dataclasses.replace(made(documents=3), metadata={"step": 7})
+    found.save(tmp_path / "chains.npz")
+    again = Chains.load(tmp_path / "chains.npz")
+    jax.tree.map(np.testing.assert_array_equal, vars(again), vars(found))
+
+
+def test_files_that_hold_none(tmp_path):
+    path, found = tmp_path / "chains.npz", made(documents=3)
+    with pytest.raises(FileNotFoundError, match="chains.npz; write them with `launch.calibrate`"):
+        Chains.load(path)
+    found.save(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="chains.npz holds no records.*delete it"):
+        Chains.load(path)
+    arrays = {"score_max_prob": found.scores["max_prob"], "agrees": found.agrees[:, 1:]}
+    files.write_records(path, arrays | {"losses": found.losses, "groups": found.groups}, {})
+    with pytest.raises(ValueError, match="chains.npz holds no records.*arrays of the shapes"):
+        Chains.load(path)
 
 
 def settings(**given):

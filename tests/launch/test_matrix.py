@@ -342,6 +342,27 @@ def test_a_policy_that_is_switched_off_is_not_measured(decoder, tmp_path):
     ok("report", f"--workdir={folder}")
 
 
+def test_what_was_recorded_is_read_back(decoder, tmp_path):
+    """By other methods and other commands, until other data are asked for."""
+    folder = shutil.copytree(decoder("recurrent"), tmp_path / "run")
+    files = [folder / "records.npz", folder / "chains.npz"]
+
+    def written():
+        return [path.stat().st_mtime_ns for path in files]
+
+    before = written()
+    for more in (["calibrate", "--method=ltt", "--alpha=0.9"], ["evaluate"]):
+        ok(more[0], f"--workdir={folder}", *more[1:])
+        assert written() == before
+    found = json.loads((folder / "evaluation.json").read_text())["decoding"]["rows"]
+    assert {(row["policy"], row["mode"]) for row in found} >= {
+        ("epsilon 0.9", "lossy"),
+        ("epsilon 0.9", "deferred"),
+    }
+    ok("calibrate", f"--workdir={folder}", "--config.calibrate.batches=7")
+    assert all(now > then for now, then in zip(written(), before, strict=True))
+
+
 def test_a_promise_that_the_data_cannot_give_is_refused(decoder, tmp_path):
     """Before the model runs; the policy that was there stays."""
     folder = shutil.copytree(decoder("frozen"), tmp_path / "run")

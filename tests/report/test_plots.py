@@ -88,8 +88,9 @@ def test_points_stand_where_their_numbers_say(evaluation):
     marks += [u for g in lines for u in g.iter(f"{SVG}use") if "--ink" in u.get("style")]
     at = np.array([(float(mark.get("x")), float(mark.get("y"))) for mark in marks])
     rows = evaluation["decoding"]["rows"]
-    drawn = [*(row for row in rows if row["mode"] == "lossy")]  # in the accent's colour
-    drawn += [row for row in rows if row["mode"] != "lossy"]
+    early = ("lossy", "deferred")  # drawn first
+    drawn = [row for mode in early for row in rows if row["mode"] == mode]
+    drawn += [row for row in rows if row["mode"] not in early]
     expected = np.array([(row["tokens_per_second"], 100 * row["agreement"]) for row in drawn])
     for axis in (0, 1):
         slope, offset = np.polyfit(expected[:, axis], at[:, axis], 1)
