@@ -27,11 +27,6 @@ from early_exit.policy import ExitPolicy
 
 Inputs = Mapping[str, np.ndarray]
 
-# What calling a program takes beside its rows, in rows: two buckets instead of a larger one pay
-# where they save as many. For a ResNet-32 of width 8 on two cores anything from 1 to 12 is as good;
-# the wider a network, the smaller it should be.
-CALL = 2
-
 # Of at most so many bytes, parameters are constants of the programs for one row: handing them over
 # takes 0.1 ms for 200 arrays, and far more blocks than these bytes make take no longer. Of 30 MB it
 # saves less than a tenth of the time, and programs compile for twice as long.
@@ -109,13 +104,17 @@ def fetched(answers: Answers, count: int = 1) -> Answers:
 
 @functools.lru_cache(maxsize=4096)
 def first_bucket(count: int) -> tuple[int, int]:
-    """(the bucket that so many rows best begin with, what they take in all, in rows)."""
+    """(the bucket that so many rows best begin with, what they take in all).
+
+    Counted are the rows of the buckets and the calls: one more call has to save more than a row.
+    (For a ResNet-32 of width 8 on two cores a call is worth anything from 1 to 12 rows.)
+    """
     above = 1 << (count - 1).bit_length()
     if above == count:
-        return above, above + CALL
+        return above, above + 1
     below = above // 2
     rest = first_bucket(count - below)[1]
-    return min((above, above + CALL), (below, below + CALL + rest), key=lambda way: way[1])
+    return min((above, above + 1), (below, below + 1 + rest), key=lambda way: way[1])
 
 
 class Batch:
