@@ -1,12 +1,12 @@
 """Does tuning pay for the heads alone? Time and memory of one step, SmolLM2-135M, float32.
 
-    python -m experiments.tuning_step.run            # about six minutes on 2 cores
+    python -m experiments.tuning_step.run            # about eight minutes on 2 cores
     python -m experiments.tuning_step.run --check    # exits 1 if a bar falls short
 
-Time: the step beside its two parts run apart, the backbone's forward pass and the heads' forward
-and backward pass; and an epoch of a run from cached hidden states beside one with the backbone;
-all in turns, medians over rounds. Memory: what XLA allocates for temporaries (`memory_analysis`),
-which is exact.
+Time: the step, of three exits and of a recurrent one with three steps unrolled, beside its two
+parts run apart, the backbone's forward pass and the heads' forward and backward pass; and an epoch
+of a run from cached hidden states beside one with the backbone; all in turns, medians over rounds.
+Memory: what XLA allocates for temporaries (`memory_analysis`), which is exact.
 """
 
 import functools
@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import smollm2_recurrent
 from configs.smollm2_135m import SOURCE, get_config
+from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.backbones.decoder import DecoderConfig
 from early_exit.distillation import hidden_states
@@ -28,7 +30,8 @@ from early_exit.pretrained.load import load
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from early_exit.settings.read import changed, read
-from early_exit.training import loop
+from early_exit.settings.sections import Settings
+from early_exit.training import loop, plan
 from early_exit.training import step as steps
 from early_exit.training.observe import observe
 from early_exit.training.optimizer import make_optimizer
@@ -41,12 +44,21 @@ ROWS, LENGTH = 4, 512
 
 def main(argv):
     del argv
-    pretrained = load(SOURCE)
-    times = _times(pretrained, rounds=2 if bars.QUICK.value else 5)
-    ratio = float(
-        np.median(np.array(times["step"]) / (np.array(times["backbone"]) + times["heads"]))
-    )
-    print(table([(k, float(np.median(v))) for k, v in times.items()], header=("part", "seconds")))
+    pretrained, rounds = load(SOURCE), 2 if bars.QUICK.value else 5
+    times = {
+        "three exits": _times(pretrained, read(get_config()), rounds),
+        "recurrent exit": _times(pretrained, read(smollm2_recurrent.get_config()), rounds),
+    }
+    ratios = {
+        name: float(np.median(np.array(of["step"]) / (np.array(of["backbone"]) + of["heads"])))
+        for name, of in times.items()
+    }
+    seconds = [
+        (name, *[float(np.median(taken)) for taken in of.values()], ratios[name])
+        for name, of in times.items()
+    ]
+    header = ("seconds", *times["three exits"], "step ÷ the others")
+    print(table(seconds, header=header))
 
     memory = {
         (exits, vocabulary): _temporary_bytes(pretrained.config, exits, vocabulary)
@@ -64,7 +76,10 @@ def main(argv):
     bars.conclude(
         {"seconds": times, "epochs": epochs, "cache": cache, "temporary_mib": rows},
         [
-            bars.Bar("step ÷ (backbone forward + heads)", ratio, 1.1),
+            *[
+                bars.Bar(f"{name}: step ÷ (backbone forward + heads)", ratio, limit)
+                for (name, ratio), limit in zip(ratios.items(), (1.1, 1.15), strict=True)
+            ],
             bars.Bar("epoch with the backbone ÷ cached", float(faster), 3.0, at_least=True),
             bars.Bar("temporaries, 8 norm exits ÷ 1", memory[8, 49152] / memory[1, 49152], 1.25),
             bars.Bar(
@@ -83,11 +98,10 @@ def _batch(vocab_size: int) -> dict:
     }
 
 
-def _times(pretrained, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the step of the default config and of its parts."""
-    config = read(get_config())
+def _times(pretrained, config: Settings, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a config's step and of its parts."""
     model = MultiExit(pretrained.config, assemble.exit_config(config))
-    recipe = Recipe("kl", ExitWeights((1.0,) * len(model.exits.points)))
+    recipe = plan.recipe(config, sharding.make_mesh(config.mesh), pretrained.config)
     optimizer = make_optimizer(config.tune)
     frozen = {"backbone": pretrained.params, "token_ids": jnp.arange(model.exits.classes)}
     exits = model.init_exits(jax.random.key(0), pretrained.params, "copy", frozen["token_ids"])
