@@ -50,9 +50,10 @@ class MultiExit:
 
     @property
     def confidences(self) -> tuple[str, ...]:
-        """The scores (`confidence.NAMES`) that its exits have."""
+        """The scores (`confidence.names`) that its exits have."""
         hidden = () if self.config.classifies else ("similarity",)
-        return confidence.FROM_LOGITS + hidden + (("gate",) if self.exits.gate else ())
+        said = confidence.FROM_LOGITS + confidence.registered()
+        return said + hidden + (("gate",) if self.exits.gate else ())
 
     def bind(self, params: Params) -> "Bound":
         """The modules, holding `params`; no heads if `exits` is not among them.
