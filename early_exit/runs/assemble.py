@@ -196,7 +196,7 @@ def _changed(network: base.BackboneConfig, changes: Mapping[str, Any]) -> base.B
 def _drawn(network: base.BackboneConfig, source: Pretrained, config: Settings) -> Pretrained:
     """`network` with those parameters of the source that it has, and the others drawn from the
     config's seed."""
-    _, abstract = base.abstract(network.build)
+    _, abstract = base.described(network)
     given, wanted = tree.flatten(source.params), tree.flatten(abstract)
     kept = {
         path: given[path]
@@ -289,7 +289,7 @@ def abstract_trained(config: Settings, model: MultiExit) -> base.Params:
     """The parameters that the config's recipe trains, as shapes: float32, as it keeps them."""
     trained = {"exits": model.abstract_exits()}
     if config.tune.train == "all":
-        _, trained["backbone"] = base.abstract(for_tuning(config, model).config.build)
+        _, trained["backbone"] = base.described(for_tuning(config, model).config)
     return trained
 
 

@@ -366,7 +366,7 @@ class Run:
         """Laid out as the model runs it."""
         if not self.model.config.scan:
             return loaded
-        _, shapes = base.abstract(self.model.config.build)
+        _, shapes = base.described(self.model.config)
         return base.stack_blocks(loaded, sharding.shardings(shapes, self.mesh))
 
     def _metadata(self, workdir: Path | None, pretrained: Pretrained) -> dict:
