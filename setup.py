@@ -2,18 +2,34 @@
 
 from setuptools import find_packages, setup
 
-# The sources `tfds:` and `digits`; the first asks for importlib-resources without saying so.
-DATA = ["importlib-resources>=6", "scikit-learn>=1.5", "tensorflow-datasets>=4.9.10"]
+# Images, and labelled sets of them. `tfds:` asks for importlib-resources without saying so.
+IMAGES = ["pillow>=11"]
+DATA = [
+    *IMAGES,
+    "importlib-resources>=6",
+    "scikit-learn>=1.5",
+    "tensorflow-datasets>=4.9.10",
+]
+GGUF = ["gguf>=0.17,<1"]
+REPORT = ["matplotlib>=3.9", *IMAGES]
 # Questions for the study of recurrent exits.
 STUDIES = ["reasoning-gym>=0.1.25,<0.2"]
 TEST = [
     *DATA,
+    *GGUF,
+    *REPORT,
     *STUDIES,
     "hypothesis>=6.100",
     "pytest>=8.4",
     "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",
+    "setuptools>=77",
 ]
+
+# Nothing but `early_exit` lies beside other packages: the commands, and the configs that come with
+# them, are inside it (see `early_exit.command`).
+CARRIED = "early_exit.commands"
+OUTSIDE = find_packages(include=["launch", "launch.*", "configs"])
 
 setup(
     name="early_exit",
@@ -21,29 +37,32 @@ setup(
     description="Turn pretrained networks into multi-exit models in JAX, and save the time.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["early_exit", "early_exit.*", "launch", "launch.*", "configs"]),
+    packages=[
+        *find_packages(include=["early_exit", "early_exit.*"]),
+        *(f"{CARRIED}.{package}" for package in OUTSIDE),
+    ],
+    package_dir={f"{CARRIED}.{package}": package.replace(".", "/") for package in OUTSIDE},
     package_data={
+        "early_exit": ["py.typed"],
         "early_exit.report": ["templates/*.html"],
-        "launch.slurm": ["run.sbatch"],
-        "launch.tpu": ["jobset.yaml"],
+        f"{CARRIED}.launch.slurm": ["run.sbatch"],
+        f"{CARRIED}.launch.tpu": ["jobset.yaml"],
     },
+    entry_points={"console_scripts": ["early-exit = early_exit.command:main"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8.1",
         "etils[epath]>=1.10",
         "flax>=0.12.8,<0.13",
-        "gguf>=0.17,<1",
         "grain>=0.2.18,<0.3",
         "huggingface-hub>=1,<2",
         "jax>=0.10,<0.11",
         "jinja2>=3.1",
-        "matplotlib>=3.9",
         "ml-collections>=1.1,<2",
         "ml-dtypes>=0.5",
         "numpy>=2",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
-        "pillow>=11",
         "safetensors>=0.6,<1",
         "scipy>=1.14",
         "tensorboardX>=2.6.4,<3",
@@ -53,7 +72,12 @@ setup(
     ],
     extras_require={
         "data": DATA,
+        "gguf": GGUF,
+        "images": IMAGES,
+        "report": REPORT,
         "test": TEST,
+        # All that the commands can do on this machine.
+        "all": [*DATA, *GGUF, *REPORT],
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
         "studies": STUDIES,

@@ -4,12 +4,14 @@ The one idea: decoding and offline evaluation call these same functions on the s
 distribution, so a threshold fitted on records does in the loop exactly what it did on paper.
 
 `max_prob`, `margin` and `entropy` need the head's logits, `patience` the predictions of the heads
-before as well (Zhou et al. 2020, PABEE: how many in a row have said the same). `similarity` of
-hidden states (Schuster et al. 2022, CALM, §3.5) and a learned `gate` on them need no logits: with
-these a head is evaluated only where an exit is taken.
+before as well (Zhou et al. 2020, PABEE: how many in a row have said the same); other scores of what
+a head says can be added (`register`). `similarity` of hidden states (Schuster et al. 2022, CALM,
+§3.5) and a learned `gate` on them need no logits: with these a head is evaluated only where an exit
+is taken.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +108,33 @@ def said(summary: Summary) -> jax.Array:
     return jnp.where(summary.declines, -1, summary.prediction)
 
 
+Score = Callable[[Summary], jax.Array]
+_registered: dict[str, Score] = {}
+
+
+def register(name: str, score: Score) -> None:
+    """Adds a score of what a head says: Summary of [...] → float32 [...], larger where surer.
+
+    It is a function of the summary alone, so that it can be traced wherever a head is asked.
+
+    Raises:
+      ValueError: another one has that name.
+    """
+    if name in NAMES or _registered.get(name, score) is not score:
+        raise ValueError(f"there is a confidence {name!r} already; choose another name")
+    _registered[name] = score
+
+
+def registered() -> tuple[str, ...]:
+    """The scores that were added."""
+    return tuple(_registered)
+
+
+def names() -> tuple[str, ...]:
+    """Every score that there is."""
+    return NAMES + registered()
+
+
 def from_logits(name: str, summary: Summary, agreeing: jax.Array) -> jax.Array:
     """Score [...] float32 of a head's prediction; −inf where the head declines to predict.
 
@@ -113,7 +142,7 @@ def from_logits(name: str, summary: Summary, agreeing: jax.Array) -> jax.Array:
       agreeing: see the function of that name.
 
     Raises:
-      ValueError: `name` is not one of `FROM_LOGITS`.
+      ValueError: `name` is not one of `FROM_LOGITS`, nor was it added.
     """
     if name == "max_prob":
         score = jnp.exp(summary.top)
@@ -123,8 +152,11 @@ def from_logits(name: str, summary: Summary, agreeing: jax.Array) -> jax.Array:
         score = 1 - summary.entropy
     elif name == "patience":
         score = agreeing.astype(jnp.float32)
+    elif name in _registered:
+        score = _registered[name](summary).astype(jnp.float32)
     else:
-        raise ValueError(f"unknown confidence {name!r}; choose one of {', '.join(FROM_LOGITS)}")
+        known = ", ".join(FROM_LOGITS + registered())
+        raise ValueError(f"unknown confidence {name!r}; choose one of {known}")
     return jnp.where(summary.declines, -jnp.inf, score)
 
 

@@ -71,7 +71,7 @@ def score(name: str, summary: confidences.Summary, said: Said) -> jax.Array:
       said: with it.
 
     Raises:
-      ValueError: `name` is not one of `confidence.FROM_LOGITS`.
+      ValueError: `name` is no score by what is said (`confidence.from_logits`).
     """
     return confidences.from_logits(name, summary, said.agreeing)
 

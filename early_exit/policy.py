@@ -55,7 +55,7 @@ class ExitPolicy:
 
     Attributes:
       thresholds: float32 [E], in the units of the score; inf never leaves, −inf always does.
-      confidence: which score (`confidence.NAMES`).
+      confidence: which score (`confidence.names`).
       decay: float32 scalar τ, or None for thresholds that stay. With it, a threshold λ falls over
         an answer: clip(0.9·λ + 0.1·exp(−τ·t/N), 0, 1) at token t of at most N (Schuster et al.
         2022, CALM, eq. 5; its published code scales λ itself by 0.9 + 0.1·exp(−τ·t/N) instead).
@@ -66,6 +66,11 @@ class ExitPolicy:
       reject: float32 scalar, or None: the final exit's score below which its answer is withheld.
       drafts: of the chains of a recurrent exit, or None.
       provenance: how the thresholds were chosen; kept in the file, not in the pytree.
+
+    Example:
+      >>> policy = ee.make_policy([0.9, float("inf")])  # the second exit takes nothing
+      >>> policy.exit_index(np.array([[0.95, 0.5], [0.99, 0.99]]), np.array([2, 4, 6])).tolist()
+      [0, 2]
     """
 
     thresholds: jax.Array
@@ -136,13 +141,14 @@ class ExitPolicy:
         depths = tuple(int(depth) for depth in exit_depths)
         return np.asarray(_exit_index(self, scores_EN, jnp.asarray(progress_N), depths))
 
-    def check(self, exit_depths: np.ndarray, scores: Sequence[str] = confidences.NAMES) -> None:
+    def check(self, exit_depths: np.ndarray, scores: Sequence[str] | None = None) -> None:
         """Raises ValueError where the policy does not fit a model.
 
         Args:
           exit_depths: int [E + 1], blocks run at each of the model's exits.
-          scores: the confidences that its exits have (`MultiExit.confidences`).
+          scores: the confidences that its exits have (`MultiExit.confidences`); all by default.
         """
+        scores = confidences.names() if scores is None else scores
         (found,) = self.thresholds.shape
         if found != len(exit_depths) - 1:
             raise ValueError(
@@ -200,25 +206,34 @@ def _exit_index(policy: ExitPolicy, scores_EN, progress_N, depths: tuple[int, ..
 
 
 def make(
-    thresholds,
+    thresholds: Sequence[float] | np.ndarray,
     confidence: str = "max_prob",
     *,
     decay: float | None = None,
     budget: float | None = None,
-    temperatures=None,
+    temperatures: Sequence[float] | np.ndarray | None = None,
     reject: float | None = None,
     drafts: DraftPolicy | None = None,
-    **provenance,
+    **provenance: Any,
 ) -> ExitPolicy:
-    """A policy from E numbers, and E + 1 temperatures.
+    """A policy from plain numbers.
+
+    Args:
+      thresholds: E numbers.
+      confidence, decay, budget, temperatures, reject, drafts: see `ExitPolicy`.
+      provenance: whatever is to stand in its file.
+
+    Example:
+      >>> ee.make_policy([0.9, 0.8], "margin").confidence
+      'margin'
 
     Raises:
       ValueError: unknown confidence, a threshold that is not a number, a decay, budget or
         temperature that is not positive, a decay of scores that are no probabilities, or a
         rejection by a score that the final exit does not have.
     """
-    if confidence not in confidences.NAMES:
-        known = ", ".join(confidences.NAMES)
+    if confidence not in confidences.names():
+        known = ", ".join(confidences.names())
         raise ValueError(f"unknown confidence {confidence!r}; choose one of {known}")
     thresholds = np.asarray(thresholds, np.float32)
     if thresholds.ndim != 1 or np.isnan(thresholds).any():

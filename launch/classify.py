@@ -10,7 +10,6 @@ labels are known. Prints, or writes as JSONL, the answer to each and the blocks 
 how many left where, and how fast that was; and a warning if they leave unlike calibration's data.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -153,10 +152,7 @@ def _classify(
             timed, seconds = timed + len(batch), seconds + took
         found.append(answers)
         labels += [example.get("label", -1) for example in batch]
-    *found, _ = found
-    fields = [field.name for field in dataclasses.fields(Classified) if field.name != "padding"]
-    whole = {name: np.concatenate([getattr(part, name) for part in found]) for name in fields}
-    answers = Classified(**whole, padding=sum(part.padding for part in found))
+    answers = Classified.joined(found[:-1])
     return answers, np.array(labels[: len(examples)]), timed / seconds
 
 

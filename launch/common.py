@@ -105,8 +105,7 @@ def run(main, *, on_run: bool = True, configured: bool = False) -> None:
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:  # Orbax tells its every step at level INFO
             absl_logging.set_verbosity(absl_logging.WARNING)
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            jax.config.update("jax_compilation_cache_dir", str(programs.folder()))
+        programs.keep()
         try:
             with _until_the_end:
                 main(argv)

@@ -15,18 +15,20 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from early_exit.calibration import drift, rejection
 from early_exit.data import text_files
-from early_exit.decoding import cache, drafters, measure
+from early_exit.decoding import drafters, measure
 from early_exit.decoding import mode as modes
-from early_exit.decoding.detokenize import Detokenizer, pieces
-from early_exit.decoding.generate import Decoder, Generation, generate, stream
+from early_exit.decoding.mode import Mode
 from early_exit.decoding.sampling import Sampling
-from early_exit.decoding.state import check_prompts
+from early_exit.library import answers
+from early_exit.library.answers import Answer
+from early_exit.library.model import Model, of_run
 from early_exit.report import tokens as token_colours
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
@@ -78,30 +80,25 @@ def main(argv):
     if tuned.model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
     mode = modes.served(mode, tuned.model)
-    settings = {
-        "policy": assemble.load_policy(tuned) if mode.asks_policy and not FULL.value else None,
-        "mode": mode,
-        "max_new_tokens": NEW.value,
-        "stop_ids": tuned.stop_ids,
-        "seed": SEED.value,
-    }
+    policy = assemble.load_policy(tuned) if mode.asks_policy and not FULL.value else None
+    model = of_run(tuned, policy)
     if COSTS.value:
-        _tell_costs(tuned, COSTS.value, settings)
+        _tell_costs(model, COSTS.value, mode)
         return
-    rejection.least_probability(settings["policy"])  # not only when all is decoded
+    rejection.least_probability(policy)  # not only when all is decoded
     if texts is None:
         text = text_files.unicode(PROMPT.value, "--prompt")
         if text == "-":
             text = text_files.decode(sys.stdin.buffer.read(), "the standard input")
-        _show(tuned, text, settings)
+        _show(model, text, mode)
     else:
-        _answer_all(tuned, texts, settings, Path(OUTPUT.value))
+        _answer_all(model, texts, mode, Path(OUTPUT.value))
 
 
-def _tell_costs(tuned: assemble.Tuned, batch: int, settings: dict) -> None:
+def _tell_costs(model: Model, batch: int, mode: Mode) -> None:
     """Prints what verified decoding weighs; measures it if it is not known."""
-    mode = settings["mode"]
-    found = measure.known_seconds(_decoder(tuned, settings), batch)
+    how = answers.asked(model, mode, None, SEED.value, NEW.value)
+    found = measure.known_seconds(answers.decoder(model, how), batch)
     first = found["passes"][0]
     rows = [
         (f"a pass of {width} position{'s'[: width > 1]}", 1e3 * taken, taken / first)
@@ -113,77 +110,57 @@ def _tell_costs(tuned: assemble.Tuned, batch: int, settings: dict) -> None:
     print(table(rows, header=("step", "ms", "of a plain pass")))
 
 
-def _tokens(tuned: assemble.Tuned, text: str) -> list[int]:
-    return tuned.encode(text) if RAW.value else tuned.chat(text)
+def _how(mode: Mode) -> dict[str, Any]:
+    return {"mode": mode, "max_new_tokens": NEW.value, "raw": RAW.value, "seed": SEED.value}
 
 
-def _costs(tuned: assemble.Tuned, prompts: list[list[int]], batch: int, settings: dict) -> dict:
-    """What steps cost here, where that is weighed; and the cache for which it was measured."""
-    mode = settings["mode"]
-    check_prompts(tuned.model, prompts, NEW.value)
-    slots = cache.bucket(max(map(len, prompts)) + NEW.value + mode.capacity - 1)
-    if not mode.verified:
-        return {"slots": slots}
-    return {"slots": slots, "costs": measure.costs(_decoder(tuned, settings), batch, slots)}
-
-
-def _decoder(tuned: assemble.Tuned, settings: dict) -> Decoder:
-    names = ("policy", "stop_ids", "mode")
-    return Decoder(tuned.model, tuned.params, *(settings[name] for name in names))
-
-
-def _show(tuned: assemble.Tuned, text: str, settings: dict) -> None:
+def _show(model: Model, text: str, mode: Mode) -> None:
     """Prints an answer as it comes."""
     coloured = COLOUR.value == "always" or (COLOUR.value == "auto" and sys.stdout.isatty())
-    exit_depths = tuned.model.exit_depths.tolist()
-    detokenizer, shown = Detokenizer(tuned.tokenizer), 0
-    prompt = _tokens(tuned, text)
-    measured = _costs(tuned, [prompt], 1, settings)
-    for (answer,) in stream(tuned.model, tuned.params, [prompt], **settings, **measured):
-        ended = len(answer.tokens) == NEW.value or answer.tokens[-1] in tuned.stop_ids
-        added = detokenizer.add(answer.tokens[shown:], complete=ended)
+    exit_depths = model.static.exit_depths.tolist()
+    shown = 0
+    for answer in answers.stream(model, text, **_how(mode)):
         if coloured:
             depths = answer.depths[shown:].tolist()
-            sys.stdout.write(token_colours.ansi(added, depths, exit_depths))
+            added = token_colours.ansi(answer.pieces[shown:], depths, exit_depths)
         else:
-            sys.stdout.write(token_colours.printable("".join(added)))
+            added = token_colours.printable(answer.added)
+        sys.stdout.write(added)
         sys.stdout.flush()
         shown = len(answer.tokens)
 
     print("\n")
     if coloured:
-        others = drafters.of(tuned.model, settings["mode"])
+        others = drafters.of(model.static, mode)
         sources = [1 - drafter.place for drafter in others if drafter.place]
         print(token_colours.legend_ansi(exit_depths, sources))
     decoded = len(answer.tokens) - 1
-    facts = _statistics(answer, tuned, settings)
+    facts = _statistics(answer, model, mode)
     left = ", ".join(f"{where}: {n}" for where, n in facts["exits"].items())
-    dropped = ", drafts that were not kept included" if settings["mode"].verified else ""
+    dropped = ", drafts that were not kept included" if mode.verified else ""
     print(
-        f"{len(answer.tokens)} tokens, {settings['mode'].name}, "
+        f"{len(answer.tokens)} tokens, {mode.name}, "
         f"{decoded / answer.seconds if decoded else 0:.1f} tokens/s after the prompt, "
         f"{facts['blocks_per_token']:.1f} blocks run per token{dropped} (the full model runs "
-        f"{tuned.model.config.depth}); proposed after {left}"
+        f"{model.depth}); proposed after {left}"
     )
     if facts["flagged"]:
-        said = pieces(tuned.tokenizer, answer.tokens)
-        unsure = ", ".join(json.dumps(said[i], ensure_ascii=False) for i in facts["flagged"])
-        print(f"less probable than {rejection.least_probability(settings['policy']):.2f}: {unsure}")
+        unsure = ", ".join(
+            json.dumps(answer.pieces[i], ensure_ascii=False) for i in facts["flagged"]
+        )
+        print(f"less probable than {rejection.least_probability(model.policy):.2f}: {unsure}")
 
 
-def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: Path) -> None:
+def _answer_all(model: Model, texts: list[str], mode: Mode, path: Path) -> None:
     """Answers a file of prompts and writes them whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    prompts = [_tokens(tuned, text) for text in texts]
-    measured = _costs(tuned, prompts, min(BATCH.value, len(prompts)), settings)
-    how = {"batch": BATCH.value, **settings, **measured}
-    answers = generate(tuned.model, tuned.params, prompts, **how)
-    rows = [_statistics(answer, tuned, settings) for answer in answers]
+    found = answers.generate(model, texts, batch=BATCH.value, **_how(mode))
+    rows = [_statistics(answer, model, mode) for answer in found]
     with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for text, answer, facts in zip(texts, answers, rows, strict=True):
+        for text, answer, facts in zip(texts, found, rows, strict=True):
             row = {
                 "prompt": text,
-                "text": "".join(pieces(tuned.tokenizer, answer.tokens)),
+                "text": answer.text,
                 "tokens": answer.tokens.tolist(),
                 "depths": answer.depths.tolist(),
                 "log_probs": answer.log_probs.tolist(),
@@ -197,39 +174,38 @@ def _answer_all(tuned: assemble.Tuned, texts: list[str], settings: dict, path: P
         "tokens/s": "tokens_per_second",
     }
     means = [float(np.mean([row[name] for row in rows])) for name in columns.values()]
-    values = [(settings["mode"].name, len(rows), *means)]
-    print(table(values, header=("mode", "answers", *columns)))
+    print(table([(mode.name, len(rows), *means)], header=("mode", "answers", *columns)))
     print(path)
     # Only what exits said by themselves compares with what they said in calibration.
-    mode, policy = settings["mode"], settings["policy"]
+    policy = model.policy
     if policy is not None and not mode.verified and not mode.sampling.temperature:
         exits, log_probs = (
-            np.concatenate([getattr(answer, name)[1:] for answer in answers])
+            np.concatenate([getattr(answer, name)[1:] for answer in found])
             for name in ("exits", "log_probs")
         )
         if warning := drift.warning(policy, exits, np.exp(log_probs)):
             print(f"warning: {warning}", file=sys.stderr)
 
 
-def _statistics(answer: Generation, tuned: assemble.Tuned, settings: dict) -> dict:
+def _statistics(answer: Answer, model: Model, mode: Mode) -> dict:
     """What an answer took after its first token, which comes out of the prompt's pass.
 
     Blocks are those that were run, for drafts that were not kept too; megabytes are not measured
     but follow from the cost model (`cost.traffic`).
     """
     decoded = max(len(answer.tokens) - 1, 1)
-    places = drafters.places(tuned.model.exit_depths)
+    places = drafters.places(model.static.exit_depths)
     found = np.bincount(answer.exits, minlength=len(places))
     counts = answer.counts
-    by_full = settings["mode"].verified | (answer.exits == len(tuned.model.exits.points))
-    unsure = np.exp(answer.log_probs) < rejection.least_probability(settings["policy"])
+    by_full = mode.verified | (answer.exits == len(model.points))
+    unsure = np.exp(answer.log_probs) < rejection.least_probability(model.policy)
     return {
-        "mode": settings["mode"].name,
+        "mode": mode.name,
         "new_tokens": len(answer.tokens),
         "exits": {
             place: int(n)
             for i, (place, n) in enumerate(zip(places, found, strict=True))
-            if n or i < len(tuned.model.exit_depths)
+            if n or i < len(model.static.exit_depths)
         },
         "flagged": np.flatnonzero(by_full & unsure).tolist(),
         "blocks_per_token": answer.layer_tokens / decoded,

@@ -7,7 +7,6 @@ sample size. Its upper bound is the same test read backwards: the least α that 
 from collections.abc import Callable
 
 import numpy as np
-from scipy import special
 
 # (losses [n] in [0, 1], α, δ) → p-value of "their mean is above α". Only bets depend on δ.
 Test = Callable[[np.ndarray, float, float], float]
@@ -25,6 +24,8 @@ def hoeffding_bentkus(losses: np.ndarray, alpha: float, delta: float = 0.1) -> f
     count, mean = len(losses), float(np.mean(losses))
     if mean >= alpha:
         return 1.0
+    from scipy import special  # not at the top: most commands need it late or never
+
     divergence = special.rel_entr(mean, alpha) + special.rel_entr(1 - mean, 1 - alpha)
     at_most = np.ceil(count * mean - _FUZZ)
     return float(min(np.exp(-count * divergence), np.e * special.bdtr(at_most, count, alpha)))
@@ -40,6 +41,8 @@ def binomial(losses: np.ndarray, alpha: float, delta: float = 0.1) -> float:
     errors = float(np.sum(losses))
     if not np.isin(losses, (0, 1)).all():
         raise ValueError("an exact binomial test counts errors: each loss must be 0 or 1")
+    from scipy import special
+
     return float(special.bdtr(errors, len(losses), alpha))
 
 

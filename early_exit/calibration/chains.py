@@ -11,7 +11,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from early_exit.calibration import certify, thresholds
 from early_exit.calibration.records import chosen_groups
@@ -129,6 +128,8 @@ def _stands(chains: Chains, name: str) -> np.ndarray:
     It does not fall with the score. Each part counts one draft more, that stands as often as the
     head itself holds it likely.
     """
+    from scipy import optimize  # not at the top: most commands need it late or never
+
     centres = (np.arange(PARTS) + 0.5) / PARTS
     found = []
     reached = np.ones(chains.groups.size, bool)

@@ -53,8 +53,10 @@ def fit(records: Records, settings: CalibrateSettings) -> ExitPolicy:
         policy = _fit(design, tested, settings)
         stated = {"drift": _drift(policy, tested, tested)}
     else:
-        if settings.confidence == "entropy":
-            raise ValueError("temperatures are known for max_prob and margin, not for entropy")
+        if settings.confidence in temperature.untold():
+            raise ValueError(
+                f"temperatures are known for max_prob and margin, not for {settings.confidence}"
+            )
         found = temperature.fit(design)
         without = _fit(design, tested, settings).provenance
         softer = [temperature.apply(part, found) for part in (design, tested, answered)]

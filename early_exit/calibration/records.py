@@ -51,6 +51,14 @@ class Records:
         on each other; groups do not.
       softened: what temperatures are fitted on, if it was recorded.
       metadata: where the records come from.
+
+    Raises:
+      ValueError: no position, arrays that do not fit each other, or scores that are NaN.
+
+    Example:
+      >>> first, rest = records.split(0.5, seed=0)  # with no text in common
+      >>> records.exit_depths.shape[0] == records.predictions.shape[0]
+      True
     """
 
     exit_depths: np.ndarray

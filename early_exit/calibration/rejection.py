@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from early_exit.calibration import bounds
 from early_exit.calibration import budget as budgets
@@ -95,6 +94,8 @@ def select(scores: np.ndarray, correct: np.ndarray, risk: float, delta: float) -
     for name, value in (("risk", risk), ("delta", delta)):
         if not 0 < value < 1:
             raise ValueError(f"{name} is a share in (0, 1), not {value}")
+    from scipy import special  # not at the top: most commands need it late or never
+
     coverages, risks, thresholds = risk_coverage(scores, correct)
     count = len(scores)
     steps = max(1, int(np.ceil(np.log2(count))))

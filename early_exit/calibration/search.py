@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import optimize
 
 from early_exit.policy import NEVER
 
@@ -97,6 +96,8 @@ def chances(scores: np.ndarray, good: np.ndarray, judged: np.ndarray) -> np.ndar
       good: bool [E, N].
       judged: bool [N], where `good` is known; the chance is given for all.
     """
+    from scipy import optimize  # not at the top: most commands need it late or never
+
     found = []
     for score, right in zip(scores, good, strict=True):
         known, inverse, counts = np.unique(score[judged], return_inverse=True, return_counts=True)

@@ -14,6 +14,7 @@ import dataclasses
 
 import numpy as np
 
+from early_exit import confidence as confidences
 from early_exit.calibration.records import Records
 
 BINS = 15
@@ -40,8 +41,8 @@ def fit(records: Records) -> np.ndarray:
 def apply(records: Records, temperatures: np.ndarray) -> Records:
     """The records that the model would leave with logits divided by these, of those recorded.
 
-    `max_prob` and `margin` change, what does not depend on the sharpness of logits stays, and
-    `entropy`, which cannot be told, goes.
+    `max_prob` and `margin` change, what does not depend on the sharpness of logits stays, and what
+    cannot be told (`untold`) goes.
 
     Raises:
       ValueError: records without what it takes, or a temperature that they do not have.
@@ -60,8 +61,13 @@ def apply(records: Records, temperatures: np.ndarray) -> Records:
         "max_prob": np.where(declines, -np.inf, top).astype(np.float32),
         "margin": np.where(declines, -np.inf, top - second).astype(np.float32),
     }
-    scores = {name: score for name, score in records.scores.items() if name != "entropy"}
+    scores = {name: score for name, score in records.scores.items() if name not in untold()}
     return dataclasses.replace(records, scores=scores | changed, softened=None)
+
+
+def untold() -> set[str]:
+    """Scores that cannot be told at another temperature from what records keep."""
+    return {"entropy", *confidences.registered()}
 
 
 def calibration_error(records: Records) -> list[float]:

@@ -8,7 +8,7 @@ in a smaller program (see `classifying.batch`); one row alone has a program with
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,11 @@ class Classified:
       probabilities: float32 [N, C], of that exit, at the policy's temperature.
       abstained: bool [N], the answer is withheld (`ExitPolicy.reject`).
       padding: blocks that were run beside these for rows that only fill a bucket, in all.
+
+    Example:
+      >>> found = ee.classify(classifier, ["one text", "another"])
+      >>> found.labels.shape, found.probabilities.shape
+      ((2,), (2, 2))
     """
 
     labels: np.ndarray
@@ -44,6 +49,13 @@ class Classified:
     probabilities: np.ndarray
     abstained: np.ndarray
     padding: int
+
+    @classmethod
+    def joined(cls, parts: Sequence["Classified"]) -> "Classified":
+        """The answers of several calls, one behind the other."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "padding"]
+        whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**whole, padding=sum(part.padding for part in parts))
 
 
 class Classifier:

@@ -135,7 +135,7 @@ def backbone(
     """
     if config.scan:  # how the blocks are run does not change what one costs
         config = dataclasses.replace(config, scan=False)
-    definition, params = base.abstract(config.build)
+    definition, params = base.described(config)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
 
     def stem(params, inputs):

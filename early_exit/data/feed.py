@@ -92,7 +92,7 @@ def check_length(data: DataSettings, network: Network) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TextFeed:
-    """Documents, packed into rows.
+    """Documents, packed into rows: those that `data.source` names, or that were `given`, by split.
 
     Raises:
       ValueError: no tokenizer, or one that does not say what ends a text.
@@ -101,6 +101,7 @@ class TextFeed:
     data: DataSettings
     tokenizer: Any
     known: About
+    given: Mapping[str, pipeline.Documents] | None = None
     unit: str = "tokens"
 
     def __post_init__(self):
@@ -110,9 +111,15 @@ class TextFeed:
     def per_batch(self) -> int:
         return self.data.batch_size * self.data.sequence_length
 
+    def documents(self, split: str) -> pipeline.Documents:
+        """The texts of a split, each with its name."""
+        if self.given is not None:
+            return self.given[split]
+        return sources.documents(self.data.source, split)
+
     def training(self, seed, rank=ALONE):
         return pipeline.training_batches(
-            sources.documents(self.data.source, "train"),
+            self.documents("train"),
             seed=seed,
             rank=rank,
             num_threads=self.data.num_threads,
@@ -121,7 +128,7 @@ class TextFeed:
 
     def held_out(self, split, num_batches, rank=ALONE):
         return pipeline.evaluation_batches(
-            sources.documents(self.data.source, split),
+            self.documents(split),
             num_batches=num_batches,
             rank=rank,
             num_threads=self.data.num_threads,
@@ -135,11 +142,11 @@ class TextFeed:
                 "but tuned-on text that was edited may now be among what is calibrated on",
                 self.data.source,
             )
-        documents = sources.documents(self.data.source, "calibration")
+        documents = self.documents("calibration")
         return excerpts.batches(documents, num_batches=num_batches, **self._packing())
 
     def data_hash(self, split):
-        return sources.data_hash(sources.documents(self.data.source, split))
+        return sources.data_hash(self.documents(split))
 
     def about(self):
         return {"train": self.data_hash("train")}
@@ -155,7 +162,7 @@ class TextFeed:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleFeed:
-    """Labelled images for a ResNet, labelled texts for an encoder.
+    """Labelled images for a ResNet, labelled texts for an encoder; `given` as in `TextFeed`.
 
     Raises:
       ValueError: texts without a tokenizer, or one that does not say what fills rows; names for
@@ -168,6 +175,7 @@ class ExampleFeed:
     network: Network
     tokenizer: Any
     known: About
+    given: Mapping[str, examples.Examples] | None = None
     unit: str = "examples"
 
     def __post_init__(self):
@@ -229,6 +237,8 @@ class ExampleFeed:
 
     def examples(self, split: str) -> examples.Examples:
         """A split, whose labels are the network's outputs."""
+        if self.given is not None:
+            return self.given[split]
         found = examples.examples(self.data.source, split)
         if "classes" in self.known:
             return found.with_classes(self.known["classes"], self.data.source)

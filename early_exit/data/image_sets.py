@@ -11,10 +11,10 @@ import pathlib
 import zlib
 
 import numpy as np
-from PIL import Image
 
 from early_exit.data import text_files
 from early_exit.data.parts import Example, Found, Part, class_folders, class_names, locate
+from early_exit.storage import extras
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Of Pillow's, those that become 8-bit grey or 8-bit RGB without loss of range.
@@ -103,6 +103,9 @@ def read_image(file: pathlib.Path) -> np.ndarray:
     Raises:
       ValueError: no readable PNG or JPEG, or more than 8 bits a channel.
     """
+    with extras.needed("images"):
+        from PIL import Image
+
     try:
         with Image.open(file, formats=("PNG", "JPEG")) as image:
             if image.mode in _GREY:

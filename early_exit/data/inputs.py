@@ -7,10 +7,10 @@ example, and works on a whole batch at once; so a batch follows from its seed, a
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from early_exit.data.parts import Example
 from early_exit.data.transforms import Batch
+from early_exit.storage import extras
 
 # Examples, and CHANCES random numbers in [0, 1) for each (None: no augmentation) → their batch.
 Prepare = Callable[[Sequence[Example], np.ndarray | None], Batch]
@@ -122,6 +122,9 @@ def _text(example: Example) -> str:
 
 def _sized(image: np.ndarray, size: tuple[int, int] | None, channels: int | None) -> np.ndarray:
     if size and image.shape[:2] != tuple(size):
+        with extras.needed("images"):
+            from PIL import Image, ImageOps
+
         grey = image.shape[-1] == 1
         fitted = Image.fromarray(image[..., 0] if grey else image)
         fitted = ImageOps.fit(fitted, size[::-1], Image.Resampling.BILINEAR)

@@ -11,8 +11,8 @@ A batch holds what `inputs` made (`images`, or `tokens` and `mask`), `labels`, i
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from early_exit.data.inputs import CHANCES, Prepare
@@ -20,11 +20,14 @@ from early_exit.data.parts import Example
 from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead
 from early_exit.data.transforms import Batch
 
+if TYPE_CHECKING:
+    import grain
+
 
 class EvaluationBatches:
     """Batches to go through as often as wanted, each time the same, with threads working ahead."""
 
-    def __init__(self, dataset: grain.MapDataset, read: grain.ReadOptions):
+    def __init__(self, dataset: "grain.MapDataset", read: "grain.ReadOptions"):
         self._dataset = dataset
         self._read = read
 
@@ -54,6 +57,8 @@ def training_batches(
     Raises:
       ValueError: no examples, or sizes that make no batches.
     """
+    import grain  # not at the top: most commands need it late or never
+
     _check(examples, batch_size, rank)
 
     def chosen(indices: np.ndarray, random: np.random.Generator) -> Batch:
@@ -86,6 +91,8 @@ def evaluation_batches(
     Raises:
       ValueError: no examples, or sizes that make no batches.
     """
+    import grain
+
     _check(examples, batch_size, rank)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be positive, or None for all, not {num_batches}")

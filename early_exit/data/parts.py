@@ -15,6 +15,9 @@ from early_exit.storage import packages
 
 Example = dict[str, Any]  # {"image": uint8 [H, W, C]} or {"text": str}, and "label": int
 
+# Before what was handed over in Python (`data.given`), which no other command can find again.
+GIVEN = "given:"
+
 # Subfolders and splits that hold a data set's own test set, the first that is there.
 HELD_OUT = ("test", "validation", "val")
 
@@ -35,6 +38,16 @@ class Found(NamedTuple):
     classes: tuple[str, ...]
     train: Part
     test: Part | None
+
+
+def check_named(source: str) -> None:
+    """Raises ValueError where the source of a run is data that was handed over in Python."""
+    if source.startswith(GIVEN):
+        raise ValueError(
+            f"this run was tuned on {source.removeprefix(GIVEN)} that were handed over in Python, "
+            "which its folder does not hold; give data from Python again (early_exit.record, "
+            "early_exit.calibrate), or tune on a named source"
+        )
 
 
 def locate(path: str) -> pathlib.Path:

@@ -14,12 +14,15 @@ row goes on in the next row as a new segment.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from early_exit.data.stream import ALONE, BATCHES_AHEAD, Rank, TrainingBatches
 from early_exit.data.transforms import Batch, next_token_targets
+
+if TYPE_CHECKING:
+    import grain
 
 Documents = Sequence[tuple[str, str]]  # (name, text)
 Tokenise = Callable[[str], list[int]]
@@ -52,6 +55,8 @@ def training_batches(
     Raises:
       ValueError: no documents, or sizes that make no batches.
     """
+    import grain  # not at the top: most commands need it late or never
+
     _check(documents, sequence_length, batch_size, rank)
     dataset = grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
     dataset = _rows(dataset, tokenise, end_of_text, sequence_length, num_threads)
@@ -80,6 +85,8 @@ def evaluation_batches(
     Raises:
       ValueError: no documents, sizes that make no batches, or text without a token to predict.
     """
+    import grain
+
     _check(documents, sequence_length, batch_size, rank)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be positive, or None for all, not {num_batches}")
@@ -105,7 +112,9 @@ def _check(documents: Documents, sequence_length: int, batch_size: int, rank: Ra
     rank.check(batch_size)
 
 
-def _rows(dataset, tokenise, end_of_text, sequence_length, num_threads) -> grain.IterDataset:
+def _rows(dataset, tokenise, end_of_text, sequence_length, num_threads) -> "grain.IterDataset":
+    import grain
+
     def tokens(document: tuple[str, str]) -> Batch:
         _, text = document
         return {"tokens": np.array([*tokenise(text), end_of_text], np.int32)}

@@ -12,10 +12,10 @@ import hashlib
 import os
 import pathlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from early_exit.data import conversations, shards, text_files
-from early_exit.data.parts import absent
+from early_exit.data.parts import GIVEN, absent, check_named
 
 # Upper edges of each split's share of the hash range.
 SPLITS = {"train": 0.85, "validation": 0.90, "calibration": 0.95, "test": 1.0}
@@ -25,6 +25,10 @@ SUFFIXES = (".txt", ".py", ".md", ".rst", ".jsonl")
 PIECE_BYTES, LONGEST = 4096, 8
 # Before the folders, with commas between, of conversations that `launch.distill` has made.
 MADE = "made:"
+
+# Before the colon of a source → what reads the rest: texts, in a fixed order.
+Texts = Callable[[str], Sequence[str]]
+_registered: dict[str, Texts] = {}
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -73,7 +77,33 @@ class _Made:
         return conversations.Conversation.unpack(self.store[self.index]).text
 
 
-_Span = _File | _Piece | _Made
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """One document: a text of a source that was added."""
+
+    name: str
+    texts: Sequence[str]
+    index: int
+
+    def read(self) -> str:
+        return self.texts[self.index]
+
+
+_Span = _File | _Piece | _Made | _Given
+
+
+def register(name: str, read: Texts) -> None:
+    """Adds a kind of source: `name:rest` has the texts of `read(rest)`.
+
+    A hash of each text decides its split, so that equal ones stay together.
+
+    Raises:
+      ValueError: another one has that name.
+    """
+    taken = f"{name}:" in (MADE, GIVEN) or _registered.get(name, read) is not read
+    if taken or not name.isidentifier():
+        raise ValueError(f"a source cannot be called {name!r}; choose another word")
+    _registered[name] = read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +126,7 @@ def documents(source: str, split: str) -> Documents:
       source: `stdlib` (the running interpreter's standard library, tests left out), a folder with
         .txt, .py, .md, .rst or .jsonl files, or one such file; JSONL rows hold a `text`. Or
         `made:FOLDER`, conversations of a model (`data.conversations`), each question once, or
-        several such folders, `made:FOLDER,FOLDER`.
+        several such folders, `made:FOLDER,FOLDER`. Or one that was added (`register`).
       split: `train`, `validation`, `calibration` or `test`, with 85, 5, 5 and 5 % of the documents.
         A file of a folder is one document, and a hash of its relative path decides; conversations,
         rows of JSONL and pieces of a single text file go by a hash of their text, so that equal
@@ -109,6 +139,7 @@ def documents(source: str, split: str) -> Documents:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    check_named(source)
     seen = 0
     kept = []
     for span, identity in _spans(source):
@@ -154,6 +185,12 @@ def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:
             store = shards.Store(folder.expanduser())
             for index, conversation in conversations.conversations(store):
                 yield _Made(f"{folder.name}:{index}", store, index), conversation.text.encode()
+        return
+    kind, colon, rest = source.partition(":")
+    if colon and kind in _registered:
+        texts = _registered[kind](rest)
+        for index, text in enumerate(texts):
+            yield _Given(f"{source}:{index}", texts, index), text.encode()
         return
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_path("stdlib"))

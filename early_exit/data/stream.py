@@ -1,10 +1,11 @@
 """What every pipeline of batches has: a state to resume from, and rows shared over processes."""
 
-from typing import Any, NamedTuple
-
-import grain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from early_exit.data.transforms import Batch
+
+if TYPE_CHECKING:
+    import grain
 
 # Batches made ahead of the one asked for.
 BATCHES_AHEAD = 4
@@ -37,7 +38,7 @@ ALONE = Rank()
 class TrainingBatches:
     """An endless iterator of batches, reshuffled at each pass over the data."""
 
-    def __init__(self, dataset: grain.IterDataset):
+    def __init__(self, dataset: "grain.IterDataset"):
         self._iterator = iter(dataset)
 
     def __iter__(self) -> "TrainingBatches":
@@ -59,8 +60,10 @@ class TrainingBatches:
         self._iterator.close()
 
 
-def read_ahead(num_threads: int) -> grain.ReadOptions:
+def read_ahead(num_threads: int) -> "grain.ReadOptions":
     """For batches that threads make; they hand over in order, so their number is but time."""
+    import grain  # not at the top: most commands need it late or never
+
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=BATCHES_AHEAD)
 
 

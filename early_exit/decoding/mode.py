@@ -31,6 +31,13 @@ class Mode:
       pending: with `defer`, how many positions of a row may wait for their deeper blocks, and so
         the most in one pass; where no more may wait, the deep pass is made.
       sampling: how tokens are drawn.
+
+    Raises:
+      ValueError: unknown names, drafters without `defer`, or `pending` out of range.
+
+    Example:
+      >>> ee.Mode("defer", drafters=("exits", "lookup")).name
+      'verified: exits + lookup'
     """
 
     skipped: str = "propagate"

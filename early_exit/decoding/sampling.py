@@ -14,6 +14,13 @@ class Sampling:
       temperature: divides the logits.
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: keep the smallest set of tokens with at least this probability.
+
+    Raises:
+      ValueError: numbers out of range.
+
+    Example:
+      >>> ee.Sampling(temperature=0.8, top_p=0.95)
+      Sampling(temperature=0.8, top_k=0, top_p=0.95)
     """
 
     temperature: float = 0.0

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -293,6 +292,8 @@ def training_batches(
     Raises:
       ValueError: sizes that make no batches; later, a damaged record.
     """
+    import grain
+
     rank.check(batch_size)
 
     def read(indices: Batch) -> Batch:

@@ -41,7 +41,7 @@ def score_batch(
             answer = bound.backbone.readout(hidden, context)
         summary, said = consult.hear(answer, said, e)
         for name, values in scores.items():
-            if name in confidences.FROM_LOGITS:
+            if name not in confidences.FROM_HIDDEN:
                 values.append(consult.score(name, summary, said))
             else:
                 values.append(consult.hidden_score(name, bound, e, hidden, hidden, context))

@@ -120,7 +120,7 @@ def score_batch(
         softened.append(softer)
         said = said.then(summary)
         for name, values in scores.items():
-            if name in confidences.FROM_LOGITS:
+            if name not in confidences.FROM_HIDDEN:
                 values.append(consult.score(name, summary, said))
             else:
                 by_hidden = consult.hidden_score(name, bound, e, before, after)
@@ -134,6 +134,24 @@ def score_batch(
         "groups": groups_BT.reshape(-1),
         "mask": mask_BT.reshape(-1) > 0,
     }
+
+
+def groups_of(model: MultiExit, batches: Iterable[dict]) -> np.ndarray:
+    """The text or example of every position that `record` would keep, int [N], no model run."""
+    found, groups = [], 0
+    for batch in batches:
+        if model.config.classifies:
+            here = np.arange(len(batch["labels"]))
+            kept = here[np.asarray(batch["valid"])]
+        else:
+            documents = np.asarray(batch["documents"])
+            rows = np.arange(len(documents))[:, None] * documents.shape[1]
+            here = np.asarray(batch["groups"]) if "groups" in batch else rows + documents
+            kept = here[np.asarray(next_token_targets(batch)[1])]
+        numbered = "groups" in batch
+        found.append(kept if numbered else kept + groups)
+        groups = groups if numbered else groups + here.max() + 1
+    return np.concatenate(found)
 
 
 def scored(score: Callable[[dict], dict], batches: Iterable[dict]) -> dict:

@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from early_exit.calibration.chains import Chains
 from early_exit.calibration.records import Records
 from early_exit.data.transforms import next_token_targets
 from early_exit.evaluation import drafts, exits
+from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble, layout, lock
 from early_exit.runs.assemble import Tuned
@@ -93,30 +95,66 @@ def calibrate(
     """
     check_exits(tuned)
     settings = tuned.config.calibrate if settings is None else settings
-    classifies = tuned.model.config.classifies
-    kind = "examples" if classifies else "texts"
     with lock.held(tuned.workdir):
-        if (stated := promise.stated(settings, classifies=classifies, kind=kind)) is not None:
-            found = promise.reach(_groups(tuned), settings, kind)
-            promise.check(found, settings)
-            for one in found:
-                tell(str(one))
-        records = records_of(tuned, soften=settings.temperature)
-        policy = _fitted(tuned, records, settings, promise=stated)
+        policy, records = fitted(
+            tuned.model,
+            settings,
+            groups=lambda: _groups(tuned),
+            record=lambda: records_of(tuned, soften=settings.temperature),
+            chain=lambda: chains_of(tuned),
+            tell=tell,
+        )
         policies.save(policy, tuned.workdir / layout.POLICY)
     return policy, records
 
 
-def _fitted(tuned: Tuned, records: Records, settings: CalibrateSettings, **stated) -> ExitPolicy:
-    """The policy that keeps what is asked, of all kinds of exits that the run has.
+def fitted(
+    model: MultiExit,
+    settings: CalibrateSettings,
+    *,
+    groups: Callable[[], np.ndarray],
+    record: Callable[[], Records],
+    chain: Callable[[], Chains],
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[ExitPolicy, Records]:
+    """The policy that keeps what is asked, and the records that it was fitted on.
+
+    Args:
+      groups: gives the text or example of each position that `record` will have, int [N].
+      record: runs the model, or reads what it did.
+      chain: the same for a recurrent exit, where there is one.
+      tell: is told, before the model runs, what the data can promise at best.
+
+    Raises:
+      ValueError: settings that make no policy, or a promise that the data cannot give.
+    """
+    classifies = model.config.classifies
+    kind = "examples" if classifies else "texts"
+    if (stated := promise.stated(settings, classifies=classifies, kind=kind)) is not None:
+        found = promise.reach(groups(), settings, kind)
+        promise.check(found, settings)
+        for one in found:
+            tell(str(one))
+    records = record()
+    return _fitted(model, records, chain, settings, promise=stated), records
+
+
+def _fitted(
+    model: MultiExit,
+    records: Records,
+    chain: Callable[[], Chains],
+    settings: CalibrateSettings,
+    **stated: Any,
+) -> ExitPolicy:
+    """The policy that keeps what is asked, of all kinds of exits that the model has.
 
     Args:
       stated: goes into its provenance.
     """
     policy, drafting = methods.fit(records, settings), None
-    stated = policy.provenance | stated
-    if tuned.model.exits.recurrent_taps:
-        drafting, stated["chains"] = chains.fit(chains_of(tuned), settings)
+    stated = {**policy.provenance, **stated}
+    if model.exits.recurrent_taps:
+        drafting, stated["chains"] = chains.fit(chain(), settings)
     return dataclasses.replace(policy, provenance=stated, drafts=drafting)
 
 
@@ -147,7 +185,7 @@ def policies_of(tuned: Tuned, records: Records) -> dict[str, ExitPolicy]:
     found = {} if own is None else {methods.described(own): own}
     for epsilon in epsilons:
         asked = CalibrateSettings(confidence=confidence, epsilon=float(epsilon))
-        policy = _fitted(tuned, records, asked)
+        policy = _fitted(tuned.model, records, lambda: chains_of(tuned), asked)
         found.setdefault(methods.described(policy), policy)
     return found
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 
 from early_exit import policy as policies
 from early_exit import tree
@@ -25,7 +24,7 @@ from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble, lock
 from early_exit.runs.assemble import Tuned
 from early_exit.runs.metrics import table
-from early_exit.storage import files
+from early_exit.storage import extras, files
 
 FULL = "full model"
 # Settings of the data that a network without exits must share with the one it is compared with.
@@ -263,6 +262,9 @@ def _cut(text: str) -> str:
 
 
 def _png(image: np.ndarray) -> dict[str, str]:
+    with extras.needed("images"):
+        from PIL import Image
+
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     picture.thumbnail((_PIXELS_SHOWN, _PIXELS_SHOWN))
     file = io.BytesIO()

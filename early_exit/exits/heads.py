@@ -11,7 +11,7 @@ al. 2021, "Zero Time Waste".
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,23 @@ from flax import nnx
 from early_exit.backbones.base import BackboneConfig, Classifier
 
 OUTPUTS = ("shared", "own")
+
+# The network at an exit's place, and what parameters are drawn from → hidden states [..., D] →
+# the features [..., D] that the output matrix reads.
+Builder = Callable[[BackboneConfig, nnx.Rngs], nnx.Module]
+_OWN = ("embedding", "linear", "norm", "mlp", "layer", "grid")
+_registered: dict[str, Builder] = {}
+
+
+def register(name: str, build: Builder) -> None:
+    """Adds a kind of head. What it builds holds `nnx.Param`s only, and takes any [..., D].
+
+    Raises:
+      ValueError: another one has that name.
+    """
+    if name in _OWN or _registered.get(name, build) is not build:
+        raise ValueError(f"there is a head {name!r} already; choose another name")
+    _registered[name] = build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +50,7 @@ class ExitConfig:
         `linear`; `norm`; `mlp`, a residual feed-forward part, then norm; `layer`, one whole block,
         then norm; `grid`, strided convolutions, pooled not as one but in a coarse grid of places,
         then norm: early blocks see little of an image, so what is where in it says much of what
-        it is.
+        it is. Or one that was added (`register`).
       output: `own`, an output matrix of each head, or `shared`, the backbone's.
       classes: how many tokens a head can predict, the most frequent ones; 0 for all.
       gate: whether each head has a gate, which tells from the hidden state alone whether the head
@@ -44,6 +61,13 @@ class ExitConfig:
       recurrent_taps: blocks (1-based, the last included) whose output a recurrent exit reads
         (`exits.recurrent`); () for none. It predicts what the other heads predict.
       recurrent_blocks: blocks of its own; 0 for a feed-forward part instead.
+
+    Raises:
+      ValueError: values that fit no network; those that do not fit one are found with it (`check`).
+
+    Example:
+      >>> ee.ExitConfig((8, 22, 28), head="norm").observed
+      (8, 22, 28)
     """
 
     points: tuple[int, ...]
@@ -77,8 +101,9 @@ class ExitConfig:
                 "the backbone has no output matrix, so its exits have nothing to predict; give its "
                 "config num_classes"
             )
-        if self.head not in backbone.head_kinds:
-            known = ", ".join(backbone.head_kinds)
+        kinds = (*backbone.head_kinds, *_registered)
+        if self.head not in kinds:
+            known = ", ".join(kinds)
             raise ValueError(f"this network carries no head {self.head!r}; choose one of {known}")
         outside = [point for point in self.points if not 1 <= point < depth]
         if outside:
@@ -137,7 +162,9 @@ class Head(nnx.Module):
             self.mlp = here.build_mlp(rngs)
         if exits.head == "layer":
             self.block = here.build_block(rngs)
-        if exits.head not in ("embedding", "linear", "grid"):
+        if exits.head in _registered:
+            self.custom = _registered[exits.head](here, rngs)
+        if exits.head in ("norm", "mlp", "layer"):
             self.norm = here.build_norm(rngs)
         rows = exits.own_rows(classes)
         if rows and network.classifies:
@@ -161,7 +188,7 @@ class Head(nnx.Module):
     @property
     def is_cheap(self) -> bool:
         """Whether it is a norm at most in front of the output matrix."""
-        return not any(hasattr(self, part) for part in ("mlp", "block", "grid"))
+        return not any(hasattr(self, part) for part in ("mlp", "block", "grid", "custom"))
 
     def features(
         self, hidden: jax.Array, context: Any, past=None, past_length_B=None
@@ -178,6 +205,8 @@ class Head(nnx.Module):
         elif self.has_block:
             hidden, rows = self.block(hidden, context, past, past_length_B)
         hidden = self.network.pool(hidden, context)
+        if hasattr(self, "custom"):
+            hidden = self.custom(hidden)
         if hasattr(self, "mlp"):
             hidden = hidden + self.mlp(self.mlp_norm(hidden))
         if hasattr(self, "norm"):

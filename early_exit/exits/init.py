@@ -12,7 +12,7 @@ from early_exit import tree
 
 INITS = ("copy", "random")
 # Parts of a head that a backbone has no like of.
-DRAWN = ("gate", "cascade", "ensemble")
+DRAWN = ("gate", "cascade", "ensemble", "custom")
 
 
 def copied_recurrent(drawn: dict, backbone: dict, depth: int, token_ids: jax.Array | None) -> dict:

@@ -50,9 +50,10 @@ class MultiExit:
 
     @property
     def confidences(self) -> tuple[str, ...]:
-        """The scores (`confidence.NAMES`) that its exits have."""
+        """The scores (`confidence.names`) that its exits have."""
         hidden = () if self.config.classifies else ("similarity",)
-        return confidence.FROM_LOGITS + hidden + (("gate",) if self.exits.gate else ())
+        said = confidence.FROM_LOGITS + confidence.registered()
+        return said + hidden + (("gate",) if self.exits.gate else ())
 
     def bind(self, params: Params) -> "Bound":
         """The modules, holding `params`; no heads if `exits` is not among them.
@@ -63,7 +64,7 @@ class MultiExit:
         network = self.config
         if not network.classifies and "blocks" not in params["backbone"]:
             network = dataclasses.replace(network, depth=0, full_blocks=(), scan=False)
-        backbone_definition, _ = base.abstract(network.build)
+        backbone_definition, _ = base.described(network)
         return Bound(
             backbone=base.merge(backbone_definition, params["backbone"]),
             heads=tuple(

@@ -116,7 +116,7 @@ def _config(
         if wrong:
             raise ValueError(f"it gives {', '.join(wrong)}")
         _check_size(config.depth, len(stored), "blocks")
-        _, params = base.abstract(config.build)
+        _, params = base.described(config)
         _check_size(tree.count(params), most, "parameters")
     except (TypeError, ArithmeticError, AttributeError, LookupError) as error:
         raise ValueError(

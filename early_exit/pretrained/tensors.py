@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from early_exit.pretrained import gguf_file
-from early_exit.storage import files
+from early_exit.storage import extras, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,9 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
       ValueError: a truncated or damaged file, or a format that is not supported.
     """
     if path.suffix == ".gguf":
+        with extras.needed("gguf"):
+            from early_exit.pretrained import gguf_file
+
         return Checkpoint(path, *gguf_file.open_tensors(path))
     config_path = path / "config.json"
     if not config_path.exists():

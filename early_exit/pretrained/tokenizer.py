@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from early_exit.pretrained import generation, gguf_file
+from early_exit.pretrained import generation
+from early_exit.storage import extras
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,6 +91,9 @@ def _name_tokens(
 
 
 def _from_gguf(path: pathlib.Path) -> "PreTrainedTokenizerFast":
+    with extras.needed("gguf"):
+        from early_exit.pretrained import gguf_file
+
     metadata, _ = gguf_file.read_header(path)
 
     def get(key, default=None):

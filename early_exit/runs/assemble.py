@@ -196,7 +196,7 @@ def _changed(network: base.BackboneConfig, changes: Mapping[str, Any]) -> base.B
 def _drawn(network: base.BackboneConfig, source: Pretrained, config: Settings) -> Pretrained:
     """`network` with those parameters of the source that it has, and the others drawn from the
     config's seed."""
-    _, abstract = base.abstract(network.build)
+    _, abstract = base.described(network)
     given, wanted = tree.flatten(source.params), tree.flatten(abstract)
     kept = {
         path: given[path]
@@ -259,9 +259,7 @@ def _checkpointed(workdir: Path, config: Settings) -> _Read:
     if config.tune.train == "exits":  # or the checkpoint has the backbone, too
         check_backbone(saved["backbone"], pretrained.identity, workdir)
     trained = checkpoint.restore(checkpoints, {"params": abstract_trained(config, model)}, step)
-    params = jax.tree.map(lambda x: x.astype(config.model.dtype), trained[0]["params"])
-    if "backbone" in params and config.model.scan:
-        params["backbone"] = base.unstack_blocks(params["backbone"])
+    params = as_used(config, trained[0]["params"])
     if "backbone" in params:  # it was trained, and is another network since
         pretrained = dataclasses.replace(pretrained, params=params["backbone"], known=None)
     params = {"backbone": pretrained.params} | params
@@ -291,8 +289,16 @@ def abstract_trained(config: Settings, model: MultiExit) -> base.Params:
     """The parameters that the config's recipe trains, as shapes: float32, as it keeps them."""
     trained = {"exits": model.abstract_exits()}
     if config.tune.train == "all":
-        _, trained["backbone"] = base.abstract(for_tuning(config, model).config.build)
+        _, trained["backbone"] = base.described(for_tuning(config, model).config)
     return trained
+
+
+def as_used(config: Settings, trained: base.Params) -> base.Params:
+    """Trained parameters as the model has them: of the config's type, blocks one by one."""
+    params = jax.tree.map(lambda x: x.astype(config.model.dtype), trained)
+    if "backbone" in params and config.model.scan:
+        params["backbone"] = base.unstack_blocks(params["backbone"])
+    return params
 
 
 def _exported(workdir: Path, config: Settings) -> _Read:
@@ -326,21 +332,51 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
       ValueError: a backbone that `transformers` has no config for, or a policy of other heads.
       OSError: the folder cannot be written.
     """
-    policy = tuned.workdir / layout.POLICY
+    policy, save_policy = tuned.workdir / layout.POLICY, None
+    if policy.exists():
+        load_policy(tuned)  # refuses one that does not fit
+        save_policy = functools.partial(shutil.copyfile, policy)
+    write_model(
+        folder,
+        tuned.model,
+        tuned.params,
+        tuned.backbone,
+        tuned.config,
+        tuned.metadata["step"],
+        tuned.data,
+        save_policy,
+        exits_only=exits_only,
+    )
+
+
+def write_model(
+    folder: Path,
+    model: MultiExit,
+    params: base.Params,
+    backbone: Pretrained,
+    config: Settings,
+    step: int,
+    data: dict[str, Any] | None,
+    save_policy: Callable[[Path], Any] | None,
+    *,
+    exits_only: bool = False,
+) -> None:
+    """The body of `export`, of parts in hand.
+
+    Args:
+      save_policy: writes the policy to a path; None where there is none.
+
+    Raises:
+      as `export`.
+    """
     with files.new_folder(folder) as inside:
-        if policy.exists():
-            load_policy(tuned)  # refuses one that does not fit
-            shutil.copyfile(policy, inside / layout.POLICY)
+        if save_policy is not None:
+            save_policy(inside / layout.POLICY)
         if not exits_only:
-            write_backbone(
-                inside,
-                tuned.model.config,
-                tuned.params["backbone"],
-                tuned.tokenizer,
-                tuned.generation,
-            )
-        config, step = read.as_dict(tuned.config), tuned.metadata["step"]
-        artefact.write(inside, tuned.model, tuned.params, tuned.identity, config, step, tuned.data)
+            parts = model.config, params["backbone"], backbone.tokenizer, backbone.generation
+            write_backbone(inside, *parts)
+        described = read.as_dict(config)
+        artefact.write(inside, model, params, backbone.identity, described, step, data)
 
 
 def load_policy(tuned: Tuned, path: Path | None = None) -> ExitPolicy | None:

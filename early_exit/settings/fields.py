@@ -32,7 +32,8 @@ class Rule:
     Attributes:
       says: a sentence for users: what the setting does, and what a 0 or nothing means.
       least, above, most, below: limits of a number.
-      choices: all the values that there are.
+      choices: all the values that there are, but for those that were added.
+      more: choices that were added (`settings.read.offer`).
     """
 
     says: str
@@ -41,10 +42,11 @@ class Rule:
     most: float | None = None
     below: float | None = None
     choices: tuple[str, ...] | None = None
+    more: list[str] = dataclasses.field(default_factory=list, compare=False)
 
     def allows(self, value: Any) -> bool:
         if self.choices is not None:
-            return value in self.choices
+            return value in (*self.choices, *self.more)
         return (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -56,7 +58,8 @@ class Rule:
     def allowed(self) -> str:
         """Such as `in [0, 1)`, `at least 1` or `one of linear, cosine`; empty without a rule."""
         if self.choices is not None:
-            return f"one of {', '.join(choice or repr(choice) for choice in self.choices)}"
+            choices = (*self.choices, *self.more)
+            return f"one of {', '.join(choice or repr(choice) for choice in choices)}"
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
         if low is not None and high is not None:

@@ -27,6 +27,14 @@ SECTIONS: dict[str, type[Section]] = {"": Settings} | {
 RENAMED = {"tune.states": "tune.hidden_states"}
 
 
+def offer(name: str, choice: str) -> None:
+    """One more choice of the setting at a dotted name, for what another module has added."""
+    section, _, key = name.partition(".")
+    more = rules(SECTIONS[section])[key].more
+    if choice not in more:
+        more.append(choice)
+
+
 def read(config: ConfigDict | Mapping[str, Any]) -> Settings:
     """The settings that a config file gave, with defaults for what it leaves out.
 

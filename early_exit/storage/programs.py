@@ -7,12 +7,16 @@ one of them instructions that only the other has.
 
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import platform
 from collections.abc import Iterable
 
+import jax
+
 from early_exit.storage.packages import cache_folder
 
+_PLACE = "JAX_COMPILATION_CACHE_DIR"  # of the environment; JAX's setting has it in small letters
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
 # Of x86 and of ARM, as the kernel spells them; the others, such as the clock, change all the time.
 _OF_A_KIND = {
@@ -33,6 +37,23 @@ def folder() -> pathlib.Path:
     """In `cache_folder()`, of these versions of JAX and this kind of processor."""
     versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
     return cache_folder() / "xla" / f"{versions}-{_processor()}"
+
+
+def keep(path: pathlib.Path | str | None = None) -> pathlib.Path:
+    """From now on, JAX keeps what it compiles there, by default in `folder()`; returns where.
+
+    So the next process on this machine need not compile it again. Without a path, the environment
+    decides where it has a JAX_COMPILATION_CACHE_DIR. Commands do this when they start.
+
+    Example:
+      >>> ee.keep_programs()  # doctest: +SKIP
+      PosixPath('/home/me/.cache/early_exit/xla/jax0.10.2-jaxlib0.10.2-5f0c3a9b1c2d')
+    """
+    if path is None and _PLACE in os.environ:
+        return pathlib.Path(os.environ[_PLACE])
+    place = folder() if path is None else pathlib.Path(path)
+    jax.config.update(_PLACE.lower(), str(place))
+    return place
 
 
 def _processor() -> str:

@@ -101,7 +101,7 @@ def decoding(
       positions: of each row, prompt and answer together.
     """
     dtype = jnp.dtype(config.model.dtype)
-    _, backbone = base.abstract(model.config.build)
+    _, backbone = base.described(model.config)
     params = {
         "backbone": plan.typed(backbone, dtype),
         "exits": model.abstract_exits(dtype),

@@ -32,13 +32,16 @@ def save(workdir: Path, step: int, batch: dict) -> Path:
 
 
 def keep(workdir: Path, step: int, batch: dict) -> str:
-    """Like `save`; returns what to tell of it, also where the disk is full."""
+    """Like `save`; returns a sentence about it, also where the disk is full."""
     try:
         path = save(workdir, step, batch)
     except OSError as error:
-        return f", but the batch could not be ({error})"
+        return f"The last good checkpoint is kept, but the batch could not be ({error})"
     again = f"python -m launch.replay --workdir={workdir}"
-    return f", and the batch in {path}: see what it does with `{again}`"
+    return (
+        f"The last good checkpoint is kept, and the batch in {path}: see what it does with "
+        f"`{again}`"
+    )
 
 
 def read(path: Path) -> tuple[int, dict[str, np.ndarray]]:

@@ -6,8 +6,10 @@ another number of processes or devices it goes on equal to rounding: they sum in
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -22,15 +24,39 @@ from early_exit.data.stream import Rank, TrainingBatches
 from early_exit.distillation import hidden_states
 from early_exit.evaluation import drafts
 from early_exit.evaluation import exits as evaluation
+from early_exit.exits.multi_exit import MultiExit
 from early_exit.pretrained.load import Pretrained
 from early_exit.runs import assemble, checkpoint, layout, lock
 from early_exit.runs.layout import CHECKPOINTS
-from early_exit.runs.metrics import MetricsWriter, progress
+from early_exit.runs.metrics import progress
 from early_exit.settings.sections import Settings
 from early_exit.streams import stream
-from early_exit.training import bad_batch, pace, plan, preemption
+from early_exit.training import keeping, pace, plan, preemption
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A model and data in hand, in place of those that the settings name.
+
+    Attributes:
+      pretrained: the network. Its arrays stay the caller's.
+      exits: the heads to begin with.
+      token_ids: what reduced heads predict; empty for all tokens.
+      feed: training data, and held-out data where the run is to validate.
+      validates: whether there is held-out data.
+      told: called after each step with its number and its metrics.
+      shows: whether to show progress.
+    """
+
+    pretrained: Pretrained
+    exits: base.Params
+    token_ids: Sequence[int]
+    feed: feeds.Feed
+    validates: bool
+    told: Callable[[int, dict[str, float]], None] | None = None
+    shows: bool = True
 
 
 def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
@@ -55,41 +81,60 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
         nothing to save yet.
     """
     with preemption.watch() as leaving, lock.held(workdir) as own:
-        return _tune(config, workdir, profile, leaving, own)
+        _, rows = _tune(config, workdir, keeping.InFolder(workdir, own), leaving, profile)
+    return rows
+
+
+def tune_given(config: Settings, given: Given, workdir: Path | None = None) -> base.Params:
+    """The same of a model and data in hand; returns the parameters that were trained.
+
+    Args:
+      config: what `given` does not replace.
+      workdir: where the run is kept, and goes on from; None keeps nothing.
+
+    Raises:
+      as `tune`.
+    """
+    if workdir is None:
+        leaving = preemption.Watch(distributed=False)  # signals are the caller's
+        params, _ = _tune(config, None, keeping.Nothing(), leaving, None, given)
+    else:
+        with preemption.watch() as leaving, lock.held(workdir) as own:
+            kept = keeping.InFolder(workdir, own)
+            params, _ = _tune(config, workdir, kept, leaving, None, given)
+    return assemble.as_used(config, params)
 
 
 def _tune(
     config: Settings,
-    workdir: Path,
-    profile: tuple[int, int] | None,
+    workdir: Path | None,
+    kept: keeping.Nothing,
     leaving: preemption.Watch,
-    own: lock.Owner,
-) -> list[dict]:
-    total, first = config.tune.steps, checkpoint.latest_step(workdir / CHECKPOINTS) or 0
+    profile: tuple[int, int] | None,
+    given: Given | None = None,
+) -> tuple[base.Params, list[dict]]:
+    """(what was trained, what the last validation says)."""
+    total, first = config.tune.steps, kept.first
     if profile and not first < profile[0] <= profile[1] <= total:
         raise ValueError(
             f"the steps to profile, {profile[0]}:{profile[1]}, do not rise, or are not among those "
             f"that are to be run: {f'{first + 1} to {total}' if first < total else 'none are left'}"
         )
-    layout.save_config(config, workdir)
-    run = Run(config, workdir)
+    if workdir is not None:
+        layout.save_config(config, workdir)
+    run = Run(config, workdir, given)
     run.check_splits()
     rows, first_process = None, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         size, batches = run.feed.per_batch, run.batches()
         stack.callback(batches.close)  # or its threads go on, whatever ends the run
-        if first:
-            like = plan.state(config, run.model, run.mesh)
-            state, iterator_state = checkpoint.restore(workdir / CHECKPOINTS, like, first)
-            batches.set_state(iterator_state)
-        else:
+        if (state := kept.restored(run.like(), batches)) is None:
             state = run.state()
         run.loaded = None
-        keep = config.tune.keep_checkpoints
-        saver = stack.enter_context(checkpoint.Saver(workdir / CHECKPOINTS, keep=keep))
-        if first_process:
-            writer = stack.enter_context(MetricsWriter(workdir, resumed_step=first or None))
-            bar = progress(total * size, unit=run.feed.unit, done=first * size)
+        kept.opened(stack, config.tune.keep_checkpoints)
+        shows = first_process and (given is None or given.shows)
+        bar = progress(total * size, run.feed.unit, first * size) if shows else None
+        if bar is not None:
             stack.enter_context(bar)
 
         def settle(step: int, metrics: dict, batch: dict) -> None:
@@ -98,18 +143,21 @@ def _tune(
             if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
                 raise FloatingPointError(
                     f"step {step}: the loss is {scalars['loss']} and the gradient norm "
-                    f"{scalars['grad_norm']}. The last good checkpoint is kept"
-                    f"{bad_batch.keep(workdir, step, batch)}; then lower tune.learning_rate, or "
-                    "look for broken data"
+                    f"{scalars['grad_norm']}. {kept.keep(step, batch)}; then lower "
+                    "tune.learning_rate, or look for broken data"
                 )
             if not first_process:
                 return
             # An exit that was left out at this step has no loss.
             known = {name: x for name, x in scalars.items() if not math.isnan(x)}
-            writer.write(step, known | {"learning_rate": float(run.schedule(step - 1))})
-            writer.write_speed(step, clock.lap())
-            bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
-            bar.update(size)
+            known |= {"learning_rate": float(run.schedule(step - 1))}
+            kept.write(step, known)
+            kept.write_speed(step, clock.lap())
+            if given is not None and given.told is not None:
+                given.told(step, known)
+            if bar is not None:
+                bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
+                bar.update(size)
 
         trace = stack.enter_context(contextlib.ExitStack())
         unsettled, clock = None, None
@@ -121,7 +169,7 @@ def _tune(
                 if unsettled:  # no step but those asked for
                     settle(*unsettled)
                     unsettled = None
-                trace.enter_context(jax.profiler.trace(workdir / "tensorboard"))
+                trace.enter_context(kept.trace())
             with jax.profiler.StepTraceAnnotation("tune", step_num=step):
                 state, metrics = run.step(state, run.given, batch)
             if unsettled:  # read while this step runs
@@ -141,17 +189,17 @@ def _tune(
                 for row in rows if first_process else ():
                     kind = next(iter(row))
                     name = f"{kind}_{row[kind]}"
-                    writer.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
+                    kept.write(step, {f"validation/{k}/{name}": v for k, v in row.items()})
             if saves:  # last: a checkpoint stands for all that was written before it
-                own.check()
-                saver.save(step, state, batches.get_state(), run.metadata)
+                kept.save(step, state, batches, run.metadata)
             if saves or validates:
                 run.check_compiled_once(step)
             if saves or validates or traced:
                 clock.start()
             if leaves:
                 raise preemption.Preempted(f"asked to leave, saved after step {step} of {total}")
-    return run.validate(state["params"]) if rows is None else rows
+        rows = run.validate(state["params"]) if rows is None else rows
+    return state["params"], rows
 
 
 class Run:
@@ -168,19 +216,22 @@ class Run:
         data was (`data.feed.About`) and, for reduced heads, the tokens they can predict.
     """
 
-    def __init__(self, config: Settings, workdir: Path):
+    def __init__(self, config: Settings, workdir: Path | None, given: Given | None = None):
         self.config = config
         self.schedule = optimizers.learning_rate(config.tune)
-        self.optimizer = optimizers.make_optimizer(config.tune)
         self.mesh = sharding.make_mesh(config.mesh)
-        self.recipe = plan.recipe(config, self.mesh, assemble.abstract_model(config).config)
+        network = given.pretrained if given else assemble.abstract_model(config)
+        self.recipe = plan.recipe(config, self.mesh, network.config)
         self._rank = Rank(*sharding.row_rank(self.mesh, config.data.batch_size))
         self._states = hidden_states.opened(config)
-        where = functools.partial(sharding.shardings, mesh=self.mesh)
-        pretrained, model = assemble.load_backbone(config, where)
+        self._in_hand = given
+        pretrained, model = self._network()
         self.model = assemble.for_tuning(config, model)
-        known = layout.kept_data(workdir) or layout.data_of_source(config)
-        self.feed = feeds.make(config, self.model.config, pretrained.tokenizer, known)
+        if given is None:
+            known = layout.kept_data(workdir) or layout.data_of_source(config)
+            self.feed = feeds.make(config, self.model.config, pretrained.tokenizer, known)
+        else:
+            self.feed = given.feed
         self.metadata = self._metadata(workdir, pretrained)
         if self._states:
             text = self.feed.data_hash("train")
@@ -193,19 +244,40 @@ class Run:
         self.given = hidden_states.without_blocks(self.frozen) if self._states else self.frozen
         self.step = plan.step(config, self.model, self.mesh)
 
-    def state(self) -> steps.TuneState:
-        """The state before the first step; a trained backbone is in it as `loaded`, not copied."""
+    def _network(self) -> tuple[Pretrained, MultiExit]:
+        """The network, placed on the mesh, and the multi-exit model of it."""
+        where = functools.partial(sharding.shardings, mesh=self.mesh)
+        if self._in_hand is None:
+            return assemble.load_backbone(self.config, where)
+        pretrained = self._in_hand.pretrained
+        params = pretrained.params
+        if self.config.tune.train == "all":  # the state is donated, and these are the caller's
+            params = jax.tree.map(jnp.copy, params)
+        placed = dataclasses.replace(pretrained, params=sharding.place(params, where(params)))
+        return placed, MultiExit(pretrained.config, assemble.exit_config(self.config))
+
+    def like(self) -> steps.TuneState:
+        """The state as shapes with shardings."""
+        return plan.state(self.config, self.model, self.mesh)
+
+    def _first_exits(self) -> base.Params:
+        """The heads before the first step."""
+        if self._in_hand is not None:
+            return jax.tree.map(jnp.copy, self._in_hand.exits)
         backbone = self.loaded
         if self.model.config.scan:
             read = {point - 1 for point in (*self.model.exits.points, self.model.config.depth)}
             backbone = base.unstack_blocks(backbone, read)
-        exits = self.model.init_exits(
+        return self.model.init_exits(
             stream(self.config.seed, "heads"),
             backbone,
             self.config.exits.init,
             self.frozen.get("token_ids"),
         )
-        params = {"exits": exits}
+
+    def state(self) -> steps.TuneState:
+        """The state before the first step; a trained backbone is in it as `loaded`, not copied."""
+        params = {"exits": self._first_exits()}
         if self.config.tune.train == "all":
             params["backbone"] = self.loaded
         if not jax.tree.leaves(params):
@@ -214,9 +286,9 @@ class Run:
                 "output matrix; choose exits.output=own or another exits.head"
             )
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-        state = steps.init_state(params, self.optimizer)
-        where = plan.state(self.config, self.model, self.mesh)
-        return sharding.place(state, jax.tree.map(lambda x: x.sharding, where), donate=True)
+        state = steps.init_state(params, optimizers.make_optimizer(self.config.tune))
+        where = jax.tree.map(lambda x: x.sharding, self.like())
+        return sharding.place(state, where, donate=True)
 
     def batches(self) -> TrainingBatches:
         """The endless training data of this process."""
@@ -255,8 +327,11 @@ class Run:
     def validate(self, params: dict) -> list[dict]:
         """On the first held-out batches: a row per exit, and per step of a recurrent one.
 
-        See `evaluation.exits.summary` and `evaluation.drafts.summary`.
+        See `evaluation.exits.summary` and `evaluation.drafts.summary`. None where no held-out data
+        was given.
         """
+        if not self._validates:
+            return []
         params = self.frozen | steps.computing(params, self.recipe)
         batches = [self.place_batch(batch) for batch in self._validation_batches]
         rows = evaluation.summary(evaluation.record(self.model, params, batches))
@@ -270,9 +345,14 @@ class Run:
         Raises:
           ValueError: a split to validate, or to calibrate exits, on is empty or has no full row.
         """
-        _ = self._validation_batches  # kept for every validation
-        if self.model.head_names:
+        if self._validates:
+            _ = self._validation_batches  # kept for every validation
+        if self.model.head_names and self._in_hand is None:
             list(self.feed.calibration(1))
+
+    @property
+    def _validates(self) -> bool:
+        return self._in_hand is None or self._in_hand.validates
 
     @functools.cached_property
     def _validation_batches(self) -> list[dict]:
@@ -286,17 +366,17 @@ class Run:
         """Laid out as the model runs it."""
         if not self.model.config.scan:
             return loaded
-        _, shapes = base.abstract(self.model.config.build)
+        _, shapes = base.described(self.model.config)
         return base.stack_blocks(loaded, sharding.shardings(shapes, self.mesh))
 
-    def _metadata(self, workdir: Path, pretrained: Pretrained) -> dict:
-        if checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
+    def _metadata(self, workdir: Path | None, pretrained: Pretrained) -> dict:
+        if workdir and checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
             saved = checkpoint.metadata(workdir / CHECKPOINTS)
             if self.config.tune.train == "exits":  # or the checkpoint has the backbone, too
                 assemble.check_backbone(saved["backbone"], pretrained.identity, workdir)
             return saved | {"data": self._data(saved.get("data"), workdir)}
-        token_ids = []
-        if self.config.exits.classes:
+        token_ids = list(self._in_hand.token_ids) if self._in_hand else []
+        if self.config.exits.classes and not token_ids:
             sample = self.feed.held_out("train", self.config.data.frequency_batches)
             token_ids = transforms.frequent_tokens(
                 sample, self.model.config.vocab_size, self.config.exits.classes

@@ -99,7 +99,7 @@ def frozen(config: Settings, model: MultiExit, mesh: Mesh) -> base.Params:
     """The parameters that are not trained, as shapes with shardings."""
     params = {}
     if config.tune.train != "all":
-        _, backbone = base.abstract(model.config.build)
+        _, backbone = base.described(model.config)
         params["backbone"] = typed(backbone, config.model.dtype)
     if config.exits.classes:
         params["token_ids"] = jax.ShapeDtypeStruct((config.exits.classes,), jnp.int32)

@@ -28,6 +28,13 @@ class Recipe:
       accumulate: in how many parts a batch goes through the network, one after the other.
       seed: of what is left out.
       draft_weights: of the steps of a recurrent exit, one for each that is unrolled.
+
+    Raises:
+      ValueError: unknown names, or blocks left out of a network that is not trained.
+
+    Example:
+      >>> ee.Recipe("kl", ee.ExitWeights((1.0, 0.5))).runs_all_blocks
+      True
     """
 
     loss: str

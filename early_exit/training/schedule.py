@@ -32,6 +32,11 @@ class ExitWeights:
 
     Raises:
       ValueError: unknown names, numbers of weights that differ, or a period below 1.
+
+    Example:
+      >>> rising = ee.ExitWeights((1.0, 0.5), start=(0.0, 0.0), steps=10)
+      >>> rising(5).tolist()
+      [0.5, 0.25]
     """
 
     weights: tuple[float, ...]

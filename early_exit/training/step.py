@@ -31,7 +31,17 @@ def computing(params: base.Params, recipe: Recipe) -> base.Params:
 
 
 def init_state(params: base.Params, optimizer: optax.GradientTransformation) -> TuneState:
-    """The state before the first step; `params` are those that are trained."""
+    """The state before the first step.
+
+    Args:
+      params: those that are trained, float32: `{"exits": …}`, and `backbone` if it is.
+      optimizer: whose state it gets.
+
+    Example:
+      >>> state = ee.init_state({"exits": tuned.heads}, optax.sgd(0.1))
+      >>> int(state["step"])
+      0
+    """
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
 
 
@@ -198,6 +208,63 @@ def _final_loss(
     return _mean(per_example, mask[None])[0]
 
 
+def tuning_loss(
+    trained: base.Params,
+    frozen: base.Params,
+    batch: dict,
+    *,
+    model: MultiExit,
+    recipe: Recipe,
+    step: jax.Array | int = 0,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], base.Moments]]:
+    """What tuning minimises: a pure function, to be differentiated by its first argument.
+
+    Args:
+      trained: the parameters that learn, float32: `{"exits": …}`, and `backbone` where the recipe
+        trains it.
+      frozen: the model's other parameters, in the type that it computes in.
+      batch: as for `observe`.
+      step: int32, from 0; what exits weigh depends on it.
+      key: of the blocks that are left out (`Recipe.layer_dropout`); by default the step's own.
+
+    Returns:
+      (loss, float32 scalar, in nats; (that of each head by name, `exit_<point>` and
+      `draft_<step>`; the batch's moments, for running statistics that are trained)).
+
+    Example:
+      >>> recipe = ee.Recipe("kl", ee.ExitWeights((1.0, 1.0)))
+      >>> frozen = {"backbone": tuned.params["backbone"]}
+      >>> loss, (by_exit, _) = ee.tuning_loss(
+      ...     {"exits": tuned.heads}, frozen, batch, model=tuned.static, recipe=recipe
+      ... )
+      >>> loss.shape, sorted(by_exit)
+      ((), ['exit_2', 'exit_4'])
+    """
+    whole = {**frozen, **computing(trained, recipe)}
+    rest = {name: x for name, x in whole.items() if name != "exits"}
+    how = {"model": model, "recipe": recipe}
+    kept = None
+    if recipe.layer_dropout:
+        kept = kept_blocks(_key(recipe, step) if key is None else key, batch, **how)
+    observed = observe(whole, batch, kept=kept, **how)
+    loss, by_head = jnp.float32(0), {}
+    if model.head_names:
+        loss, found = heads_loss(whole["exits"], rest, observed, step=step, **how)
+        names = [f"exit_{point}" for point in model.exits.points]
+        names += [f"draft_{i + 1}" for i in range(len(recipe.draft_weights))]
+        by_head = dict(zip(names, found, strict=True))
+    if recipe.train == "all":
+        by_head[f"exit_{model.config.depth}"] = final = _final_loss(rest, observed, **how)
+        loss += final
+    return loss, (by_head, observed["moments"])
+
+
+def _key(recipe: Recipe, step: jax.Array | int) -> jax.Array:
+    """Of what is left out at a step."""
+    return jax.random.fold_in(stream(recipe.seed, "layer dropout"), step)
+
+
 def tune_step(
     state: TuneState,
     frozen: base.Params,
@@ -216,31 +283,23 @@ def tune_step(
     Returns:
       (new state, scalars: `loss`, `loss/exit_<point>`, the backbone's own included where it is
       trained, `loss/draft_<step>` of a recurrent exit, `grad_norm`).
+
+    Example:
+      >>> how = {"model": tuned.static, "recipe": recipe, "optimizer": optax.sgd(0.1)}
+      >>> step = jax.jit(functools.partial(ee.tune_step, **how))
+      >>> state, metrics = step(state, frozen, batch)
+      >>> int(state["step"]), sorted(metrics)
+      (1, ['grad_norm', 'loss', 'loss/exit_2', 'loss/exit_4'])
     """
     step, params = state["step"], state["params"]
 
     def objective(params, batch, key):
-        whole = {**frozen, **computing(params, recipe)}
-        rest = {name: x for name, x in whole.items() if name != "exits"}
-        how = {"model": model, "recipe": recipe}
-        kept = kept_blocks(key, batch, **how) if recipe.layer_dropout else None
-        observed = observe(whole, batch, kept=kept, **how)
-        loss, by_head = jnp.float32(0), {}
-        if model.head_names:
-            loss, found = heads_loss(whole["exits"], rest, observed, step=step, **how)
-            names = [f"exit_{point}" for point in model.exits.points]
-            names += [f"draft_{i + 1}" for i in range(len(recipe.draft_weights))]
-            by_head = dict(zip(names, found, strict=True))
-        if recipe.train == "all":
-            by_head[f"exit_{model.config.depth}"] = final = _final_loss(rest, observed, **how)
-            loss += final
-        return loss, (by_head, observed["moments"])
+        return tuning_loss(params, frozen, batch, model=model, recipe=recipe, step=step, key=key)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
     if recipe.accumulate > 1:
         gradient = _accumulated(gradient, recipe.accumulate, lambda part: targets(part, model)[1])
-    key = jax.random.fold_in(stream(recipe.seed, "layer dropout"), step)
-    (loss, (by_head, moments)), gradients = gradient(params, batch, key)
+    (loss, (by_head, moments)), gradients = gradient(params, batch, _key(recipe, step))
     updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
     params = optax.apply_updates(params, updates)
     if moments:

@@ -14,7 +14,7 @@ from configs import digits_resnet
 from early_exit.backbones.resnet import STATISTICS
 from early_exit.runs import checkpoint
 from early_exit.runs.layout import CHECKPOINTS
-from early_exit.runs.metrics import FILE
+from early_exit.runs.metrics import FILE, MetricsWriter
 from early_exit.settings.overrides import override
 from early_exit.settings.read import read
 from early_exit.training import loop
@@ -50,7 +50,7 @@ def whole(tmp_path_factory):
 
 
 def test_an_interrupted_run_goes_on_bit_equal(whole, tmp_path, monkeypatch):
-    write = loop.MetricsWriter.write
+    write = MetricsWriter.write
 
     def interrupted(self, step, scalars):
         if step == 5:
@@ -58,7 +58,7 @@ def test_an_interrupted_run_goes_on_bit_equal(whole, tmp_path, monkeypatch):
         write(self, step, scalars)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.MetricsWriter, "write", interrupted)
+        patch.setattr(MetricsWriter, "write", interrupted)
         loop.tune(CONFIG, tmp_path)
     assert checkpoint.latest_step(tmp_path / CHECKPOINTS) == 4
     folder, rows = whole

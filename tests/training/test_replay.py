@@ -161,7 +161,9 @@ def test_what_is_no_batch(tmp_path):
 
 def test_a_batch_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_path):
     told = bad_batch.keep(tmp_path / "gone", 9, {"tokens": np.zeros(2, np.int32)})
-    assert re.match(r", but the batch could not be \(.*No such file", told)
+    assert re.match(
+        r"The last good checkpoint is kept, but the batch could not be \(.*No such file", told
+    )
 
 
 def test_a_batch_of_another_run(tmp_path):

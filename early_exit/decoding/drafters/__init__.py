@@ -1,6 +1,6 @@
 """What proposes tokens: every drafter by its name, in the order in which they are asked.
 
-Adding one: a class that fulfils `base.Drafter`, and a line here.
+Adding one: a class that fulfils `base.Drafter`, and a line here, or a call of `register`.
 """
 
 from typing import TYPE_CHECKING
@@ -21,6 +21,23 @@ if TYPE_CHECKING:
 BY_NAME: dict[str, Drafter] = {
     drafter.name: drafter for drafter in (Exits(), Lookup(), Recurrent())
 }
+
+
+def register(drafter: Drafter) -> Drafter:
+    """Adds a source of drafts, asked after the others; it gets its `place`.
+
+    Raises:
+      ValueError: it lacks a name or its credit, or another one has that name.
+    """
+    kind = type(drafter).__name__
+    if lacking := [name for name in ("name", "credit") if not hasattr(drafter, name)]:
+        raise ValueError(f"the drafter {kind} lacks {', '.join(lacking)} (see drafters.base)")
+    if BY_NAME.get(drafter.name, drafter) is not drafter:
+        raise ValueError(f"there is a drafter {drafter.name!r} already; choose another name")
+    if drafter.name not in BY_NAME:
+        drafter.place = len(BY_NAME)
+        BY_NAME[drafter.name] = drafter
+    return drafter
 
 
 def of(model: MultiExit, mode: "Mode") -> tuple[Drafter, ...]:
