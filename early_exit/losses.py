@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from early_exit.backbones.base import logits
+from early_exit.backbones.base import PLAIN, LogitRule, logits
 
 # Columns of logits that a device holds at a time, all exits together: with 2048 positions, 32 MiB.
 CHUNK = 4096
@@ -71,14 +71,18 @@ def _fold(peak_N, totals, values_NC, *among):
 
 
 def log_normalizer(
-    features_ND: jax.Array, table_VD: jax.Array, chunk: int = CHUNK, parts: int = 1
+    features_ND: jax.Array,
+    table_VD: jax.Array,
+    chunk: int = CHUNK,
+    parts: int = 1,
+    rule: LogitRule = PLAIN,
 ) -> jax.Array:
-    """log Σ_v exp(features · table_v), float32 [N]; `chunk` and `parts` as in `exit_losses`."""
+    """log Σ_v exp(rule(features · table_v)), float32 [N]; the others as in `exit_losses`."""
     valid = _chunked(jnp.ones(table_VD.shape[0], bool), chunk, parts)
 
     def body(carry, xs):
         rows, valid = xs
-        values = jnp.where(valid[None], logits(features_ND, rows), -jnp.inf)
+        values = jnp.where(valid[None], logits(features_ND, rows, rule=rule), -jnp.inf)
         return _fold(*carry, values), None
 
     start = jnp.full(features_ND.shape[0], -jnp.inf), [jnp.zeros(features_ND.shape[0])]
@@ -97,6 +101,7 @@ def exit_losses(
     chunk: int = CHUNK,
     parts: int = 1,
     by_confidence: bool = False,
+    rule: LogitRule = PLAIN,
 ) -> jax.Array:
     """Loss of every exit at every position, float32 [E, N], in nats.
 
@@ -117,6 +122,7 @@ def exit_losses(
       parts: over how many devices the rows of the output matrices are split.
       by_confidence: each loss is multiplied by the exit's highest probability of a token at its
         position, through which no gradient flows.
+      rule: how logits follow from products, the network's.
 
     Raises:
       ValueError: not exactly one of labels and teacher.
@@ -139,7 +145,7 @@ def exit_losses(
         slices["first"] = jnp.arange(slices["ids"].size, step=slices["ids"].shape[1])
     elif teacher is not None:
         teacher_features, teacher_table = jax.lax.stop_gradient(teacher)
-        normalizer = log_normalizer(teacher_features, teacher_table, parts=parts)
+        normalizer = log_normalizer(teacher_features, teacher_table, parts=parts, rule=rule)
         rows = teacher_table[token_ids] if reduced else teacher_table
         slices["teacher"] = _chunked(rows, most, own)
 
@@ -151,7 +157,7 @@ def exit_losses(
             log_probs = _spread(teacher.log_probs, places_NK - xs["first"], len(xs["ids"]))
             probs = jnp.exp(log_probs)
             return probs, jnp.where(probs > 0, log_probs, 0.0)
-        log_probs = logits(teacher_features, xs["teacher"]) - normalizer[:, None]
+        log_probs = logits(teacher_features, xs["teacher"], rule=rule) - normalizer[:, None]
         return jnp.exp(log_probs), log_probs
 
     def body(carry, xs):
@@ -164,7 +170,7 @@ def exit_losses(
         for (peak, totals, cross), feature, table in zip(
             exits, features, xs["tables"], strict=True
         ):
-            values = logits(feature, table)
+            values = logits(feature, table, rule=rule)
             cross = cross + (probs * values).sum(-1)
             values = jnp.where(valid, values, -jnp.inf)
             folded.append((*_fold(peak, totals, values, *unknown), cross))
@@ -178,7 +184,7 @@ def exit_losses(
     for (peak, totals, cross), feature, table in zip(exits, features, tables, strict=True):
         normalizer_e, none = peak + jnp.log(totals[0]), None
         if reduced:
-            none = logits(feature, table[-1:])[:, 0]
+            none = logits(feature, table[-1:], rule=rule)[:, 0]
             normalizer_e = jnp.logaddexp(normalizer_e, none)
             none = none - normalizer_e
         loss = mass * normalizer_e - cross + negentropy
@@ -286,7 +292,8 @@ def right(
     """Whether every exit's best token is the target's, bool [E, N]; the arguments of `exit_losses`.
 
     Against `labels` that is accuracy, against a `teacher` agreement. A reduced head whose most
-    probable class is "none of these" is right nowhere.
+    probable class is "none of these" is right nowhere. A network's rule for logits keeps their
+    order, so none is asked for.
     """
     if isinstance(teacher, TopK):
         target = teacher.ids[:, 0]

@@ -19,12 +19,15 @@ from jax.sharding import PartitionSpec as P
 from early_exit import tree
 from early_exit.settings.sections import MeshSettings
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "expert")
 _ROWS = P(("data", "fsdp"))
 
 # First match wins. Kernels are [in, out]: the wide side of each pair is split over `tensor`, so
-# that a block needs one reduction after attention and one after the feed-forward part.
+# that a block needs one reduction after attention and one after the feed-forward part. Those of
+# experts have one more axis in front.
 RULES: tuple[tuple[str, P], ...] = (
+    (r"experts/(gate|up)/kernel$", P("expert", "fsdp", "tensor")),
+    (r"experts/down/kernel$", P("expert", "tensor", "fsdp")),
     (r"(query|key|value|gate|up|fuse|join)/kernel$", P("fsdp", "tensor")),
     (r"attention/output/kernel$|down/kernel$", P("tensor", "fsdp")),
     (r"embedding$", P("tensor", "fsdp")),
@@ -58,7 +61,7 @@ def make_mesh(axes: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
     arranged = mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // slices, *sizes[1:]),
-        (slices, 1, 1),
+        (slices, *[1] * (len(AXES) - 1)),
         devices,
         process_is_granule=by_process,
         # As `jax.make_mesh` has it.
@@ -155,6 +158,32 @@ def by_row_and_head(function: Callable, heads: int) -> Callable:
         )(*args)
 
     return run
+
+
+def by_expert(function: Callable, experts: int, inner: int) -> Callable:
+    """The function run by each device on its own rows and its own experts, and summed over experts.
+
+    `function(first, x [N, …], ids, weights, gate, up [E, D, F], down [E, F, D])` gives float32
+    [N, D] of the experts from `first` on, as many as it is given. Outside `under`, it is given all.
+
+    Args:
+      experts, inner: E and F, split over `expert` and `tensor` if these divide them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return functools.partial(function, 0)
+    expert = "expert" if experts % mesh.shape["expert"] == 0 else None
+    tensor = "tensor" if inner % mesh.shape["tensor"] == 0 else None
+
+    def run(x, ids, weights, gate, up, down):
+        first = 0 if expert is None else jax.lax.axis_index(expert) * gate.shape[0]
+        partial = function(first, x, ids, weights, gate, up, down)
+        return jax.lax.psum(partial, tuple(axis for axis in (expert, tensor) if axis))
+
+    wide, back = P(expert, None, tensor), P(expert, tensor, None)
+    return jax.shard_map(
+        run, in_specs=(_ROWS, _ROWS, _ROWS, wide, wide, back), out_specs=_ROWS, check_vma=False
+    )
 
 
 def under(mesh: Mesh, function: Callable) -> Callable:

@@ -58,7 +58,8 @@ def all_states(params, tokens, ran, *, model):
         head.features(hidden, context)[0]
         for head, hidden in zip(bound.heads, at_exits, strict=True)
     ]
-    logits = [base.logits(f, t) for f, t in zip(features, bound.exit_tables(), strict=True)]
+    rule, tables = model.config.logit_rule, bound.exit_tables()
+    logits = [base.logits(f, t, rule=rule) for f, t in zip(features, tables, strict=True)]
     gates = [
         head.gate_score(hidden)[0]
         for head, hidden in zip(bound.heads, at_exits, strict=True)

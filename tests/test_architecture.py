@@ -24,7 +24,13 @@ FLOORS = (
 # Beside the standard library, these rooms import nothing but this.
 ONLY = {
     "settings": {"ml_collections"},
-    "losses": {"jax", "numpy", "early_exit.backbones.base.logits"},
+    "losses": {
+        "jax",
+        "numpy",
+        "early_exit.backbones.base.LogitRule",
+        "early_exit.backbones.base.PLAIN",
+        "early_exit.backbones.base.logits",
+    },
     "confidence": {"jax", "numpy"},
     "policy": {"jax", "numpy", "early_exit.confidence", "early_exit.storage"},
     "calibration": {

@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from early_exit import losses
+from early_exit.backbones.base import LogitRule
 
 N, D, MOST = 7, 5, 30  # positions, features, tokens at most
 
-exit_losses = jax.jit(losses.exit_losses, static_argnames="chunk")
+exit_losses = jax.jit(losses.exit_losses, static_argnames=("chunk", "rule"))
 
 
 def case(vocab, exits=1, reduced=0, scale=1.0, seed=0):
@@ -42,11 +43,13 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def dense(features, tables, *, labels=None, teacher=None, token_ids=None):
+def dense(
+    features, tables, *, labels=None, teacher=None, token_ids=None, rule=lambda products: products
+):
     """The same loss in float64, by its definition: KL(target ‖ exit) over the exit's classes."""
     as64 = functools.partial(np.asarray, dtype=np.float64)
     if teacher is not None:
-        target = np.exp(log_softmax(as64(teacher[0]) @ as64(teacher[1]).T))
+        target = np.exp(log_softmax(rule(as64(teacher[0]) @ as64(teacher[1]).T)))
     else:
         target = np.eye(MOST)[np.asarray(labels)]
     kept = np.arange(len(tables[0])) if token_ids is None else np.asarray(token_ids)
@@ -58,8 +61,8 @@ def dense(features, tables, *, labels=None, teacher=None, token_ids=None):
     negentropy = np.where(positive, target * np.log(np.where(positive, target, 1)), 0).sum(-1)
     return np.stack(
         [
-            negentropy - np.where(positive, target * log_softmax(as64(f) @ as64(t).T), 0).sum(-1)
-            for f, t in zip(features, tables, strict=True)
+            negentropy - np.where(positive, target * log_softmax(values), 0).sum(-1)
+            for values in (rule(as64(f) @ as64(t).T) for f, t in zip(features, tables, strict=True))
         ]
     )
 
@@ -84,6 +87,21 @@ def test_losses_equal_dense_ones(vocab, exits, reduced, chunk, target):
     got = exit_losses(**inputs, chunk=chunk)
     assert got.shape == (exits, N) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, dense(**inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduced", [0, 11])
+@pytest.mark.parametrize("target", ["labels", "teacher"])
+@pytest.mark.parametrize(("divisor", "cap"), [(3.0, None), (1.0, 1.5), (0.5, 2.0)])
+def test_logits_follow_the_network_s_rule(divisor, cap, target, reduced):
+    """In the exits, in the teacher, and in "none of these"."""
+    inputs = pick(case(MOST, 2, reduced), target)
+    got = exit_losses(**inputs, chunk=8, rule=LogitRule(divisor, cap))
+
+    def rule(products):
+        return products / divisor if cap is None else cap * np.tanh(products / divisor / cap)
+
+    np.testing.assert_allclose(got, dense(**inputs, rule=rule), atol=1e-5, rtol=1e-5)
+    assert np.abs(got - dense(**inputs)).max() > 0.1
 
 
 @pytest.mark.parametrize("target", ["labels", "teacher"])

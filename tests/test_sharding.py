@@ -47,10 +47,19 @@ def test_the_rules_place_a_blocks_parameters():
         "backbone/blocks/mlp_norm/scale": ((6, 64), P()),
         "exits/12/mlp/up/kernel": ((64, 128), wide),
         "exits/12/output/embedding": ((512, 64), back),
+        "backbone/blocks/3/mlp/experts/up/kernel": ((6, 64, 128), P("expert", "fsdp", "tensor")),
+        "backbone/blocks/3/mlp/experts/down/kernel": ((6, 128, 64), P("expert", "tensor", "fsdp")),
+        "backbone/blocks/mlp/experts/gate/kernel": (
+            (2, 6, 64, 128),
+            P(None, "expert", "fsdp", "tensor"),
+        ),
+        "exits/12/mlp/router/kernel": ((64, 6), P()),
         "token_ids": ((500,), P()),
     }
     shapes = {path: shape for path, (shape, _) in want.items()}
-    assert specs(shapes, fsdp=4, tensor=2) == {path: spec for path, (_, spec) in want.items()}
+    assert specs(shapes, fsdp=4, tensor=2, expert=3) == {
+        path: spec for path, (_, spec) in want.items()
+    }
 
 
 def test_what_an_axis_does_not_divide_is_replicated():
@@ -69,8 +78,8 @@ def test_the_tree_comes_back_in_its_own_structure():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"data": 999}, "mesh data=999, fsdp=1, tensor=1 does not use exactly the"),
-        ({"data": -1, "fsdp": 999}, "mesh data=-1, fsdp=999, tensor=1 does not use exactly"),
+        ({"data": 999}, "mesh data=999, fsdp=1, tensor=1, expert=1 does not use exactly the"),
+        ({"data": -1, "fsdp": 999}, "mesh data=-1, fsdp=999, tensor=1, expert=1 does not use"),
     ],
 )
 def test_meshes_that_do_not_fit(axes, message):
@@ -104,10 +113,10 @@ def ids(mesh):
 def test_only_data_goes_from_slice_to_slice():
     devices = chips(slices=3, each=8)
     mesh = sharding.make_mesh(MeshSettings(fsdp=2, tensor=2, slices=3), devices)
-    assert dict(mesh.shape) == {"data": 6, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 6, "fsdp": 2, "tensor": 2, "expert": 1}
     of_slice = ids(mesh) // 8
     # Each place along data is in one slice, and slices follow each other.
-    np.testing.assert_array_equal(of_slice[:, 0, 0], [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(of_slice[:, 0, 0, 0], [0, 0, 1, 1, 2, 2])
     assert (of_slice == of_slice[:, :1, :1]).all()
     assert sorted(ids(mesh).flat) == list(range(24))
 
@@ -115,7 +124,7 @@ def test_only_data_goes_from_slice_to_slice():
 def test_a_process_stands_for_a_slice_where_there_are_only_cpus():
     devices = [Chip(i, process_index=i // 4, platform="cpu") for i in range(8)]
     mesh = sharding.make_mesh(MeshSettings(data=2, fsdp=4, slices=2), devices)
-    np.testing.assert_array_equal(ids(mesh)[..., 0], [range(4), range(4, 8)])
+    np.testing.assert_array_equal(ids(mesh)[..., 0, 0], [range(4), range(4, 8)])
     # Nobody has to say so.
     plain = sharding.make_mesh(MeshSettings(data=2, fsdp=4), devices)
     np.testing.assert_array_equal(ids(plain), ids(mesh))
@@ -153,7 +162,7 @@ def test_slices_where_there_is_one_process():
 
 
 def test_a_batch_must_split_evenly():
-    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
+    mesh = AbstractMesh((2, 2, 2, 1), sharding.AXES)
     with pytest.raises(ValueError, match=r"6 rows cannot be split over 4 devices .*batch_size"):
         sharding.row_rank(mesh, 6)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from early_exit import tree
+from early_exit.backbones.scoring import soft_cap
 
 Params = dict[str, Any]
 # Slash-joined path of a running statistic → float32 [C], a batch's.
@@ -147,7 +148,29 @@ class Backbone(nnx.Module):
         Raises:
           ValueError: the network has no output matrix.
         """
-        return logits(self.features(hidden, context), self.output_table(), self.output_bias())
+        read = self.features(hidden, context), self.output_table(), self.output_bias()
+        return logits(*read, self.config.logit_rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitRule:
+    """How a network's logits follow from the products of features with its output matrix.
+
+    Its exits' do in the same way: what is copied from its readout then says what the readout says.
+
+    Attributes:
+      divisor: products are divided by it (Granite).
+      cap: the soft cap of what is then the logit (Gemma 2); None for none.
+    """
+
+    divisor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, products: jax.Array) -> jax.Array:
+        return soft_cap(products if self.divisor == 1 else products / self.divisor, self.cap)
+
+
+PLAIN = LogitRule()
 
 
 class BackboneConfig(abc.ABC):
@@ -166,6 +189,7 @@ class BackboneConfig(abc.ABC):
       grid_width: of the features of heads of the kind `grid`.
       scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
       drops_blocks: whether rows can leave blocks out in training.
+      logit_rule: how logits follow from the products of features with the output matrix.
       incidental: settings that do not change what it computes (see `identity`).
     """
 
@@ -178,6 +202,7 @@ class BackboneConfig(abc.ABC):
     head_kinds: ClassVar[tuple[str, ...]]
     drops_blocks: ClassVar[bool] = False
     incidental: ClassVar[tuple[str, ...]] = ()
+    logit_rule: LogitRule = PLAIN
     grid_width = 0
     scan = False
 
@@ -192,6 +217,14 @@ class BackboneConfig(abc.ABC):
         """(K, d) of each array that block `index` (from 0) leaves of a position; see `Rows`."""
         raise NotImplementedError
 
+    def without_blocks(self) -> "BackboneConfig":
+        """Describes the stem and the readout alone."""
+        raise NotImplementedError
+
+    def share_read(self, path: str) -> float:
+        """Of a block's or a head's parameter, by its path, what one position reads."""
+        return 1.0
+
     def at(self, point: int) -> "BackboneConfig":
         """What describes heads after block `point`: itself, unless width changes with depth."""
         return self
@@ -204,9 +237,17 @@ class BackboneConfig(abc.ABC):
     def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
         """The normalisation in front of the readout."""
 
+    def build_input_norm(self, rngs: nnx.Rngs) -> nnx.Module:
+        """What stands in front of the feed-forward part of heads, as in blocks."""
+        return self.build_norm(rngs)
+
     @abc.abstractmethod
     def build_mlp(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The feed-forward part of one block."""
+        """The feed-forward part of one block; what it returns is added to the hidden states."""
+
+    def build_head_mlp(self, point: int, rngs: nnx.Rngs) -> nnx.Module:
+        """The feed-forward part of a head after block `point`: such as that block has."""
+        return self.at(point).build_mlp(rngs)
 
     def build_block(self, rngs: nnx.Rngs) -> nnx.Module:
         """One whole block, for heads of the kind `layer`."""
@@ -226,15 +267,22 @@ class Classifier(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(num_classes))
 
 
-def logits(features: jax.Array, table: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """`features @ table.T + bias` in float32: [..., D] × [C, D] + [C] → [..., C] float32."""
+def logits(
+    features: jax.Array,
+    table: jax.Array,
+    bias: jax.Array | None = None,
+    rule: LogitRule = PLAIN,
+) -> jax.Array:
+    """`rule(features @ table.T + bias)` in float32: [..., D] × [C, D] + [C] → [..., C]."""
     out = jax.lax.dot_general(
         features,
         table,
         (((features.ndim - 1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    return out if bias is None else out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
+    if bias is not None:
+        out = out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
+    return rule(out)
 
 
 def update_statistics(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from early_exit.backbones import base
+from early_exit.backbones.scoring import USUAL, Scoring
 from early_exit.backbones.visibility import Visibility
 
 # Positions read from the cache at a time: the grain in which cost follows the filled length.
@@ -64,12 +65,13 @@ def cached(
     visibility: Visibility,
     past: base.Rows,
     past_length_B: jax.Array,
+    scoring: Scoring = USUAL,
 ) -> jax.Array:
     """New positions see the filled cache, and each other by `visibility`; see `layers.attend`."""
     query, length, window = _by_group(query_BTHd, key_BTKd), query_BTHd.shape[1], visibility.window
     # The new positions go first: each sees itself, so the running maximum is finite from here on.
     softmax = _Softmax.nothing(query).fold(
-        _scores("bktgd,bskd->bktgs", query, key_BTKd),
+        _scores("bktgd,bskd->bktgs", query, key_BTKd, scoring),
         visibility.mask(length)[:, :, :, None],
         value_BTKd,
         "bktgs,bskd->bktgd",
@@ -78,7 +80,8 @@ def cached(
     first_BT = jnp.zeros_like(length_BT)
     if window is not None:
         first_BT = jnp.maximum(length_BT + jnp.arange(length)[None] - (window - 1), 0)
-    return _finished(_with_past(softmax, query, past, first_BT, length_BT), query_BTHd)
+    softmax = _with_past(softmax, query, past, first_BT, length_BT, scoring)
+    return _finished(softmax, query_BTHd)
 
 
 def chained(
@@ -87,6 +90,7 @@ def chained(
     value_BTKd: jax.Array,
     chain: base.Chain,
     window: int | None = None,
+    scoring: Scoring = USUAL,
 ) -> jax.Array:
     """New positions see the chain, each its own part of it, and itself, but not each other.
 
@@ -107,18 +111,19 @@ def chained(
         for before, new in zip(chain.drafted, (key_BTKd, value_BTKd), strict=True)
     )
     softmax = _Softmax.nothing(query).fold(
-        _scores("bktgd,btjkd->bktgj", query, key),
+        _scores("bktgd,btjkd->bktgj", query, key, scoring),
         counts_BTJ[:, None, :, None],
         value,
         "bktgj,btjkd->bktgd",
     )
 
     if not chain.learns:
-        softmax = _with_past(softmax, query, chain.past, first_BT, chain.length_BT)
+        softmax = _with_past(softmax, query, chain.past, first_BT, chain.length_BT, scoring)
         return _finished(softmax, query_BTHd)
 
     def fold(found, i):
-        return _with_chunk(found, query, chain.past, first_BT, chain.length_BT, i), None
+        found = _with_chunk(found, query, chain.past, first_BT, chain.length_BT, i, scoring)
+        return found, None
 
     # A loop of known length, whose chunks the backward pass makes anew.
     chunks = jnp.arange(chain.past[0].shape[2] // CACHE_CHUNK)
@@ -134,14 +139,16 @@ def _by_group(query_BTHd, key_BTKd) -> jax.Array:
     return query.transpose(0, 2, 1, 3, 4)
 
 
-def _scores(spec: str, query, key) -> jax.Array:
+def _scores(spec: str, query, key, scoring: Scoring) -> jax.Array:
     """Queries and keys in whatever order `spec` says; both have the head width last."""
-    scores = jnp.einsum(spec, query, key, preferred_element_type=jnp.float32)
-    # Not the query: in half precision it would be rounded once more.
-    return scores * query.shape[-1] ** -0.5
+    products = jnp.einsum(spec, query, key, preferred_element_type=jnp.float32)
+    # Not the query is scaled: in half precision it would be rounded once more.
+    return scoring(products, query.shape[-1])
 
 
-def _with_past(softmax: _Softmax, query, past: base.Rows, first_BT, length_BT) -> _Softmax:
+def _with_past(
+    softmax: _Softmax, query, past: base.Rows, first_BT, length_BT, scoring: Scoring
+) -> _Softmax:
     """With the cache, in which each position sees slots from its first to its length."""
     # The least of a batch, of what any position sees.
     first, last = first_BT.min() // CACHE_CHUNK, -(-length_BT.max() // CACHE_CHUNK)
@@ -150,7 +157,7 @@ def _with_past(softmax: _Softmax, query, past: base.Rows, first_BT, length_BT) -
         return jax.lax.fori_loop(
             first,
             last,
-            lambda i, found: _with_chunk(found, query, past, first_BT, length_BT, i),
+            lambda i, found: _with_chunk(found, query, past, first_BT, length_BT, i, scoring),
             softmax,
         )
 
@@ -160,31 +167,35 @@ def _with_past(softmax: _Softmax, query, past: base.Rows, first_BT, length_BT) -
         return by_chunk(softmax)
     return jax.lax.cond(
         last - first >= _SEEN_PART * (slots // CACHE_CHUNK),
-        lambda softmax: _with_all(softmax, query, past, first_BT, length_BT),
+        lambda softmax: _with_all(softmax, query, past, first_BT, length_BT, scoring),
         by_chunk,
         softmax,
     )
 
 
-def _with_all(softmax: _Softmax, query, past: base.Rows, first_BT, length_BT) -> _Softmax:
+def _with_all(
+    softmax: _Softmax, query, past: base.Rows, first_BT, length_BT, scoring: Scoring
+) -> _Softmax:
     key, value = past
     slots = jnp.arange(key.shape[2])[None, None]
     seen = (slots >= first_BT[:, :, None]) & (slots < length_BT[:, :, None])
     # The keys come first and the scores are turned afterwards, behind a barrier: else XLA turns the
     # keys on a CPU, which takes ten times as long as what it is for.
-    scores = jax.lax.optimization_barrier(_scores("bksd,bktgd->bkstg", key, query))
+    scores = jax.lax.optimization_barrier(_scores("bksd,bktgd->bkstg", key, query, scoring))
     scores = jnp.moveaxis(scores, 2, -1)
     return softmax.fold(scores, seen[:, None, :, None], value, "bktgs,bksd->bktgd")
 
 
-def _with_chunk(softmax: _Softmax, query, past: base.Rows, first_BT, length_BT, i) -> _Softmax:
+def _with_chunk(
+    softmax: _Softmax, query, past: base.Rows, first_BT, length_BT, i, scoring: Scoring
+) -> _Softmax:
     """With chunk i of the cache, in which each position sees slots from its first to its length."""
     start = i * CACHE_CHUNK
     key, value = (jax.lax.dynamic_slice_in_dim(x, start, CACHE_CHUNK, axis=2) for x in past)
     slots = (start + jnp.arange(CACHE_CHUNK))[None, None]
     seen = (slots >= first_BT[:, :, None]) & (slots < length_BT[:, :, None])
     return softmax.fold(
-        _scores("bktgd,bksd->bktgs", query, key),
+        _scores("bktgd,bksd->bktgs", query, key, scoring),
         seen[:, None, :, None],
         value,
         "bktgs,bksd->bktgd",

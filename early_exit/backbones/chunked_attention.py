@@ -9,10 +9,13 @@ Shapes: n chunks of C positions, B batch, K key/value heads, G queries per key/v
 width; i is a chunk of queries, j one of keys.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from early_exit.backbones.scoring import USUAL, Scoring
 from early_exit.backbones.visibility import Visibility
 
 # Positions in a chunk at most: products large enough for the matrix units, scores small enough.
@@ -21,7 +24,11 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 
 def chunked(
-    query_BTHd: jax.Array, key_BTKd: jax.Array, value_BTKd: jax.Array, visibility: Visibility
+    query_BTHd: jax.Array,
+    key_BTKd: jax.Array,
+    value_BTKd: jax.Array,
+    visibility: Visibility,
+    scoring: Scoring = USUAL,
 ) -> jax.Array:
     """Softmax attention, [B, T, H, d] in the query's dtype; scores and sums are float32.
 
@@ -40,7 +47,7 @@ def chunked(
 
     query = cut(query_BTHd.reshape(batch, length, kv_heads, heads // kv_heads, width))
     visibility = visibility.padded(length, count * size)
-    mixed = _attention(query, cut(key_BTKd), cut(value_BTKd), visibility)
+    mixed = _attention(scoring, query, cut(key_BTKd), cut(value_BTKd), visibility)
     mixed = mixed.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * size, heads, width)
     return mixed[:, :length]
 
@@ -78,24 +85,24 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
 
 
-def _scores(query, key, visibility, i, j) -> tuple[jax.Array, jax.Array]:
+def _scores(scoring: Scoring, query, key, visibility, i, j) -> tuple[jax.Array, jax.Array]:
     """(float32 scores [B, K, G, C, C] of two chunks, which of them count)."""
     size, width = query.shape[-2:]
-    scores = _product("bkgqd,bksd->bkgqs", query, key) * width**-0.5
+    scores = scoring(_product("bkgqd,bksd->bkgqs", query, key), width)
     return scores, visibility.between(i * size, j * size, size)[:, None, None]
 
 
-@jax.custom_vjp
-def _attention(query, key, value, visibility):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(scoring: Scoring, query, key, value, visibility):
     """Chunks [n, B, K, G, C, d], and [n, B, K, C, d] twice → like the queries."""
-    return _forward(query, key, value, visibility)[0]
+    return _forward(scoring, query, key, value, visibility)[0]
 
 
-def _forward(query, key, value, visibility):
+def _forward(scoring: Scoring, query, key, value, visibility):
     def fold(carry, pair):
         i, j = pair
         peak, total, mixed = _at(carry, i)
-        scores, seen = _scores(_at(query, i), _at(key, j), visibility, i, j)
+        scores, seen = _scores(scoring, _at(query, i), _at(key, j), visibility, i, j)
         new_peak = jnp.maximum(peak, jnp.where(seen, scores, _LOWEST).max(-1))
         weights = jnp.exp(jnp.where(seen, scores - new_peak[..., None], -jnp.inf))
         scale = jnp.exp(peak - new_peak)
@@ -115,7 +122,7 @@ def _forward(query, key, value, visibility):
     return out, (query, key, value, visibility, out, peak + jnp.log(total))
 
 
-def _backward(kept, gradient):
+def _backward(scoring: Scoring, kept, gradient):
     query, key, value, visibility, out, log_total = kept
     # Σ_s weight · d(loss)/d(weight), without the weights: FlashAttention, eq. 4.
     drift = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -124,17 +131,18 @@ def _backward(kept, gradient):
         i, j = pair
         to_query, to_key, to_value = carry
         query_i, gradient_i, key_j, value_j = *_at((query, gradient), i), *_at((key, value), j)
-        scores, seen = _scores(query_i, key_j, visibility, i, j)
+        scores, seen = _scores(scoring, query_i, key_j, visibility, i, j)
         weights = jnp.exp(jnp.where(seen, scores - _at(log_total, i)[..., None], -jnp.inf))
         by_weight = _product("bkgqd,bksd->bkgqs", gradient_i, value_j)
-        by_score = weights * (by_weight - _at(drift, i)[..., None]) * query.shape[-1] ** -0.5
+        by_product = weights * (by_weight - _at(drift, i)[..., None])
+        by_product *= scoring.slope(scores, query.shape[-1])
 
         def plus(total, chunk, more):
             return _put(total, _at(total, chunk) + more, chunk)
 
         return (
-            plus(to_query, i, _product("bkgqs,bksd->bkgqd", by_score, key_j)),
-            plus(to_key, j, _product("bkgqs,bkgqd->bksd", by_score, query_i)),
+            plus(to_query, i, _product("bkgqs,bksd->bkgqd", by_product, key_j)),
+            plus(to_key, j, _product("bkgqs,bkgqd->bksd", by_product, query_i)),
             plus(to_value, j, _product("bkgqs,bkgqd->bksd", weights, gradient_i)),
         )
 

@@ -6,7 +6,6 @@ what), not by classes.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -14,10 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from early_exit import sharding
-from early_exit.backbones import base, cached_attention, layers, rotary
-from early_exit.backbones.visibility import Visibility
+from early_exit.backbones import base, layers, rotary
+from early_exit.backbones.decoder_parts import MLP, Block, Context, Nothing, OffsetRMSNorm, Place
+from early_exit.backbones.mixture import EXPERTS, Mixture, MixtureMLP
+from early_exit.backbones.scoring import Scoring
 
-NORMS = ("rms", "layer")
+# The values of each choice by name.
+CHOICES = {
+    "norm": ("rms", "layer", "rms_offset"),
+    "norms": ("before", "after", "both"),
+    "activation": tuple(layers.ACTIVATIONS),
+}
 # What a backward pass computes again instead of keeping it: nothing, all but the products with
 # weights, or everything but each block's input.
 REMAT = {
@@ -29,24 +35,34 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(base.BackboneConfig):
-    """A pre-norm causal transformer; the defaults are Llama's.
+    """A causal transformer; the defaults are Llama's.
 
     Attributes:
       vocab_size, width, depth: V, D, L.
       heads, kv_heads, head_dim: of attention; `heads / kv_heads` queries share keys and values.
       mlp_width: inner width of the feed-forward part.
       context_length: positions the model was made for.
-      norm: `rms` (scale) or `layer` (mean taken off; scale and bias).
+      norm: `rms` (scale), `layer` (mean taken off; scale and bias) or `rms_offset` (1 + scale).
+      norms: where they stand around each part of a block: `before` it, `after` it, in front of the
+        sum (OLMo 2), or `both` (Gemma 2).
       gated: the feed-forward part multiplies its inner values by an activated gate.
       activation: one of `layers.ACTIVATIONS`.
       parallel: both parts of a block read its input, and their sum is added (GPT-NeoX).
       qkv_bias, attention_output_bias, mlp_bias: which linear layers add a bias.
       qk_norm: queries and keys are RMS-normed, head by head, before they are turned (Qwen3).
+      qk_norm_whole: all heads at once instead (OLMo 2).
+      attention_scale, attention_cap: see `scoring`.
+      embedding_scale, residual_scale: what embeddings, and the result of each part of a block, are
+        multiplied by.
+      logit_divisor, logit_cap: logits are divided by the one, then softly capped by the other.
       rotary_fraction: of each head, what is turned by its position; with 0, positions have a
         learned embedding instead (GPT-2).
       rope_theta, rope_scaling: see `rotary`.
+      local_rope_theta: of blocks with a window, which then are not scaled; None for the same.
+      unturned_blocks: blocks (from 0) that do not turn queries and keys (SmolLM3).
       window: a position sees itself and the window − 1 before it; None for all before it.
       full_blocks: blocks (from 0) that see everything despite the window.
+      mixture: experts in place of the feed-forward part; None for none.
       tied: the output matrix is the embedding.
       scan: the blocks' parameters are stacked on a leading axis [L, …], and run in a loop, so that
         the program does not grow with depth. For training; cached decoding needs them apart.
@@ -62,6 +78,7 @@ class DecoderConfig(base.BackboneConfig):
     mlp_width: int
     context_length: int
     norm: str = "rms"
+    norms: str = "before"
     norm_eps: float = 1e-5
     gated: bool = True
     activation: str = "silu"
@@ -70,11 +87,21 @@ class DecoderConfig(base.BackboneConfig):
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    logit_cap: float | None = None
     rotary_fraction: float = 1.0
     rope_theta: float = 10_000.0
     rope_scaling: rotary.Scaling | None = None
+    local_rope_theta: float | None = None
+    unturned_blocks: tuple[int, ...] = ()
     window: int | None = None
     full_blocks: tuple[int, ...] = ()
+    mixture: Mixture | None = None
     tied: bool = True
     scan: bool = False
     remat: str = "none"
@@ -86,19 +113,9 @@ class DecoderConfig(base.BackboneConfig):
     head_kinds: ClassVar[tuple[str, ...]] = ("embedding", "norm", "mlp", "layer")
 
     def __post_init__(self):
-        if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
-        if self.activation not in layers.ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}; choose one of "
-                f"{', '.join(layers.ACTIVATIONS)}"
-            )
-        if self.remat not in REMAT:
-            raise ValueError(f"unknown remat {self.remat!r}; choose one of {', '.join(REMAT)}")
-        if self.scan and self.full_blocks:
-            raise ValueError(
-                "blocks with a window and blocks without cannot be one stack; use scan=False"
-            )
+        for name, known in {**CHOICES, "remat": tuple(REMAT)}.items():
+            if (chosen := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {chosen!r}; choose one of {', '.join(known)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if not 0 <= self.rotary_fraction <= 1:
@@ -108,16 +125,32 @@ class DecoderConfig(base.BackboneConfig):
                 "rotary positions turn an even number of dimensions, not "
                 f"{self.rotary_dim} (head_dim={self.head_dim}, fraction {self.rotary_fraction})"
             )
-        if isinstance(self.rope_scaling, rotary.PerPair):
-            pairs, given = self.rotary_dim // 2, len(self.rope_scaling.divisors)
-            if given != pairs:
-                raise ValueError(f"{given} divisors of rotary frequencies for {pairs} pairs")
+        if isinstance(self.rope_scaling, rotary.PerPair | rotary.LongRope):
+            scaling, pairs = self.rope_scaling, self.rotary_dim // 2
+            for divisors in (scaling.divisors, getattr(scaling, "long_divisors", ())):
+                if divisors and len(divisors) != pairs:
+                    raise ValueError(
+                        f"{len(divisors)} divisors of rotary frequencies for {pairs} pairs"
+                    )
+        for name in ("attention_scale", "attention_cap", "logit_divisor", "logit_cap"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 position, not {self.window}")
         if not set(self.full_blocks) <= set(range(self.depth if self.window else 0)):
             raise ValueError(
                 f"full_blocks={self.full_blocks} must name blocks from 0 to {self.depth - 1} of a "
                 "model with a window"
+            )
+        if not set(self.unturned_blocks) <= set(range(self.depth if self.rotary_fraction else 0)):
+            raise ValueError(
+                f"unturned_blocks={self.unturned_blocks} must name blocks from 0 to "
+                f"{self.depth - 1} of a model with rotary positions"
+            )
+        if self.scan and len({self.place(block) for block in range(self.depth)}) > 1:
+            raise ValueError(
+                "blocks that differ, some with a window, rotary positions or experts and some "
+                "without, cannot be one stack; use scan=False"
             )
 
     @property
@@ -129,6 +162,27 @@ class DecoderConfig(base.BackboneConfig):
         """How many numbers of each head are turned."""
         return int(self.head_dim * self.rotary_fraction)
 
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.attention_scale, self.attention_cap)
+
+    @property
+    def logit_rule(self) -> base.LogitRule:
+        return base.LogitRule(self.logit_divisor, self.logit_cap)
+
+    def place(self, block: int) -> Place:
+        """In what a block (from 0) differs from others."""
+        return Place(
+            self.window_of(block),
+            turned=block not in self.unturned_blocks,
+            dense=self.mixture is not None and block in self.mixture.dense_blocks,
+        )
+
+    def share_read(self, path: str) -> float:
+        if self.mixture is None or EXPERTS not in path:
+            return 1.0
+        return self.mixture.chosen / self.mixture.experts
+
     def window_of(self, block: int) -> int | None:
         """The window of a block (from 0); None if it sees everything."""
         return None if block in self.full_blocks else self.window
@@ -139,160 +193,42 @@ class DecoderConfig(base.BackboneConfig):
     def build(self, rngs: nnx.Rngs) -> "Decoder":
         return Decoder(self, rngs=rngs)
 
+    def without_blocks(self) -> "DecoderConfig":
+        none = {"full_blocks": (), "unturned_blocks": (), "mixture": None}
+        return dataclasses.replace(self, depth=0, **none, scan=False)
+
     def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
-        if self.norm == "rms":
-            return nnx.RMSNorm(self.width, epsilon=self.norm_eps, rngs=rngs)
-        return nnx.LayerNorm(self.width, epsilon=self.norm_eps, use_fast_variance=False, rngs=rngs)
+        if self.norm == "layer":
+            how = {"epsilon": self.norm_eps, "use_fast_variance": False}
+            return nnx.LayerNorm(self.width, **how, rngs=rngs)
+        return self._rms_norm(self.width, rngs)
 
-    def build_mlp(self, rngs: nnx.Rngs) -> "MLP":
-        return MLP(self, rngs=rngs)
+    def build_input_norm(self, rngs: nnx.Rngs) -> nnx.Module:
+        return Nothing() if self.norms == "after" else self.build_norm(rngs)
 
-    def build_block(self, rngs: nnx.Rngs) -> "Block":
+    def build_qk_norm(self, heads: int, rngs: nnx.Rngs) -> nnx.Module:
+        """Of queries or of keys, of which there are so many heads."""
+        return self._rms_norm(heads * self.head_dim if self.qk_norm_whole else self.head_dim, rngs)
+
+    def _rms_norm(self, width: int, rngs: nnx.Rngs) -> nnx.Module:
+        if self.norm == "rms_offset":
+            return OffsetRMSNorm(width, epsilon=self.norm_eps)
+        return nnx.RMSNorm(width, epsilon=self.norm_eps, rngs=rngs)
+
+    def build_mlp(self, rngs: nnx.Rngs) -> MLP | MixtureMLP:
+        return MLP(self, rngs=rngs) if self.mixture is None else MixtureMLP(self, rngs=rngs)
+
+    def build_head_mlp(self, point: int, rngs: nnx.Rngs) -> MLP | MixtureMLP:
+        is_dense = self.place(point - 1).dense
+        return MLP(self, rngs=rngs) if is_dense else self.build_mlp(rngs)
+
+    def build_block(self, rngs: nnx.Rngs) -> Block:
         """A block like the last one."""
-        return Block(self, self.window_of(self.depth - 1), rngs=rngs)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every block needs beside the hidden states.
-
-    Attributes:
-      rotation: of the new positions; None where positions are learned.
-      documents: int32 [B, T], the new positions' documents, which do not see each other; None for
-        one a row.
-    """
-
-    rotation: rotary.Rotation | None
-    documents: jax.Array | None
-
-
-def _linear(
-    config: DecoderConfig,
-    inputs: int,
-    outputs: int,
-    bias: bool,
-    *,
-    residual: bool = False,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    """N(0, 0.02); projections back into the residual stream are scaled by 1/√(2·depth)."""
-    deviation = 0.02 / (2 * config.depth) ** 0.5 if residual else 0.02
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        kernel_init=nnx.initializers.normal(deviation),
-        rngs=rngs,
-    )
+        return Block(self, self.place(self.depth - 1), rngs=rngs)
 
 
 def _table(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Embed:
     return nnx.Embed(rows, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention."""
-
-    def __init__(self, config: DecoderConfig, window: int | None, *, rngs: nnx.Rngs):
-        c = self.config = config
-        self.window = window
-        inner, kv_inner = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        self.query = _linear(c, c.width, inner, c.qkv_bias, rngs=rngs)
-        self.key = _linear(c, c.width, kv_inner, c.qkv_bias, rngs=rngs)
-        self.value = _linear(c, c.width, kv_inner, c.qkv_bias, rngs=rngs)
-        if c.qk_norm:
-            self.query_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, rngs=rngs)
-            self.key_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, rngs=rngs)
-        bias = c.attention_output_bias
-        self.output = _linear(c, inner, c.width, bias, residual=True, rngs=rngs)
-
-    def keys_values(self, x_BTD: jax.Array, context: Context) -> base.Rows:
-        shape = (*x_BTD.shape[:2], self.config.kv_heads, self.config.head_dim)
-        key = self.key(x_BTD).reshape(shape)
-        if self.config.qk_norm:
-            key = self.key_norm(key)
-        if context.rotation is not None:
-            key = rotary.rotate(key, context.rotation)
-        return key, self.value(x_BTD).reshape(shape)
-
-    def __call__(self, x_BTD, context: Context, past=None, past_length_B=None):
-        visibility = Visibility(causal=True, window=self.window, documents=context.documents)
-        return self._attended(
-            x_BTD, context, lambda *new: layers.attend(*new, visibility, past, past_length_B)
-        )
-
-    def draft(self, x_BTD: jax.Array, context: Context, chain: base.Chain):
-        return self._attended(
-            x_BTD, context, lambda *new: cached_attention.chained(*new, chain, self.window)
-        )
-
-    def _attended(self, x_BTD, context: Context, attend: Callable) -> tuple[jax.Array, base.Rows]:
-        """Args:
-        attend: new queries, keys and values → what each position has mixed.
-        """
-        batch, length, _ = x_BTD.shape
-        query = self.query(x_BTD).reshape(batch, length, self.config.heads, self.config.head_dim)
-        if self.config.qk_norm:
-            query = self.query_norm(query)
-        if context.rotation is not None:
-            query = rotary.rotate(query, context.rotation)
-        key, value = self.keys_values(x_BTD, context)
-        mixed = attend(query, key, value)
-        return self.output(mixed.reshape(batch, length, -1)), (key, value)
-
-
-class MLP(nnx.Module):
-    """Feed-forward part: plain, or gated (Shazeer 2020)."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        c = self.config = config
-        if c.gated:
-            self.gate = _linear(c, c.width, c.mlp_width, c.mlp_bias, rngs=rngs)
-        self.up = _linear(c, c.width, c.mlp_width, c.mlp_bias, rngs=rngs)
-        self.down = _linear(c, c.mlp_width, c.width, c.mlp_bias, residual=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        activation = layers.ACTIVATIONS[self.config.activation]
-        if self.config.gated:
-            return self.down(activation(self.gate(x)) * self.up(x))
-        return self.down(activation(self.up(x)))
-
-
-class Block(base.CachedBlock):
-    """One pre-norm transformer block."""
-
-    def __init__(self, config: DecoderConfig, window: int | None, *, rngs: nnx.Rngs):
-        self.parallel = config.parallel
-        self.attention_norm = config.build_norm(rngs)
-        self.attention = Attention(config, window, rngs=rngs)
-        self.mlp_norm = config.build_norm(rngs)
-        self.mlp = config.build_mlp(rngs)
-
-    def __call__(
-        self,
-        hidden_BTD: jax.Array,
-        context: Context,
-        past: base.Rows | None = None,
-        past_length_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, base.Rows]:
-        """Hidden states → (hidden states, keys and values of the new positions)."""
-        mixed, rows = self.attention(self.attention_norm(hidden_BTD), context, past, past_length_B)
-        return self._rest(hidden_BTD, mixed), rows
-
-    def draft(self, hidden_BTD, context: Context, chain: base.Chain):
-        mixed, rows = self.attention.draft(self.attention_norm(hidden_BTD), context, chain)
-        return self._rest(hidden_BTD, mixed), rows
-
-    def _rest(self, hidden_BTD: jax.Array, mixed_BTD: jax.Array) -> jax.Array:
-        """What follows attention."""
-        mixed_BTD = sharding.by_row(hidden_BTD + mixed_BTD)
-        read = hidden_BTD if self.parallel else mixed_BTD
-        return sharding.by_row(mixed_BTD + self.mlp(self.mlp_norm(read)))
-
-    def keys_values(self, hidden_BTD: jax.Array, context: Context) -> base.Rows:
-        """Only what later positions will look at; the block itself is not run."""
-        return self.attention.keys_values(self.attention_norm(hidden_BTD), context)
 
 
 def _stack(config: DecoderConfig, rngs: nnx.Rngs) -> Block:
@@ -301,7 +237,7 @@ def _stack(config: DecoderConfig, rngs: nnx.Rngs) -> Block:
     @nnx.split_rngs(splits=config.depth)
     @nnx.vmap
     def blocks(rngs):
-        return Block(config, config.window, rngs=rngs)
+        return Block(config, config.place(0), rngs=rngs)
 
     return blocks(rngs)
 
@@ -318,7 +254,7 @@ class Decoder(base.Backbone):
             self.blocks = _stack(c, rngs)
         else:
             self.blocks = nnx.Dict(
-                {str(i): Block(c, c.window_of(i), rngs=rngs) for i in range(c.depth)}
+                {str(i): Block(c, c.place(i), rngs=rngs) for i in range(c.depth)}
             )
         self.final_norm = c.build_norm(rngs)
         if not c.tied:
@@ -345,13 +281,18 @@ class Decoder(base.Backbone):
                 )
             positions = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)
         # Calling the module would compute in the type it was built with, not that of the weights.
-        hidden, rotation = jnp.take(self.embedding.embedding[...], tokens_BT, axis=0), None
+        hidden = jnp.take(self.embedding.embedding[...], tokens_BT, axis=0)
+        if c.embedding_scale != 1:
+            hidden *= jnp.asarray(c.embedding_scale, hidden.dtype)
+        rotation = local = None
         if c.rotary_fraction:
             rotation = rotary.rotation(positions, c.rotary_dim, c.rope_theta, c.rope_scaling)
+            if c.window is not None and c.local_rope_theta is not None:
+                local = rotary.rotation(positions, c.rotary_dim, c.local_rope_theta)
         else:
             # Padding may stand beyond the last position: it gets that one, not NaN.
             hidden += self.positions.embedding[...].at[positions].get(mode="clip")
-        return sharding.by_row(hidden), Context(rotation, inputs.get("documents"))
+        return sharding.by_row(hidden), Context(rotation, inputs.get("documents"), local)
 
     def run_blocks(self, hidden, start, stop, context):
         if not self.config.scan:

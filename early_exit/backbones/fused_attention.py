@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from early_exit import sharding
+from early_exit.backbones.scoring import USUAL, Scoring
 from early_exit.backbones.visibility import Visibility
 
 _HALF = (jnp.bfloat16, jnp.float16)
@@ -20,7 +21,7 @@ _BLOCKS = (512, 256, 128)
 
 
 def kernels(
-    query: jax.Array, key: jax.Array, visibility: Visibility
+    query: jax.Array, key: jax.Array, visibility: Visibility, scoring: Scoring = USUAL
 ) -> dict[str, Callable[..., jax.Array]]:
     """Platform, as `jax.lax.platform_dependent` calls it → its kernel, if it takes this case.
 
@@ -29,20 +30,24 @@ def kernels(
     found = {}
     if query.dtype not in _HALF or not visibility.causal or visibility.real is not None:
         return found
-    if visibility.documents is None and _cudnn_takes(query.shape, key.shape, query.dtype):
-        found["cuda"] = on_gpu
+    asked = query.shape, key.shape, query.dtype
+    if visibility.documents is None and scoring.cap is None and _cudnn_takes(*asked):
+        found["cuda"] = functools.partial(on_gpu, scoring=scoring)
     if query.shape[1] % _BLOCKS[-1] == 0 and sharding.is_known():
-        found["tpu"] = on_tpu
+        found["tpu"] = functools.partial(on_tpu, scoring=scoring)
     return found
 
 
-def on_gpu(query_BTHd, key_BTKd, value_BTKd, visibility: Visibility) -> jax.Array:
-    """cuDNN's, which has no ids but as a T × T bias."""
+def on_gpu(
+    query_BTHd, key_BTKd, value_BTKd, visibility: Visibility, scoring: Scoring = USUAL
+) -> jax.Array:
+    """cuDNN's, which has no ids but as a T × T bias, and no soft cap."""
     window = visibility.window
     return jax.nn.dot_product_attention(
         query_BTHd,
         key_BTKd,
         value_BTKd,
+        scale=scoring.scale,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
@@ -64,7 +69,12 @@ def _cudnn_takes(query_shape, key_shape, dtype) -> bool:
 
 
 def on_tpu(
-    query_BTHd, key_BTKd, value_BTKd, visibility: Visibility, interpret: bool = False
+    query_BTHd,
+    key_BTKd,
+    value_BTKd,
+    visibility: Visibility,
+    scoring: Scoring = USUAL,
+    interpret: bool = False,
 ) -> jax.Array:
     """Splash attention. The compiler cannot split a kernel: each device is given its part.
 
@@ -75,8 +85,9 @@ def on_tpu(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def local(query, key, value, documents):
-        kernel = _splash(*query.shape[1:3], visibility.window, interpret)
-        heads_first = [x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value)]
+        kernel = _splash(*query.shape[1:3], visibility.window, scoring.cap, interpret)
+        scaled = query * scoring.factor(query.shape[-1])
+        heads_first = [x.swapaxes(1, 2) for x in (scaled, key, value)]
         ids = None if documents is None else splash.SegmentIds(documents, documents)
         return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
@@ -84,7 +95,7 @@ def on_tpu(
     return split(query_BTHd, key_BTKd, value_BTKd, visibility.documents)
 
 
-def _splash(length: int, heads: int, window: int | None, interpret: bool):
+def _splash(length: int, heads: int, window: int | None, cap: float | None, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = next(size for size in _BLOCKS if length % size == 0)
@@ -94,5 +105,6 @@ def _splash(length: int, heads: int, window: int | None, interpret: bool):
     return splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        attn_logits_soft_cap=cap,
         interpret=interpret,
     )

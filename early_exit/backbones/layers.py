@@ -14,6 +14,7 @@ import jax
 
 from early_exit.backbones import cached_attention, fused_attention
 from early_exit.backbones.chunked_attention import CHUNK, chunked
+from early_exit.backbones.scoring import USUAL, Scoring
 from early_exit.backbones.visibility import Visibility
 
 ACTIVATIONS = {
@@ -31,6 +32,7 @@ def attend(
     visibility: Visibility,
     past: tuple[jax.Array, jax.Array] | None = None,
     past_length_B: jax.Array | None = None,
+    scoring: Scoring = USUAL,
 ) -> jax.Array:
     """Softmax attention of T new positions over themselves and over the filled cache.
 
@@ -44,6 +46,7 @@ def attend(
         S is a multiple of `cached_attention.CACHE_CHUNK`.
       past_length_B: int32, how many slots of each row are filled; new position t of row b is the
         one that slot past_length[b] + t will hold.
+      scoring: how products of queries and keys become scores.
 
     Returns:
       [B, T, H, d] in the query's dtype; scores and sums are float32. What a position gets that may
@@ -51,11 +54,14 @@ def attend(
     """
     new = query_BTHd, key_BTKd, value_BTKd
     if past is not None:
-        return cached_attention.cached(*new, visibility, past, past_length_B)
-    length = query_BTHd.shape[1]
+        return cached_attention.cached(*new, visibility, past, past_length_B, scoring)
+    length, in_chunks = query_BTHd.shape[1], functools.partial(chunked, scoring=scoring)
     if length <= CHUNK:
-        return jax.nn.dot_product_attention(*new, mask=visibility.mask(length))
-    fused = fused_attention.kernels(query_BTHd, key_BTKd, visibility)
+        if scoring.cap is not None:
+            return in_chunks(*new, visibility)
+        mask, scale = visibility.mask(length), scoring.scale
+        return jax.nn.dot_product_attention(*new, mask=mask, scale=scale)
+    fused = fused_attention.kernels(query_BTHd, key_BTKd, visibility, scoring)
     if not fused:
-        return chunked(*new, visibility)
-    return jax.lax.platform_dependent(*new, visibility, default=chunked, **fused)
+        return in_chunks(*new, visibility)
+    return jax.lax.platform_dependent(*new, visibility, default=in_chunks, **fused)

@@ -8,6 +8,7 @@ Shapes: B batch, T positions, N heads, d head width, r = 2 · pairs that turn (r
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,35 @@ class PerPair:
         return frequency / np.array(self.divisors)
 
 
-Scaling = Linear | Llama3 | Yarn | PerPair
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """A divisor of each pair up to the original context, another one for longer texts (Ding et al.
+    2024, LongRoPE).
+
+    Which table holds is decided by a text's whole length, for all its positions. Whoever decodes
+    with a cache has turned the first keys before the length is known. So only texts of the original
+    context are taken, for which the first table is exact; the second is kept for export.
+
+    Attributes:
+      divisors: of each pair, in the original context.
+      attention_factor: cosines and sines are multiplied by it, so scores by its square.
+      original_context: positions in pretraining.
+      long_divisors, long_context: of longer texts, and how long they may be.
+    """
+
+    divisors: tuple[float, ...]
+    attention_factor: float
+    original_context: int
+    long_divisors: tuple[float, ...]
+    long_context: int
+
+    incidental: ClassVar[tuple[str, ...]] = ("long_divisors", "long_context")
+
+    def __call__(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        return frequency / np.array(self.divisors)
+
+
+Scaling = Linear | Llama3 | Yarn | PerPair | LongRope
 
 
 def frequencies(dim: int, theta: float, scaling: Scaling | None = None) -> np.ndarray:
@@ -113,7 +142,7 @@ def rotation(
     frequency = frequencies(dim, theta, scaling)
     angles = positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if isinstance(scaling, Yarn):
+    if isinstance(scaling, Yarn | LongRope):
         return cos * scaling.attention_factor, sin * scaling.attention_factor
     return cos, sin
 

@@ -98,6 +98,8 @@ def _multiply_adds(jaxpr, again: bool = True) -> int:
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        elif name == "ragged_dot_general":  # a row meets the matrix of its own group alone
+            total += equation.outvars[0].aval.size * equation.invars[0].aval.shape[-1]
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
@@ -110,8 +112,17 @@ def _multiply_adds(jaxpr, again: bool = True) -> int:
     return total
 
 
-def cost_of(function: Callable, params: base.Params, *args) -> Cost:
-    """Of `function(params, *args)`: only the parameters that it uses are read."""
+def cost_of(
+    function: Callable,
+    params: base.Params,
+    *args,
+    share_read: Callable[[str], float] = lambda path: 1.0,
+) -> Cost:
+    """Of `function(params, *args)`: only the parameters that it uses are read.
+
+    Args:
+      share_read: path → what is read of a parameter (`BackboneConfig.share_read`).
+    """
     traced = jax.make_jaxpr(function)(params, *args).jaxpr
     used = {
         variable
@@ -119,10 +130,15 @@ def cost_of(function: Callable, params: base.Params, *args) -> Cost:
         for variable in equation.invars
         if not isinstance(variable, jax.extend.core.Literal)
     }
-    leaves = zip(jax.tree.leaves(params), traced.invars, strict=False)
-    return Cost(
-        _multiply_adds(traced), tree.size_in_bytes([leaf for leaf, var in leaves if var in used])
-    )
+    leaves = zip(tree.flatten(params).items(), traced.invars, strict=False)
+    read = {path: leaf for (path, leaf), var in leaves if var in used}
+    return Cost(_multiply_adds(traced), bytes_read(read, share_read))
+
+
+def bytes_read(params: base.Params, share_read: Callable[[str], float]) -> int:
+    """Of parameters, arrays or shapes, what one position reads; see `cost_of`."""
+    sizes = {path: tree.size_in_bytes([leaf]) for path, leaf in tree.flatten(params).items()}
+    return round(sum(size * share_read(f"/{path}") for path, size in sizes.items()))
 
 
 def backbone(
@@ -158,7 +174,8 @@ def backbone(
                 return network.run_blocks(hidden, index, index + 1, context)
 
             out = jax.eval_shape(block, params, hidden, context)
-            known[like] = cost_of(block, params, hidden, context), out
+            cost = cost_of(block, params, hidden, context, share_read=config.share_read)
+            known[like] = cost, out
         cost, hidden = known[like]
         blocks.append(cost)
         shapes.append(hidden)
@@ -193,7 +210,8 @@ def head(
         return found
 
     everything = {"head": params, "table": table}
-    cost = cost_of(call, everything, of.hidden[point - 1], of.context, earlier)
+    inputs = of.hidden[point - 1], of.context, earlier
+    cost = cost_of(call, everything, *inputs, share_read=config.share_read)
     return cost, tree.count(params)
 
 
@@ -216,7 +234,8 @@ def draft(
         return base.logits(head.features(head.deeper(hidden)), params["table"])
 
     hidden = of.hidden[-1]
-    cost = cost_of(call, {"head": params, "table": table}, hidden, hidden, of.context)
+    inputs = {"head": params, "table": table}, hidden, hidden, of.context
+    cost = cost_of(call, *inputs, share_read=config.share_read)
     return cost, tree.count(params)
 
 

@@ -2,7 +2,7 @@
 
 The one idea: decoding is bound by memory traffic, so a pass costs the bytes of the weights it
 reads, once for all positions in it, and of the cache it looks at, once for each; a measured factor
-says what more positions in one pass add.
+says what more positions in one pass add. Of experts, those count that one position runs.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.cost.multiply_adds import cost_of
+from early_exit.cost.multiply_adds import bytes_read, cost_of
 from early_exit.exits.multi_exit import RECURRENT, MultiExit
 
 
@@ -101,6 +101,9 @@ def _traffic(model: MultiExit, leaves: tuple, has_exits: bool) -> Traffic:
     def read_by(function) -> int:
         return cost_of(function, bare, hidden, context).bytes
 
+    def weights(part: base.Params) -> int:
+        return bytes_read(part, config.share_read)
+
     @functools.cache
     def projections(i: int) -> int:
         return read_by(lambda params, *x: network(params).cached_block(i).keys_values(*x))
@@ -120,15 +123,15 @@ def _traffic(model: MultiExit, leaves: tuple, has_exits: bool) -> Traffic:
         shared = rows * table.shape[1] * table.dtype.itemsize
     own = params.get("exits", {})  # heads that share everything have no leaves
     heads = [
-        tree.size_in_bytes(own.get(str(point), {})) + shared if has_exits else 0
+        weights(own.get(str(point), {})) + shared if has_exits else 0
         for point in model.exits.points
     ]
     draft = 0
     if has_exits and model.exits.recurrent_taps:
-        draft = tree.size_in_bytes(own[RECURRENT]) + shared
+        draft = weights(own[RECURRENT]) + shared
     readout = read_by(lambda params, *x: network(params).readout(*x))
     return Traffic(
-        segments=np.array([tree.size_in_bytes(blocks[a:b]) for a, b in segments]),
+        segments=np.array([sum(map(weights, blocks[a:b])) for a, b in segments]),
         heads=np.array([*heads, readout]),
         propagated=np.array([sum(projections(i) for i in alike[a:b]) for a, b in segments]),
         cached=np.array([sum(position[a:b]) for a, b in segments]),

@@ -172,7 +172,7 @@ def _kept(params: base.Params, batch: dict, *, model: MultiExit, top_k: int) -> 
     table = backbone.output_table()
 
     def teacher(feature):
-        values = base.logits(feature, table)
+        values = base.logits(feature, table, rule=model.config.logit_rule)
         best, ids = jax.lax.top_k(values, top_k)
         return ids, best - jax.nn.logsumexp(values)
 

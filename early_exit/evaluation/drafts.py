@@ -38,7 +38,8 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit, steps: in
     states = dict(zip(stops, bound.hidden_at_exits(embedded, context, stops), strict=True))
     labels_BT, known_BT = next_token_targets(batch)
     features = bound.backbone.features(states[model.config.depth])
-    full, _, _ = said_of(features, bound.backbone.output_table(), None, labels_BT.reshape(-1))
+    rule, table = model.config.logit_rule, bound.backbone.output_table()
+    full, _, _ = said_of(features, table, None, labels_BT.reshape(-1), rule)
     full_BT = full.prediction.reshape(labels_BT.shape)
 
     starts_BT = recurrent.starts(documents_BT)
@@ -56,7 +57,7 @@ def score_batch(params: base.Params, batch: dict, *, model: MultiExit, steps: in
 
         table, labels_N = bound.draft_table(), labels_BT.reshape(-1)
         summary, losses, _ = said_of(
-            bound.recurrent.features(state), table, bound.token_ids, labels_N
+            bound.recurrent.features(state), table, bound.token_ids, labels_N, rule
         )
         said = consult.Said.nothing(labels_N.shape).then(summary)
         for name, values in found["scores"].items():

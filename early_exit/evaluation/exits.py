@@ -45,6 +45,7 @@ def said_of(
     table: jax.Array,
     token_ids: jax.Array | None,
     labels_N: jax.Array,
+    rule: base.LogitRule,
     soften: bool = False,
 ) -> tuple[confidences.Summary, jax.Array, dict[str, jax.Array]]:
     """What a head says at every position: (summary, loss, `confidence.soften` if asked for).
@@ -57,6 +58,7 @@ def said_of(
       table: the head's output matrix [C, D].
       token_ids: what its rows stand for, if it is reduced.
       labels_N: int32, tokens of which the loss is.
+      rule: the network's, for logits.
     """
     reduced, classes = token_ids is not None, labels_N
     if reduced:  # where the label is none of them, "none of these"
@@ -66,7 +68,7 @@ def said_of(
 
     def one(position):
         feature, label_class = position
-        values = base.logits(feature, table)
+        values = base.logits(feature, table, rule=rule)
         summary = confidences.summarize(values, has_rest=reduced)
         softer = confidences.soften(values, has_rest=reduced) if soften else {}
         return summary, jax.nn.logsumexp(values) - values[label_class], softer
@@ -114,7 +116,9 @@ def score_batch(
             features, ids = bound.backbone.features(after), None
         else:
             features, ids = bound.heads[e].features(after, context)[0], bound.token_ids
-        summary, loss, softer = said_of(features, tables[e], ids, labels, soften)
+        summary, loss, softer = said_of(
+            features, tables[e], ids, labels, model.config.logit_rule, soften
+        )
         tokens.append(summary.prediction)
         losses.append(loss)
         softened.append(softer)

@@ -49,7 +49,7 @@ def full_choices(params: base.Params, tokens_BT: jax.Array, *, model: MultiExit)
     features = bound.backbone.features(hidden).reshape(-1, table.shape[1])
 
     def choose(feature):
-        return jnp.argmax(base.logits(feature, table))
+        return jnp.argmax(base.logits(feature, table, rule=model.config.logit_rule))
 
     # Few positions at a time: full-vocabulary logits of a whole text are gigabytes.
     return jax.lax.map(choose, features, batch_size=64).reshape(tokens_BT.shape).astype(jnp.int32)

@@ -158,8 +158,8 @@ class Head(nnx.Module):
         if exits.head == "grid":
             self.grid = network.build_grid(point, rngs)
         if exits.head == "mlp":
-            self.mlp_norm = here.build_norm(rngs)
-            self.mlp = here.build_mlp(rngs)
+            self.mlp_norm = here.build_input_norm(rngs)
+            self.mlp = network.build_head_mlp(point, rngs)
         if exits.head == "layer":
             self.block = here.build_block(rngs)
         if exits.head in _registered:

@@ -63,7 +63,7 @@ class MultiExit:
         """
         network = self.config
         if not network.classifies and "blocks" not in params["backbone"]:
-            network = dataclasses.replace(network, depth=0, full_blocks=(), scan=False)
+            network = network.without_blocks()
         backbone_definition, _ = base.described(network)
         return Bound(
             backbone=base.merge(backbone_definition, params["backbone"]),

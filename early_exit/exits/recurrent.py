@@ -50,7 +50,7 @@ class Recurrent(nnx.Module):
         if blocks:
             self.blocks = nnx.Dict({str(i): network.build_block(rngs) for i in range(blocks)})
         else:
-            self.mlp_norm = network.build_norm(rngs)
+            self.mlp_norm = network.build_input_norm(rngs)
             self.mlp = network.build_mlp(rngs)
         self.norm = network.build_norm(rngs)
         if rows:

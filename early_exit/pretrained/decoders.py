@@ -5,7 +5,7 @@ The one idea: a config is refused in one error that names everything the decoder
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from early_exit.backbones import rotary
@@ -31,7 +31,7 @@ _NEEDED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor", "attention_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 _NUMBERS = ("rope_theta", "original_max_position_embeddings", "attention_factor", "beta_fast")
 _NUMBERS += ("beta_slow", "mscale", "mscale_all_dim", "factor", "low_freq_factor")
@@ -75,12 +75,16 @@ def check(
         raise ValueError("; ".join(problems))
 
 
-def rope_entries(hf: Mapping[str, Any]) -> dict[str, Any]:
+def rope_entries(hf: Mapping[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
     """The entries about rotary positions, however old the config: transformers 5 has
-    `rope_parameters`, before there were `rope_theta` and `rope_scaling`."""
+    `rope_parameters`, before there were `rope_theta` and `rope_scaling`.
+
+    Args:
+      theta: `rope_theta`, if there is none.
+    """
     rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    for name, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", 1.0)):
+    for name, default in (("rope_theta", theta), ("partial_rotary_factor", 1.0)):
         if rope.get(name) is None:
             rope[name] = default if hf.get(name) is None else hf[name]
     # Where a config has it outside, transformers prefers that.
@@ -116,11 +120,11 @@ def rope_problems(rope: Mapping[str, Any]) -> list[str]:
         if high <= low:
             problems.append(f"high_freq_factor = {high} is not above low_freq_factor = {low}")
     if kind == "longrope" and not problems:
-        short, long = rope["short_factor"], rope["long_factor"]
-        if not isinstance(short, list) or not all(map(_is_positive, short)) or short != long:
-            problems.append("longrope whose short_factor and long_factor are not the same numbers")
-        if rope["attention_factor"] != 1:
-            problems.append(f"longrope with attention_factor = {rope['attention_factor']}")
+        problems += [
+            f"{name} = {given[name]!r} of rotary positions, which are no positive numbers"
+            for name in ("short_factor", "long_factor")
+            if not isinstance(given[name], list) or not all(map(_is_positive, given[name]))
+        ]
     return problems
 
 
@@ -143,8 +147,12 @@ def unknown_rope(hf: Mapping[str, Any], places: Collection[str] = ROPE_PLACES) -
     ]
 
 
-def rope_scaling(rope: Mapping[str, Any]) -> rotary.Scaling | None:
-    """The scaling that entries which have passed `check` describe, as transformers computes it."""
+def rope_scaling(rope: Mapping[str, Any], longest: int) -> rotary.Scaling | None:
+    """The scaling that entries which have passed `check` describe, as transformers computes it.
+
+    Args:
+      longest: `max_position_embeddings`.
+    """
     kind, factor = rope["rope_type"], rope.get("factor")
     context = rope["original_max_position_embeddings"]
     if kind == "linear":
@@ -152,7 +160,7 @@ def rope_scaling(rope: Mapping[str, Any]) -> rotary.Scaling | None:
     if kind == "llama3":
         return rotary.Llama3(factor, context, rope["low_freq_factor"], rope["high_freq_factor"])
     if kind == "longrope":
-        return rotary.PerPair(tuple(map(float, rope["short_factor"])))
+        return _longrope(rope, longest)
     if kind == "yarn":
         attention_factor = rope.get("attention_factor")
         if attention_factor is None:
@@ -165,6 +173,33 @@ def rope_scaling(rope: Mapping[str, Any]) -> rotary.Scaling | None:
     return None
 
 
+def _longrope(rope: Mapping[str, Any], longest: int) -> rotary.PerPair | rotary.LongRope:
+    context, attention_factor = (
+        rope["original_max_position_embeddings"],
+        rope.get("attention_factor"),
+    )
+    short, long = (tuple(map(float, rope[name])) for name in ("short_factor", "long_factor"))
+    if attention_factor is None:  # Ding et al. 2024, §3.3
+        factor = rope.get("factor") or longest / context
+        sharper = factor > 1 and context > 1
+        attention_factor = (1 + math.log(factor) / math.log(context)) ** 0.5 if sharper else 1.0
+    if short == long and attention_factor == 1:
+        return rotary.PerPair(short)
+    return rotary.LongRope(short, attention_factor, context, long, longest)
+
+
+def context_length(scaling: rotary.Scaling | None, longest: int) -> int:
+    """Positions that a network takes whose `max_position_embeddings` is `longest`."""
+    is_shorter = isinstance(scaling, rotary.LongRope)
+    return min(longest, scaling.original_context) if is_shorter else longest
+
+
+def longest_text(config: DecoderConfig) -> int:
+    """`max_position_embeddings`, of which `context_length` is the inverse."""
+    scaling = config.rope_scaling
+    return scaling.long_context if isinstance(scaling, rotary.LongRope) else config.context_length
+
+
 def _yarn_attention(factor: float, scale: float = 1.0) -> float:
     """Peng et al. 2023, eq. 22."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
@@ -174,6 +209,14 @@ def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
     """transformers 5's `rope_parameters` for a decoder with rotary positions."""
     parameters: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     match config.rope_scaling:
+        case rotary.LongRope():
+            return parameters | {
+                "rope_type": "longrope",
+                "short_factor": list(config.rope_scaling.divisors),
+                "long_factor": list(config.rope_scaling.long_divisors),
+                "attention_factor": config.rope_scaling.attention_factor,
+                "original_max_position_embeddings": config.rope_scaling.original_context,
+            }
         case rotary.Linear(factor):
             return parameters | {"rope_type": "linear", "factor": factor}
         case rotary.Llama3(factor, context, low, high):
@@ -204,6 +247,31 @@ def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
                 "original_max_position_embeddings": config.context_length,
             }
     return parameters
+
+
+def first_that_says(
+    decoder: DecoderConfig,
+    read: Callable[[dict[str, Any]], DecoderConfig],
+    common: Mapping[str, Any],
+    classes: Mapping[str, str],
+    own: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The `config.json` of the first model type that can be this decoder.
+
+    Args:
+      read: what the family makes of a `config.json`.
+      common: entries of all model types.
+      classes: model type → its class in transformers.
+      own: model type → its own entries.
+
+    Raises:
+      ValueError: none of the model types can be it.
+    """
+    for kind, more in own.items():
+        hf = {"architectures": [classes[kind]], "model_type": kind} | dict(common) | dict(more)
+        if read(hf) == decoder:
+            return hf
+    raise ValueError(f"none of {', '.join(classes)} in transformers can be {decoder}")
 
 
 def layer(name: str, path: str, layout: Layout, bias: bool) -> list[Entry]:

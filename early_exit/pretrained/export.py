@@ -60,14 +60,16 @@ def write_backbone(
 
     def tensor(name: str) -> np.ndarray:
         entry = entries[name]
-        return entry.layout.join([np.asarray(flat[path]) for path in entry.paths])
+        return entry.layout.join([np.asarray(entry.of(flat[path])) for path in entry.paths])
 
     files.write_tensors(folder / "model.safetensors", described, tensor, {"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        known = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
-        # The family's own come last: a RoBERTa's positions start at its padding.
-        hf = {name: token for name, token in known.items() if token is not None} | hf
+    if config.reads == "tokens":
+        # Without a tokenizer nothing: the tokens that transformers would put there are those of
+        # the family's first model. The family's own come last: a RoBERTa's positions start at its
+        # padding.
+        hf = {name: getattr(tokenizer, name, None) for name in _TOKEN_IDS} | hf
     files.write_json(folder / "config.json", hf | {"dtype": dtype})
     if said := writes.as_json():
         files.write_json(folder / generation.FILE, said)

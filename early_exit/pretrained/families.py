@@ -16,7 +16,11 @@ from typing import Any, Protocol
 from early_exit.backbones import base
 from early_exit.pretrained.table import Entry
 
-_OWN = ("llama", "gpt2", "neox", "bert", "roberta", "distilbert", "resnet", "torchvision")
+_OWN = (
+    *("llama", "olmo2", "smollm3", "granite", "phi3", "gemma"),
+    *("mixtral", "experts", "gpt2", "neox"),
+    *("bert", "roberta", "distilbert", "resnet", "torchvision"),
+)
 _ENTRY_POINTS = "early_exit.families"
 # Where a `config.json` has what no family of transformers can say. Other readers pass it over.
 _UNSAID = "early_exit"

@@ -1,27 +1,32 @@
-"""A Llama GGUF file's metadata as the `config.json` that transformers would have.
+"""A GGUF file's metadata as the `config.json` that transformers would have.
 
 The one idea: a key that nobody asks for is not passed over. Whatever of the architecture's metadata
 is neither read here nor known to leave the network as it is, is refused by its name, because what
 it changes cannot be told.
 
-What the keys mean is llama.cpp's (src/llama-model.cpp, src/llama-context.cpp, ggml's `rope_yarn`).
+What the keys mean is llama.cpp's (src/llama-model.cpp, src/models/, src/llama-context.cpp, ggml's
+`rope_yarn`); what it has in its code instead of a key is here in code, too.
 """
 
 import math
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-# The divisor of each rotary frequency, a tensor that says what a key might (Llama 3.1).
+# Tensors that say what keys might: the divisor of each rotary frequency (Llama 3.1), and those of
+# short and of long texts (Phi-3).
 ROPE_DIVISORS = "rope_freqs.weight"
+SHORT_DIVISORS, LONG_DIVISORS = "rope_factors_short.weight", "rope_factors_long.weight"
+VECTORS = (ROPE_DIVISORS, SHORT_DIVISORS, LONG_DIVISORS)
 
 # Keys that say nothing with one of these values; None for any.
 _HARMLESS: dict[str, Collection | None] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
+    "attention.sliding_window": (0,),
     "embedding_scale": (0, 1),
     "expert_count": (0,),
     "expert_used_count": (0,),
@@ -36,15 +41,16 @@ _HARMLESS: dict[str, Collection | None] = {
 }
 
 
-class _Metadata:
-    """What a file says under `llama.`, and what of it has been asked for."""
+class Metadata:
+    """What a file says of its architecture, and what of it has been asked for."""
 
     def __init__(self, path: pathlib.Path, metadata: Mapping[str, Any]):
-        self._path = path
+        self.path = path
+        self.prefix = prefix = f"{metadata.get('general.architecture')}."
         self._said = {
-            key.removeprefix("llama."): value
+            key.removeprefix(prefix): value
             for key, value in metadata.items()
-            if key.startswith("llama.")
+            if key.startswith(prefix)
         }
         self._asked: set[str] = set()
 
@@ -56,7 +62,7 @@ class _Metadata:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(
-                f"{self._path} needs a positive whole number llama.{key}, not {value!r}"
+                f"{self.path} needs a positive whole number {self.prefix}{key}, not {value!r}"
             )
         return value
 
@@ -64,19 +70,19 @@ class _Metadata:
         value = self.get(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not default and not (is_number and math.isfinite(value)):
-            raise ValueError(f"{self._path} needs a number llama.{key}, not {value!r}")
+            raise ValueError(f"{self.path} needs a number {self.prefix}{key}, not {value!r}")
         return value
 
     def refuse_what_is_left(self) -> None:
         """Raises ValueError with every key that nobody asked for and that may say something."""
         left = [
-            f"llama.{key} = {_shortened(value)}"
+            f"{self.prefix}{key} = {_shortened(value)}"
             for key, value in self._said.items()
             if key not in self._asked and not _is_harmless(key, value)
         ]
         if left:
             raise ValueError(
-                f"{self._path} asks for what is not read from GGUF files: {', '.join(left)}. Use "
+                f"{self.path} asks for what is not read from GGUF files: {', '.join(left)}. Use "
                 "the model's safetensors folder if its family is supported"
             )
 
@@ -90,29 +96,34 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def llama(
-    path: pathlib.Path, metadata: Mapping[str, Any], tied: bool, divisors: np.ndarray | None
+def read(
+    said: Metadata,
+    metadata: Mapping[str, Any],
+    names: Collection[str],
+    scaling: Callable[[Metadata, Mapping[str, np.ndarray]], dict[str, Any]],
+    vectors: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """A Llama's `config.json`.
+    """What architectures have in common of a `config.json`.
 
     Args:
-      tied: whether the file has no output matrix.
-      divisors: what the tensor `ROPE_DIVISORS` holds, if there is one.
+      said: the metadata of the architecture.
+      names: of the file's tensors.
+      scaling: the metadata and `vectors` → the entries that scale rotary positions.
+      vectors: the tensors among `VECTORS` that the file has.
 
     Raises:
       ValueError: a key is missing, of a wrong kind, or says what is not read; it is named.
     """
-    said = _Metadata(path, metadata)
     heads = said.whole("attention.head_count")
     head_dim = said.whole("attention.key_length", said.whole("embedding_length") // heads)
     if said.whole("attention.value_length", head_dim) != head_dim:
         raise ValueError(
-            f"{path} has keys and values of different widths (llama.attention.key_length = "
-            f"{head_dim}, value_length = {said.get('attention.value_length')}), which no family has"
+            f"{said.path} has keys and values of different widths ({said.prefix}attention."
+            f"key_length = {head_dim}, value_length = {said.get('attention.value_length')}), which "
+            "no family has"
         )
     tokens = len(metadata.get("tokenizer.ggml.tokens", ())) or None
-    config = {
-        "model_type": "llama",
+    return {
         "vocab_size": said.whole("vocab_size", tokens),
         "hidden_size": said.whole("embedding_length"),
         "num_hidden_layers": said.whole("block_count"),
@@ -123,13 +134,13 @@ def llama(
         "max_position_embeddings": said.whole("context_length"),
         "rms_norm_eps": said.number("attention.layer_norm_rms_epsilon", 1e-6),
         "rope_theta": said.number("rope.freq_base", 10_000.0),
-        "rope_scaling": _rope_scaling(path, said, divisors),
         "partial_rotary_factor": said.whole("rope.dimension_count", head_dim) / head_dim,
-        "sliding_window": said.get("attention.sliding_window") or None,
-        "tie_word_embeddings": tied,
-    } | _token_ids(metadata)
-    said.refuse_what_is_left()
-    return config
+        "tie_word_embeddings": "output.weight" not in names,
+        "attention_bias": "blk.0.attn_q.bias" in names,
+        "mlp_bias": "blk.0.ffn_up.bias" in names,
+        **scaling(said, vectors),
+        **_token_ids(metadata),
+    }
 
 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,11 +152,10 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(
-    path: pathlib.Path, said: _Metadata, divisors: np.ndarray | None
-) -> dict[str, Any] | None:
-    """transformers' `rope_scaling`. A factor without a type means linear, as in llama.cpp, which
-    also reads the name that the factor had before there were types."""
+def rope_scaling(said: Metadata, vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A factor without a type means linear, as in llama.cpp, which also reads the name that the
+    factor had before there were types."""
+    path, divisors = said.path, vectors.get(ROPE_DIVISORS)
     factor = said.number("rope.scaling.factor", said.number("rope.scale_linear")) or None
     kind = said.get("rope.scaling.type", "linear")
     sharpness = said.number("rope.scaling.attn_factor", 1.0)
@@ -157,35 +167,62 @@ def _rope_scaling(
     }
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(
-            f"{path} has llama.rope.scaling.type = {kind!r}; only 'none', 'linear' and 'yarn' are "
-            "read. Use the model's safetensors folder if its family is supported"
+            f"{path} has {said.prefix}rope.scaling.type = {kind!r}; only 'none', 'linear' and "
+            "'yarn' are read. Use the model's safetensors folder if its family is supported"
         )
     if kind == "yarn" and factor is None:
-        raise ValueError(f"{path} has llama.rope.scaling.type = 'yarn' without a scaling.factor")
+        raise ValueError(
+            f"{path} has {said.prefix}rope.scaling.type = 'yarn' without a scaling.factor"
+        )
     if kind != "yarn" and sharpness != 1:
         raise ValueError(
-            f"{path} has llama.rope.scaling.attn_factor = {sharpness} without yarn, which the "
-            "decoder does not do"
+            f"{path} has {said.prefix}rope.scaling.attn_factor = {sharpness} without yarn, which "
+            "the decoder does not do"
         )
     if divisors is not None and kind != "none" and factor not in (None, 1):
         raise ValueError(
-            f"{path} has the divisors {ROPE_DIVISORS} and llama.rope.scaling.factor = {factor}; "
-            "the decoder does one of the two"
+            f"{path} has the divisors {ROPE_DIVISORS} and {said.prefix}rope.scaling.factor = "
+            f"{factor}; the decoder does one of the two"
         )
     if divisors is not None:
         # longrope is transformers' word for a divisor of each frequency, up to a length and beyond.
-        each = divisors.astype(float).ravel().tolist()
-        return {
-            "rope_type": "longrope",
-            "short_factor": each,
-            "long_factor": each,
-            "attention_factor": 1.0,
-        }
+        return {"rope_scaling": _longrope(divisors, divisors, 1.0)}
     if kind == "none" or factor is None:
-        return None
+        return {}
     if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
+        return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     # llama.cpp multiplies what the paper says (Peng et al. 2023, eq. 22) by its own factor.
     sharpened = {"attention_factor": sharpness * (1 + 0.1 * math.log(factor))} if factor > 0 else {}
     original = {} if context is None else {"original_max_position_embeddings": context}
-    return {"rope_type": "yarn", "factor": factor} | sharpened | original | betas
+    scaling = {"rope_type": "yarn", "factor": factor} | sharpened | original | betas
+    return {"rope_scaling": scaling}
+
+
+def long_scaling(said: Metadata, vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Of Phi-3, whose files have divisors for short and for long texts, or no scaling at all."""
+    sharpness = said.number("rope.scaling.attn_factor", 1.0)
+    original = said.whole("rope.scaling.original_context_length", said.whole("context_length"))
+    kind, short = said.get("rope.scaling.type", "longrope"), vectors.get(SHORT_DIVISORS)
+    if kind not in ("longrope", "none"):
+        raise ValueError(
+            f"{said.path} has {said.prefix}rope.scaling.type = {kind!r}; of this architecture only "
+            "'longrope' is read"
+        )
+    if (short is None) != (LONG_DIVISORS not in vectors):
+        raise ValueError(
+            f"{said.path} has only one of {SHORT_DIVISORS} and {LONG_DIVISORS}; the file is "
+            "damaged, download it again"
+        )
+    if short is None:
+        return {}
+    scaling = _longrope(short, vectors[LONG_DIVISORS], sharpness)
+    return {"rope_scaling": scaling, "original_max_position_embeddings": original}
+
+
+def _longrope(short: np.ndarray, long: np.ndarray, sharpness: float) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "short_factor": short.astype(float).ravel().tolist(),
+        "long_factor": long.astype(float).ravel().tolist(),
+        "attention_factor": sharpness,
+    }

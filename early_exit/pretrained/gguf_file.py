@@ -12,7 +12,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import dataclasses
 import mmap
 import pathlib
-import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, quants
 
-from early_exit.pretrained import gguf_config
+from early_exit.pretrained import gguf_architectures, gguf_config
 
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -34,24 +33,6 @@ _SCALARS = {
     GGUFValueType.UINT64: "<u8",
     GGUFValueType.INT64: "<i8",
     GGUFValueType.FLOAT64: "<f8",
-}
-
-# Parts of a Llama block: llama.cpp's name → transformers'.
-_BLOCK_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
 }
 
 
@@ -90,53 +71,38 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 def open_tensors(
     path: pathlib.Path,
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, str], Callable[[str], np.ndarray]]:
-    """A Llama GGUF file as (config, shapes, dtypes, read); see `tensors.Checkpoint`.
+    """A GGUF file as (config, shapes, dtypes, read); see `tensors.Checkpoint`.
 
     Raises:
       ValueError: a damaged file, another architecture, or metadata that is missing.
     """
     metadata, stored = read_header(path)
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+    name = metadata.get("general.architecture")
+    if name not in gguf_architectures.BY_NAME:
         raise ValueError(
-            f"{path} holds a model of the architecture {architecture!r}; of GGUF files only "
-            "'llama' is read. Use the model's safetensors folder if its family is supported"
+            f"{path} holds a model of the architecture {name!r}; of GGUF files only "
+            f"{', '.join(map(repr, gguf_architectures.BY_NAME))} are read. Use the model's "
+            "safetensors folder if its family is supported"
         )
     if metadata.get("split.count", 1) != 1:
         raise ValueError(f"{path} is one of several parts; join them with llama-gguf-split --merge")
-    divisors = stored.pop(gguf_config.ROPE_DIVISORS, None)
-    config = gguf_config.llama(
-        path,
-        metadata,
-        tied="output.weight" not in stored,
-        divisors=None if divisors is None else _read_tensor(path, divisors),
-    )
-    gguf_names = {_transformers_name(name): name for name in stored}
-    heads = {
-        "attn_q.weight": config["num_attention_heads"],
-        "attn_k.weight": config["num_key_value_heads"],
+    architecture = gguf_architectures.BY_NAME[name]
+    vectors = {
+        vector: _read_tensor(path, stored.pop(vector))
+        for vector in gguf_config.VECTORS
+        if vector in stored
     }
+    config = architecture.config(path, metadata, stored, vectors)
+    gguf_names = {architecture.transformers_name(tensor): tensor for tensor in stored}
 
     def read(name: str) -> np.ndarray:
         gguf_name = gguf_names[name]
         tensor = _read_tensor(path, stored[gguf_name])
-        for suffix, count in heads.items():
-            if gguf_name.endswith(suffix):
-                return _to_half_rotation(tensor, count)
-        return tensor
+        return architecture.as_transformers(gguf_name, tensor, config)
 
     shapes = {name: stored[gguf_name].shape for name, gguf_name in gguf_names.items()}
     dtypes = {name: stored[gguf_name].type.name for name, gguf_name in gguf_names.items()}
     return config, shapes, dtypes, read
-
-
-def _transformers_name(name: str) -> str:
-    """Names without a counterpart stay as they are, and are refused as unexpected later."""
-    if block := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
-        number, part = block.groups()
-        if part in _BLOCK_PARTS:
-            return f"model.layers.{number}.{_BLOCK_PARTS[part]}.weight"
-    return _TOP_NAMES.get(name, name)
 
 
 def _read_tensor(path: pathlib.Path, stored: Stored) -> np.ndarray:
@@ -145,17 +111,6 @@ def _read_tensor(path: pathlib.Path, stored: Stored) -> np.ndarray:
         return quants.dequantize(data.reshape(stored.byte_shape), stored.type)
     except NotImplementedError as error:
         raise ValueError(f"{path} stores tensors as {stored.type.name}: {error}") from error
-
-
-def _to_half_rotation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of rows in Q and K.
-
-    llama.cpp rotates neighbouring rows of a head against each other (0 with 1, 2 with 3, …), this
-    project and transformers the first half of a head against the second.
-    """
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 class _Cursor:

@@ -74,12 +74,13 @@ def load(
     if not found.config.classifies:
         writes = generation.read(checkpoint.path, checkpoint.config, tokenizer, vocab_size)
     places = {} if shardings is None else tree.flatten(shardings(found.params))
-    params = {
-        path: _place(array, places.get(path))
-        for entry in found.entries
-        if not entry.optional
-        for path, array in _read(checkpoint, entry, dtype)
-    }
+    params, slices = {}, {}
+    for entry in found.entries:
+        for path, array in () if entry.optional else _read(checkpoint, entry, dtype):
+            if entry.slice is not None:
+                array = _stacked(slices, found.params, path, entry.slice, array)
+            if array is not None:
+                params[path] = _place(array, places.get(path))
     for entry in found.entries:
         if entry.optional and entry.name in checkpoint.shapes:
             _check_equal(checkpoint, entry, params, dtype)
@@ -113,6 +114,16 @@ def _read(checkpoint: tensors.Checkpoint, entry: table.Entry, dtype):
             "file is damaged, or the dtype too narrow"
         )
     return zip(entry.paths, entry.layout.split(array), strict=True)
+
+
+def _stacked(
+    slices: dict[str, list], shapes: base.Params, path: str, index: int, array: np.ndarray
+) -> np.ndarray | None:
+    """A parameter once all its slices are there; until then they are kept in `slices`."""
+    count = tree.flatten(shapes)[path].shape[0]
+    kept = slices.setdefault(path, [None] * count)
+    kept[index] = array
+    return None if any(part is None for part in kept) else np.stack(slices.pop(path))
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

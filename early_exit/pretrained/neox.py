@@ -44,6 +44,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
     if width % heads:
         raise ValueError(f"hidden_size = {width} is not a multiple of {heads} attention heads")
+    scaling = decoders.rope_scaling(rope, hf["max_position_embeddings"])
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
         width=width,
@@ -52,7 +53,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
         kv_heads=heads,
         head_dim=width // heads,
         mlp_width=hf["intermediate_size"],
-        context_length=hf["max_position_embeddings"],
+        context_length=decoders.context_length(scaling, hf["max_position_embeddings"]),
         norm="layer",
         norm_eps=hf.get("layer_norm_eps", 1e-5),
         gated=False,
@@ -63,7 +64,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
         mlp_bias=True,
         rotary_fraction=rope["partial_rotary_factor"],
         rope_theta=rope["rope_theta"],
-        rope_scaling=decoders.rope_scaling(rope),
+        rope_scaling=scaling,
         tied=hf.get("tie_word_embeddings", False),
     )
 
@@ -80,7 +81,7 @@ def to_hf(decoder: DecoderConfig) -> dict[str, Any]:
         "num_hidden_layers": d.depth,
         "num_attention_heads": d.heads,
         "intermediate_size": d.mlp_width,
-        "max_position_embeddings": d.context_length,
+        "max_position_embeddings": decoders.longest_text(d),
         "layer_norm_eps": d.norm_eps,
         "hidden_act": decoders.ACTIVATION_NAMES[d.activation],
         "use_parallel_residual": d.parallel,

@@ -98,12 +98,19 @@ class Entry:
       layout: how the one holds the others.
       optional: it may be absent, is never exported, and must equal what its parameters are read
         from: a stored output matrix that is tied to the embedding.
+      slice: which of its parameters' slices it holds, if they are stacked of several tensors', as
+        the matrices of experts are; None for all.
     """
 
     name: str
     paths: tuple[str, ...]
     layout: Layout = STORED
     optional: bool = False
+    slice: int | None = None
+
+    def of(self, whole: np.ndarray) -> np.ndarray:
+        """What it holds of one of its parameters, arrays or shapes without memory."""
+        return whole if self.slice is None else whole[self.slice]
 
 
 def empty(shape: Sequence[int]) -> np.ndarray:
@@ -117,12 +124,12 @@ def fits(entry: Entry, stored: Sequence[int], ours: Sequence[Sequence[int]]) -> 
         parts = entry.layout.split(empty(stored))
     except ValueError:
         return False
-    return [part.shape for part in parts] == [tuple(shape) for shape in ours]
+    return [part.shape for part in parts] == [entry.of(empty(shape)).shape for shape in ours]
 
 
 def stored_shape(entry: Entry, ours: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The shape of the tensor that holds parameters of the shapes `ours`."""
-    return entry.layout.join([empty(shape) for shape in ours]).shape
+    return entry.layout.join([entry.of(empty(shape)) for shape in ours]).shape
 
 
 def prefixed(

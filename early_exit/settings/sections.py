@@ -159,17 +159,23 @@ class MeshSettings(Section):
     tensor: int = setting(
         1, "Devices that split each matrix product; -1 for what is left.", least=-1
     )
+    expert: int = setting(
+        1,
+        "Devices with other experts of a mixture, and the same rows; -1 for what is left.",
+        least=-1,
+    )
     slices: int = setting(
         1, "Groups of devices with a slower network between; only data goes over it.", least=1
     )
 
     def conflicts(self) -> Iterator[str]:
-        axes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
+        axes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "expert")}
         for name, size in axes.items():
             if not size:
                 yield f"mesh.{name}=0 leaves no device; give a number, or -1 for what is left"
         if [*axes.values()].count(-1) > 1:
-            yield "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, what is left"
+            names = ", ".join(f"mesh.{name}" for name in axes)
+            yield f"only one of {names} can be -1, what is left"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -152,9 +152,9 @@ def _token_losses(bound: Bound, observed: dict, recipe: Recipe, group: Sequence[
         targets["teacher"] = losses.TopK(*map(_flat, observed["teacher"]))
     targets = [{name: targets[name]} for name in LOSSES[recipe.loss]]
     how = {"token_ids": bound.token_ids, "parts": recipe.table_parts}
-    by_confidence = {"by_confidence": recipe.by_confidence}
+    rest = {"by_confidence": recipe.by_confidence, "rule": bound.backbone.config.logit_rule}
     heads = features, tables
-    found = [losses.exit_losses(*heads, **target, **how, **by_confidence) for target in targets]
+    found = [losses.exit_losses(*heads, **target, **how, **rest) for target in targets]
     right = None
     if exits and hasattr(bound.heads[0], "gate"):
         asked = features[: len(exits)], tables[: len(exits)]
@@ -203,7 +203,7 @@ def _final_loss(
         per_example = losses.class_losses([final], labels=labels)
     else:
         table = backbone.output_table()
-        how = {"labels": labels, "parts": recipe.table_parts}
+        how = {"labels": labels, "parts": recipe.table_parts, "rule": model.config.logit_rule}
         per_example = losses.exit_losses([_flat(features)], [table], **how)
     return _mean(per_example, mask[None])[0]
 

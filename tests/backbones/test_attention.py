@@ -14,6 +14,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from early_exit.backbones import chunked_attention, fused_attention, layers
+from early_exit.backbones.scoring import USUAL, Scoring
 from early_exit.backbones.visibility import Visibility
 from early_exit.cost import multiply_adds
 
@@ -34,8 +35,10 @@ def packed(rng, batch, length):
     return jnp.asarray(np.where(documents == 5, 0, documents), jnp.int32)
 
 
-def plain(query, key, value, *, causal=False, window=None, documents=None, real=None):
-    """The whole softmax, by the definition; rules as of `Visibility`."""
+def plain(
+    query, key, value, *, causal=False, window=None, documents=None, real=None, scale=None, cap=None
+):
+    """The whole softmax, by the definition; rules as of `Visibility` and `Scoring`."""
     batch, length, heads, width = query.shape
     key, value = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key, value))
     seen = np.ones((batch, length, length), bool)
@@ -48,7 +51,9 @@ def plain(query, key, value, *, causal=False, window=None, documents=None, real=
         seen &= np.asarray(documents)[:, :, None] == np.asarray(documents)[:, None]
     if real is not None:
         seen &= np.asarray(real)[:, None]
-    scores = jnp.einsum("bqhd,bshd->bhqs", query, key) / np.sqrt(width)
+    scores = jnp.einsum("bqhd,bshd->bhqs", query, key) * (scale or width**-0.5)
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhqs,bshd->bqhd", weights, value)
 
@@ -99,6 +104,27 @@ def test_chunks_are_plain_attention(monkeypatch, length, rules, heads, kv_heads)
     attention = functools.partial(chunked_attention.chunked, visibility=Visibility(**rules))
     got = with_gradients(attention)(*arrays)
     agree(got, with_gradients(functools.partial(plain, **rules))(*arrays))
+
+
+SCORINGS = [Scoring(scale=0.9), Scoring(cap=1.3), Scoring(scale=0.7, cap=0.8)]
+
+
+@pytest.mark.parametrize("scoring", SCORINGS, ids=str)
+@pytest.mark.parametrize("length", [SMALL - 3, 45])
+def test_scales_and_caps_forwards_and_backwards(monkeypatch, scoring, length):
+    """In fewer positions than a chunk has, where other networks need no chunks, and in more."""
+    for module in (chunked_attention, layers):
+        monkeypatch.setattr(module, "CHUNK", SMALL)
+    rng = np.random.default_rng(length)
+    rules = {"causal": True, "window": 20, "documents": packed(rng, 2, length)}
+    arrays = draw(rng, 2, length, 4, 2, 8)
+    attention = functools.partial(layers.attend, visibility=Visibility(**rules), scoring=scoring)
+    got = with_gradients(attention)(*arrays)
+    how = rules | {"scale": scoring.scale, "cap": scoring.cap}
+    want = with_gradients(functools.partial(plain, **how))(*arrays)
+    agree(got, want)
+    others = with_gradients(functools.partial(plain, **rules))(*arrays)
+    assert all(np.abs(a - b).max() > 0.05 for a, b in zip(got, others, strict=True))
 
 
 def test_one_chunk_more_is_no_other_attention():
@@ -342,13 +368,17 @@ def test_one_chunk_is_one_product(platform):
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_a_tpus_kernel_is_plain_attention(window):
+@pytest.mark.parametrize("scoring", [USUAL, Scoring(scale=0.3, cap=1.1)], ids=str)
+def test_a_tpus_kernel_is_plain_attention(window, scoring):
     """Run step by step on this machine."""
     rng = np.random.default_rng(3)
     arrays = draw(rng, 1, 256, 2, 1, 64)
     documents = packed(rng, 1, 256)
     visibility = Visibility(causal=True, window=window, documents=documents)
-    kernel = functools.partial(fused_attention.on_tpu, visibility=visibility, interpret=True)
+    kernel = functools.partial(
+        fused_attention.on_tpu, visibility=visibility, scoring=scoring, interpret=True
+    )
     rules = {"causal": True, "window": window, "documents": documents}
+    rules |= {"scale": scoring.scale, "cap": scoring.cap}
     want = with_gradients(functools.partial(plain, **rules))(*arrays)
     agree(with_gradients(kernel)(*arrays), want)

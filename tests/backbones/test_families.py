@@ -6,51 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from decoder_kinds import CONFIGS, LLAMA, random_params
 
 from early_exit.backbones import base, rotary
 from early_exit.backbones.cached_attention import CACHE_CHUNK
-from early_exit.backbones.decoder import DecoderConfig
 
-LLAMA = DecoderConfig(
-    vocab_size=61,
-    width=24,
-    depth=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=6,
-    mlp_width=40,
-    context_length=512,
-)
-BIASES = dict(qkv_bias=True, attention_output_bias=True, mlp_bias=True)
-PLAIN = dict(norm="layer", gated=False, kv_heads=4, **BIASES)
-KINDS = {
-    "llama": {},
-    "llama3": dict(rope_scaling=rotary.Llama3(4.0, 64, 1.0, 4.0), **BIASES),
-    "mistral": dict(window=20),
-    "qwen2": dict(
-        qkv_bias=True, window=140, full_blocks=(0,), rope_scaling=rotary.Yarn(4.0, 64, 1.1)
-    ),
-    "qwen3": dict(qk_norm=True, tied=False),
-    "gpt2": dict(rotary_fraction=0.0, activation="gelu_tanh", context_length=165, **PLAIN),
-    "neox": dict(parallel=True, rotary_fraction=1 / 3, activation="gelu", tied=False, **PLAIN),
-}
-CONFIGS = {name: dataclasses.replace(LLAMA, **changes) for name, changes in KINDS.items()}
 TOTAL, STEP, SLOTS = 160, 16, 2 * CACHE_CHUNK
-
-
-def random_params(config):
-    """Every part matters: scales away from 1, biases away from 0, predictions that differ."""
-    _, params = base.split(config.build(nnx.Rngs(0)))
-    rng = np.random.default_rng(1)
-
-    def spread(path, leaf):
-        name = path[-1].key
-        if name in ("scale", "bias"):
-            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) - (name == "bias"), leaf.dtype)
-        return leaf * 8
-
-    return jax.tree_util.tree_map_with_path(spread, params)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -171,3 +132,54 @@ def test_learned_positions_refuse_more_than_there_are():
     tokens = jax.ShapeDtypeStruct((1, 166), jnp.int32)
     with pytest.raises(ValueError, match="166 positions, but the model has learned 165"):
         jax.eval_shape(lambda p, t: forward(definition, p, {"tokens": t}), params, tokens)
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma2"])
+def test_features_and_the_rule_for_logits_are_the_readout(kind):
+    """And the rule matters: products alone are other logits."""
+    config = CONFIGS[kind]
+    model = base.merge(base.abstract(config.build)[0], random_params(config))
+    hidden = jnp.asarray(np.random.default_rng(5).normal(size=(2, 24)), jnp.float32)
+    products = np.asarray(model.features(hidden), np.float64) @ np.asarray(model.output_table()).T
+    want = products / config.logit_divisor
+    if config.logit_cap:
+        want = config.logit_cap * np.tanh(want / config.logit_cap)
+    got = model.readout(hidden)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert np.abs(got - products).max() > 0.2
+
+
+def test_blocks_turn_by_their_own_frequencies_or_not_at_all():
+    """Keys of the same hidden states, which nothing else sets apart."""
+    config = dataclasses.replace(CONFIGS["gemma3"], unturned_blocks=(1,), full_blocks=(1, 2))
+    model = base.merge(base.abstract(config.build)[0], random_params(config))
+    hidden, context = model.stem({"tokens": np.arange(8, dtype=np.int32)[None]})
+    attention, by_place = model.blocks["0"].attention, []
+    for block in range(3):
+        attention.place = config.place(block)
+        by_place.append(np.asarray(attention.keys_values(hidden, context)[0]))
+    # At position 0 nothing is turned.
+    for other in by_place[1:]:
+        np.testing.assert_allclose(other[:, 0], by_place[0][:, 0], atol=1e-6)
+        assert np.abs(other[:, 1:] - by_place[0][:, 1:]).max() > 0.1
+    assert np.abs(by_place[1][:, 1:] - by_place[2][:, 1:]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norms": "around"}, "unknown norms 'around'; choose one of before, after, both"),
+        ({"attention_cap": 0.0}, "attention_cap must be positive, not 0.0"),
+        ({"logit_divisor": -1.0}, "logit_divisor must be positive, not -1.0"),
+        ({"unturned_blocks": (3,)}, r"unturned_blocks=\(3,\) must name blocks from 0 to 2"),
+        ({"unturned_blocks": (0,), "scan": True}, "cannot be one stack; use scan=False"),
+        ({"unturned_blocks": (0,), "rotary_fraction": 0.0}, "of a model with rotary positions"),
+        (
+            {"rope_scaling": rotary.LongRope((1.0,) * 3, 1.0, 8, (1.0,) * 2, 16)},
+            "2 divisors of rotary frequencies for 3 pairs",
+        ),
+    ],
+)
+def test_what_makes_no_decoder_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(LLAMA, **changes)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from early_exit.backbones import cached_attention, layers
+from early_exit.backbones.scoring import USUAL, Scoring
 from early_exit.backbones.visibility import Visibility
 
 HEADS, KV_HEADS, WIDTH, SLOTS = 4, 2, 6, 256
@@ -15,13 +16,15 @@ MANY = 16 * cached_attention.CACHE_CHUNK
 LENGTHS = np.array([0, 1, 127, 128, 129, 250], np.int32)
 
 
-def plain_attention(query, keys, values, mask):
+def plain_attention(query, keys, values, mask, scale=None, cap=None):
     """Softmax attention, [T, H, d] over [S, K, d], in float64; `mask` [T, S]."""
     query, keys, values = (np.asarray(x, np.float64) for x in (query, keys, values))
     out = np.empty_like(query)
     for head in range(query.shape[1]):
         shared = head // (query.shape[1] // keys.shape[1])
-        scores = query[:, head] @ keys[:, shared].T / np.sqrt(query.shape[2])
+        scores = query[:, head] @ keys[:, shared].T * (scale or query.shape[2] ** -0.5)
+        if cap is not None:
+            scores = cap * np.tanh(scores / cap)
         scores = np.where(mask, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out[:, head] = weights / weights.sum(-1, keepdims=True) @ values[:, shared]
@@ -41,7 +44,7 @@ def case(new, kv_heads=KV_HEADS, lengths=LENGTHS, slots=SLOTS):
     return rows, past
 
 
-attend = jax.jit(layers.attend)
+attend = jax.jit(layers.attend, static_argnames="scoring")
 BACKWARDS = Visibility(causal=True)
 
 
@@ -62,10 +65,12 @@ BACKWARDS = Visibility(causal=True)
         (3, 2, 1000),
     ],
 )
-def test_cached_attention_equals_plain_attention(new, kv_heads, window, slots):
+@pytest.mark.parametrize("scoring", [USUAL, Scoring(0.7), Scoring(0.2, cap=1.5)], ids=str)
+def test_cached_attention_equals_plain_attention(new, kv_heads, window, slots, scoring):
     (query, key, value), past = case(new, kv_heads, slots=slots)
     visibility = Visibility(causal=True, window=window)
-    got = attend(query, key, value, visibility, past, jnp.asarray(LENGTHS))
+    got = attend(query, key, value, visibility, past, jnp.asarray(LENGTHS), scoring=scoring)
+    rule = scoring.scale, scoring.cap
     for b, length in enumerate(LENGTHS):
         keys, values = (
             np.concatenate([old[b, :, :length].swapaxes(0, 1), rows[b]])
@@ -73,7 +78,8 @@ def test_cached_attention_equals_plain_attention(new, kv_heads, window, slots):
         )
         distance = length + np.arange(new)[:, None] - np.arange(length + new)[None]
         seen = (distance >= 0) & (distance < (window or 2 * MANY))
-        np.testing.assert_allclose(got[b], plain_attention(query[b], keys, values, seen), atol=1e-5)
+        want = plain_attention(query[b], keys, values, seen, *rule)
+        np.testing.assert_allclose(got[b], want, atol=1e-5)
 
 
 def test_rows_of_a_batch_equal_rows_alone():

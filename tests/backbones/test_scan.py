@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_kinds import CONFIGS, random_params
 
 from conftest import TINY, build
 from early_exit import tree
@@ -94,6 +95,19 @@ def test_gradients_agree_whatever_is_kept_for_them(twins):
         close(base.unstack_blocks(stack), want)
     apart_again = dataclasses.replace(config, remat="block")
     close(gradient(apart, config=apart_again, training=True), want)
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "granite", "phi3", "mixtral"])
+def test_newer_kinds_whose_blocks_are_alike_are_one_stack(kind):
+    config = CONFIGS[kind]
+    apart = random_params(config)
+    looped, stacked = dataclasses.replace(config, scan=True), base.stack_blocks(apart)
+    edges = (0, 1, config.depth)
+    want = states(apart, config=config, edges=edges)
+    for training in (False, True):
+        got = states(stacked, config=looped, edges=edges, training=training)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 def deep(config, length):

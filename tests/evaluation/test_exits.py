@@ -36,11 +36,16 @@ def gate_by_definition(gate, hidden):
     return 1 / (1 + np.exp(-logit[0]))
 
 
+CAPPED = dataclasses.replace(TINY, logit_divisor=0.5, logit_cap=2.0)
+
+
 @pytest.mark.parametrize(
-    "head", [{}, {"head": "layer", "classes": 20, "gate": True}], ids=["all", "reduced"]
+    ("network", "head"),
+    [(TINY, {}), (TINY, {"head": "layer", "classes": 20, "gate": True}), (CAPPED, {"classes": 20})],
+    ids=["all", "reduced", "capped"],
 )
-def test_records_equal_a_position_by_position_count(head):
-    model, params = build(**head)
+def test_records_equal_a_position_by_position_count(network, head):
+    model, params = build(network, **head)
     batch = packed()
     records = exits.record(model, params, [batch], soften=True, origin="here")
     bound = model.bind(params)
@@ -56,7 +61,8 @@ def test_records_equal_a_position_by_position_count(head):
     assert records.scores.keys() == names | ({"gate"} if model.exits.gate else set())
     said = [[] for _ in where]
     for e, (head, table) in enumerate(zip(bound.heads, bound.exit_tables(), strict=True)):
-        logits = np.asarray(base.logits(head.features(states[e + 1], context)[0], table))
+        features, _ = head.features(states[e + 1], context)
+        logits = np.asarray(base.logits(features, table, rule=network.logit_rule))
         for n, (b, t) in enumerate(where):
             probs, label = softmax(logits[b, t]), batch["tokens"][b, t + 1]
             best = ids[probs[: len(ids)].argmax()]

@@ -58,6 +58,21 @@ NETWORKS = {
     "layer norm, parallel": dataclasses.replace(
         TINY, norm="layer", parallel=True, gated=False, mlp_bias=True, qkv_bias=True
     ),
+    "norms behind parts": dataclasses.replace(
+        TINY, norms="after", qk_norm=True, qk_norm_whole=True
+    ),
+    "caps, turned by a window's frequencies": dataclasses.replace(
+        TINY,
+        norm="rms_offset",
+        norms="both",
+        attention_scale=0.3,
+        attention_cap=2.0,
+        window=5,
+        local_rope_theta=50.0,
+    ),
+    "scales, not turned": dataclasses.replace(
+        TINY, embedding_scale=3.0, residual_scale=0.6, unturned_blocks=(5,)
+    ),
 }
 
 

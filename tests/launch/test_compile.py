@@ -92,7 +92,10 @@ def test_the_command_prints_what_a_program_costs(launch, what, work):
     flags = ["--config=configs/tiny.py", "--config.model.scan", "--config.exits.head=norm"]
     done = launch("compile", *flags, f"--what={what}", "--blocks=3", "--positions=64")
     assert done.returncode == 0, done.stderr
-    assert f"{what} on this host: 1 chips (data 1, fsdp 1, tensor 1), 3 blocks" in done.stdout
+    assert (
+        f"{what} on this host: 1 chips (data 1, fsdp 1, tensor 1, expert 1), 3 blocks"
+        in done.stdout
+    )
     for part in ("memory of a chip", "made on the way", "traced, a chip", work):
         assert part in done.stdout
 

@@ -15,6 +15,8 @@ from early_exit.pretrained.load import load
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 NAMES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "gpt2", "neox", "neox_serial")
+NAMES += ("olmo2", "smollm3", "granite", "phi3", "gemma2", "gemma3")
+NAMES += ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -84,7 +86,8 @@ def test_the_last_block_copied_into_a_head_before_it_says_what_the_model_says(ca
         hidden, context = bound.backbone.stem({"tokens": tokens})
         hidden = bound.backbone.run_blocks(hidden, 0, depth - 1, context)
         features, _ = bound.heads[0].features(hidden, context)
-        return base.logits(features, bound.heads[0].output.embedding[...])
+        table, rule = bound.heads[0].output.embedding[...], model.config.logit_rule
+        return base.logits(features, table, rule=rule)
 
     params = {"backbone": pretrained.params, "exits": exits}
     np.testing.assert_allclose(logits(params, expected["tokens"]), expected["logits"], atol=1e-4)
@@ -95,6 +98,6 @@ def test_a_copied_mlp_head_has_the_parts_of_its_block(case):
     model = MultiExit(pretrained.config, ExitConfig(points=(1,), head="mlp", output="shared"))
     exits = model.init_exits(jax.random.key(0), pretrained.params, "copy", None)
     block = pretrained.params["blocks"]["0"]
-    parts = {"mlp": block["mlp"], "mlp_norm": block["mlp_norm"]}
+    parts = {name: block[name] for name in ("mlp", "mlp_norm") if name in block}
     want = {"1": parts | {"norm": pretrained.params["final_norm"]}}
     jax.tree.map(np.testing.assert_array_equal, exits, want)

@@ -78,6 +78,10 @@ def test_both_spellings_of_rotary_positions(entries):
         ),
         ({"rope_type": "linear", "factor": 2.0, "finetuned": True}, rotary.Linear(2.0)),
         (LONGROPE, rotary.PerPair((1.0, 2.0, 3.0, 4.0))),
+        (
+            LONGROPE | {"long_factor": [9.0] * 4, "original_max_position_embeddings": 32},
+            rotary.LongRope((1.0, 2.0, 3.0, 4.0), 1.0, 32, (9.0,) * 4, 128),
+        ),
     ],
 )
 def test_scaled_rotary_positions(entry, rope, scaling):
@@ -129,8 +133,14 @@ QWEN = {"model_type": "qwen2", "use_sliding_window": True, "num_key_value_heads"
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         ({"rope_parameters": {"rope_type": "ntk"}}, r"'ntk' \(only 'default' or 'linear'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' without short_factor"),
-        ({"rope_parameters": LONGROPE | {"long_factor": [2.0] * 4}}, "are not the same numbers"),
-        ({"rope_parameters": LONGROPE | {"attention_factor": 1.2}}, "attention_factor = 1.2"),
+        (
+            {"rope_parameters": LONGROPE | {"long_factor": [0.0] * 4}},
+            "long_factor = .* no positive",
+        ),
+        (
+            {"rope_parameters": LONGROPE | {"short_factor": 2.0}},
+            "short_factor = 2.0 .* no positive",
+        ),
         ({"rope_parameters": {"type": "yarn", "factor": 2.0, "mscale_all": 1.0}}, "mscale_all = 1"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate = 'no'"),
         ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "factor = inf"),

@@ -10,7 +10,10 @@ from early_exit.pretrained.tokenizer import load_tokenizer
     [
         # Digits are cut out one by one first, so the two spaces before them stay together.
         ("smollm", ["the", "Ġthe", "ĠĠ", "1", "2"]),
+        ("refact", ["the", "Ġthe", "ĠĠ", "1", "2"]),
         ("gpt-2", ["the", "Ġthe", "Ġ", "Ġ", "1", "2"]),
+        ("llama-bpe", ["the", "Ġthe", "Ġ", "Ġ", "1", "2"]),
+        ("qwen2", ["the", "Ġthe", "Ġ", "Ġ", "1", "2"]),
     ],
 )
 def test_gguf_text_is_cut_as_the_file_says(write_gguf, pre, pieces):
@@ -38,7 +41,7 @@ def test_gguf_begin_token_is_added_where_the_file_says(write_gguf, add_bos):
 
 
 def test_gguf_tokenizers_of_other_kinds_are_refused(write_gguf):
-    for pre in ("llama-bpe", "default"):  # llama.cpp's default is a rule of its own
+    for pre in ("tekken", "default"):  # llama.cpp's default is a rule of its own
         with pytest.raises(ValueError, match=f"says by '{pre}' how .*; supported are 'gpt-2', 'sm"):
             load_tokenizer(write_gguf(pre=pre))
     with pytest.raises(ValueError, match=r"tiny.gguf does not say \(tokenizer.ggml.pre\) how text"):
@@ -49,7 +52,9 @@ def test_gguf_tokenizers_of_other_kinds_are_refused(write_gguf):
         load_tokenizer(write_gguf(types=[3, 3]))
     with pytest.raises(ValueError, match="tiny.gguf has the pad_token 101, which is none of"):
         load_tokenizer(write_gguf(more={"tokenizer.ggml.padding_token_id": 101}))
-    with pytest.raises(ValueError, match="tokenizer model 'llama'; only byte-level BPE"):
+    with pytest.raises(ValueError, match="tokenizer model 'bert'; only byte-level BPE"):
+        load_tokenizer(write_gguf(model="bert"))
+    with pytest.raises(ValueError, match="gives 0 scores .* to 101 tokens"):
         load_tokenizer(write_gguf(model="llama"))
 
 

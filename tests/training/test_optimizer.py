@@ -31,6 +31,8 @@ DECODERS = {
         TINY, norm="layer", gated=False, activation="gelu", rotary_fraction=0.0, mlp_bias=True
     ),
     "qwen3": dataclasses.replace(TINY, qk_norm=True),
+    "olmo2": dataclasses.replace(TINY, norms="after", qk_norm=True, qk_norm_whole=True),
+    "gemma": dataclasses.replace(TINY, norm="rms_offset", norms="both", qk_norm=True),
 }
 
 

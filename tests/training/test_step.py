@@ -70,7 +70,7 @@ def whole_logits(params, batch, *, model):
     hidden, context = bound.backbone.stem(batch)
     states = list(bound.hidden_at_exits(hidden, context, model.exit_depths.tolist()))
     exits = [
-        base.logits(head.features(h, context)[0], table)
+        base.logits(head.features(h, context)[0], table, rule=model.config.logit_rule)
         for head, h, table in zip(bound.heads, states, bound.exit_tables(), strict=False)
     ]
     return exits, bound.backbone.readout(states[-1])
@@ -104,9 +104,12 @@ def reference_losses(model, params, batch, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("heads", ["mlp", "layer"])
+@pytest.mark.parametrize("heads", ["mlp", "layer", "mlp, capped"])
 def test_the_loss_is_the_weighted_sum_of_masked_means(heads, loss):
-    model, params = build(**HEADS[heads])
+    """Of logits as the network's rule makes them."""
+    heads, _, capped = heads.partition(", ")
+    rule = {"logit_divisor": 0.5, "logit_cap": 2.0} if capped else {}
+    model, params = build(dataclasses.replace(TINY, **rule), **HEADS[heads])
     state, frozen = parts(params, ADAM)
     batch = packed()
     new, metrics = step(state, frozen, batch, model=model, recipe=RECIPES[loss], optimizer=ADAM)

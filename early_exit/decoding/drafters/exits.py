@@ -46,7 +46,9 @@ class Exits(base.Drafter):
 
         def evaluate(state):
             features, _ = head.features(hidden_B1D, context, past, state.newest_B)
-            logits_BC = logits(features[:, 0], engine.tables[e])
+            logits_BC = logits(
+                features[:, 0], engine.tables[e], rule=engine.model.config.logit_rule
+            )
             has_rest = engine.bound.token_ids is not None
             summary, said = consult.hear(logits_BC, state.said, e, policy, has_rest=has_rest)
             leaving_B = wanted_B

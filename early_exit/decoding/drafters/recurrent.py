@@ -163,7 +163,8 @@ class Recurrent(base.Drafter):
                 for past, drafted in zip(kept["rows"].values(), chain.rows, strict=True)
             ]
             states, new = head.drafted(head.joined(chain.before_B1D, embedded), context, chains)
-            logits = networks.logits(head.features(states), engine.draft_table)
+            rule = engine.model.config.logit_rule
+            logits = networks.logits(head.features(states), engine.draft_table, rule=rule)
             token_B1, log_prob_B1 = engine.draw(state, logits, at_B1, True)
             summary = confidences.summarize(logits[:, 0], has_rest=has_rest)
             name = "max_prob" if fitted is None else fitted.confidence
