@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from early_exit.calibration import drift, rejection
+from early_exit.calibration import drift, promise, rejection
 from early_exit.data import text_files
 from early_exit.decoding import cache, drafters, measure
 from early_exit.decoding import mode as modes
@@ -89,6 +89,9 @@ def main(argv):
         _tell_costs(tuned, COSTS.value, settings)
         return
     rejection.least_probability(settings["policy"])  # not only when all is decoded
+    policy = settings["policy"]
+    if policy and (warning := promise.elsewhere(policy.provenance, mode.name, NEW.value)):
+        print(f"warning: {warning}", file=sys.stderr)
     if texts is None:
         text = text_files.unicode(PROMPT.value, "--prompt")
         if text == "-":

@@ -61,6 +61,17 @@ def test_what_greedy_decoding_says_is_what_it_would_choose(tiny, mode):
     assert other.chosen[:9].all() and not other.chosen[9]
 
 
+def test_thresholds_decay_over_what_an_answer_could_have_had(tiny):
+    """An answer that ended before its limit is judged as it was decoded."""
+    mixed = mixed_policy(*tiny, PROMPT, LOSSY)
+    policy = policies.make(mixed.thresholds, decay=8.0)
+    (answer,) = generate(*tiny, [PROMPT], policy=policy, max_new_tokens=24)
+    texts, exits = [(PROMPT, answer.tokens[:9])], answer.exits[:9].tolist()
+    (found,) = score(*tiny, texts, policy=policy, limits=[24])
+    (as_if_whole,) = score(*tiny, texts, policy=policy)
+    assert found.exits.tolist() == exits != as_if_whole.exits.tolist()
+
+
 @pytest.mark.parametrize("policy", [None, policies.forced(2, 0)], ids=["no policy", "verified"])
 def test_without_a_policy_or_verified_it_is_the_full_model(tiny, policy):
     mode = LOSSY if policy is None else verified("exits")
