@@ -11,10 +11,12 @@ first token of a given text, as of an answer, runs every block; where a task com
 --first_leaves lets it leave, too.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
 
+from early_exit.calibration import promise
 from early_exit.runs import assemble
 from early_exit.storage import files
 from launch import common, decoding_flags
@@ -58,6 +60,10 @@ def main(argv):
         exit_after=EXIT.value,
         mode=decoding_flags.mode(),
     )
+    policy, mode = how["policy"], how["mode"]
+    told = policy and mode and promise.elsewhere(policy.provenance, mode.name, NEW.value)
+    if told:
+        print(f"warning: {told}", file=sys.stderr)
     model = harness.RunLM(
         tuned,
         **{"first_leaves": FIRST.value} | how,

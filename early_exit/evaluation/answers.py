@@ -212,6 +212,11 @@ def _check(tuned: Tuned, mode: Mode, settings: CalibrateSettings, loss: answers.
             f"{mode.name} needs no promise: its answers are the full model's; name lossy or "
             "deferred"
         )
+    if mode.sampling.temperature:
+        raise ValueError(
+            "answers that are drawn differ from the full model's by chance; calibrate on greedy "
+            "ones, at temperature 0"
+        )
     if settings.method not in certify.METHODS:
         raise ValueError(
             f"{settings.method} promises nothing about new answers; choose one of "
