@@ -1,7 +1,7 @@
 """Runs tasks of lm-evaluation-harness on a run: their scores, and the depth and time they took.
 
     python -m launch.lm_eval --workdir=runs/a --tasks=arc_easy,hellaswag --limit=200 --full
-    python -m launch.lm_eval --workdir=runs/a --include=experiments/tasks \
+    python -m launch.lm_eval --workdir=runs/a --include=experiments/tasks \\
         --tasks=local_human_eval_solutions
     python -m launch.lm_eval --workdir=runs/a --tasks=gsm8k --mode=verified --drafters=lookup
 

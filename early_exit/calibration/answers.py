@@ -23,7 +23,7 @@ from early_exit.calibration.records import Records
 Loss = Callable[[Sequence[int], Sequence[int]], float]
 
 # Of the candidates, the first lets this share of positions leave.
-_FIRST_COVERAGE = 0.01
+_FIRST_COVERAGE = 0.001
 
 
 def changed(reference: Sequence[int], answer: Sequence[int]) -> float:

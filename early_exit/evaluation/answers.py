@@ -24,7 +24,7 @@ from early_exit.runs.assemble import Tuned
 from early_exit.settings.sections import CalibrateSettings
 
 # How many policies are there to be tried, and answers between two looks at a test.
-CANDIDATES, PORTION = 16, 32
+CANDIDATES, PORTION = 20, 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A run as lm-evaluation-harness sees it: any exit, policy and mode (extra `lm-eval`).
 
-    python -m early_exit.evaluation.harness run --model early_exit \
-        --model_args workdir=runs/a,mode=deferred --tasks arc_easy
+    python -m early_exit.evaluation.harness run --model early_exit --model_args workdir=runs/a …
 
 is `lm-eval` itself, which looks for no models but its own, with this one among them.
 
@@ -11,7 +10,7 @@ whole text is, and what it writes until it stops. The first two are `scoring.sco
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,17 +29,14 @@ from early_exit.decoding import mode as modes
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.generate import Decoder, Generation, stream
 from early_exit.decoding.mode import LOSSY, Mode
-from early_exit.decoding.sampling import GREEDY, Sampling
 from early_exit.evaluation import scoring
+from early_exit.evaluation.requests import Asked, grouped, task_of
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
 from early_exit.runs.assemble import Tuned
 
 # Steps of decoding between two looks for a stop string.
 PORTION = 8
-# What a task may ask of an answer; `until` says where it stops.
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SETTINGS = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p")
 
 
 @dataclasses.dataclass
@@ -91,6 +87,8 @@ class RunLM(LM):
         super().__init__()
         if tuned.model.config.classifies:
             raise ValueError(f"{tuned.workdir} holds a classifier, and tasks ask a language model")
+        if not str(batch_size).isdigit():
+            raise ValueError(f"batch_size is a number of texts, not {batch_size!r}")
         self.tuned, self.policy, self.mode = tuned, policy, mode
         self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
         self.first_leaves = first_leaves
@@ -157,9 +155,9 @@ class RunLM(LM):
         Raises:
           ValueError: a task that shows more than text, or settings that are not known here.
         """
-        asked = [_Answer.of(request, self.max_gen_toks) for request in requests]
+        asked = [Asked.of(request, self.max_gen_toks) for request in requests]
         written: dict[int, str] = {}
-        for (task, how), rows in _grouped(zip(map(_task, requests), asked, strict=True)):
+        for (task, how), rows in grouped(zip(map(task_of, requests), asked, strict=True)):
             prompts = {i: self._prompt(requests[i].args[0], how.new_tokens) for i in rows}
             # The longest first, so that what does not fit is known at once.
             rows = sorted(rows, key=lambda i: -len(prompts[i]))
@@ -212,7 +210,7 @@ class RunLM(LM):
 
     def _scored(self, requests, pairs: list[list[scoring.Pair]]) -> list[list[scoring.Scores]]:
         found: dict[int, list[scoring.Scores]] = {}
-        for task, rows in _grouped(map(_task, requests)):
+        for task, rows in grouped(map(task_of, requests)):
             began = perf_counter()
             texts = [pair for i in rows for pair in pairs[i]]
             flat = texts and scoring.score(
@@ -241,7 +239,7 @@ class RunLM(LM):
             )
         return (self._encode(text) or [self.prefix_id])[-room:]
 
-    def _write(self, task: str, prompts: list[list[int]], how: "_Answer", longest: int):
+    def _write(self, task: str, prompts: list[list[int]], how: Asked, longest: int):
         """The answers to at most a batch of prompts, each cut where it should stop."""
         mode = dataclasses.replace(self.mode or LOSSY, sampling=how.sampling)
         slots = caches.bucket(longest + how.new_tokens + mode.capacity - 1)
@@ -370,60 +368,8 @@ def how_of(
     return {"policy": assemble.load_policy(tuned, own), "mode": mode}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    """What a task asks of an answer."""
-
-    new_tokens: int
-    stops: tuple[str, ...]
-    sampling: Sampling
-
-    @classmethod
-    def of(cls, request: Any, new_tokens: int) -> "_Answer":
-        task = _task(request)
-        if len(request.args) > 2:
-            raise ValueError(f"{task} shows more than text, and this model reads text alone")
-        asked: Mapping[str, Any] = request.args[1]
-        if unknown := [name for name in asked if name not in SETTINGS]:
-            raise ValueError(
-                f"{task} asks for {', '.join(unknown)}; of the ways to write an answer, "
-                f"{', '.join(SETTINGS)} are known here"
-            )
-        until = asked.get("until") or ()
-        temperature = asked.get("temperature", 1.0 if asked.get("do_sample") else 0.0)
-        drawn = asked.get("do_sample", temperature > 0) and temperature > 0
-        lengths = [asked[name] for name in _LENGTHS if asked.get(name) is not None]
-        return cls(
-            new_tokens=int([*lengths, new_tokens][0]),
-            stops=(until,) if isinstance(until, str) else tuple(until),
-            sampling=Sampling(temperature, asked.get("top_k", 0), asked.get("top_p", 1.0))
-            if drawn
-            else GREEDY,
-        )
-
-    def stopped(self, text: str) -> bool:
-        return any(stop in text for stop in self.stops if stop)
-
-    def cut(self, text: str) -> str:
-        for stop in filter(None, self.stops):
-            text = text.partition(stop)[0]
-        return text
-
-
-def _task(request: Any) -> str:
-    return request.task_name or "no task"
-
-
 def _total(found: Sequence[scoring.Scores]) -> float:
     return float(sum(x.log_probs.sum(dtype=np.float64) for x in found))
-
-
-def _grouped(keys: Iterable[Any]) -> Iterator[tuple[Any, list[int]]]:
-    """(key, the places at which it stands), in the order of the first."""
-    places: dict[Any, list[int]] = {}
-    for i, key in enumerate(keys):
-        places.setdefault(key, []).append(i)
-    yield from places.items()
 
 
 if __name__ == "__main__":

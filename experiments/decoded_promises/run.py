@@ -1,6 +1,6 @@
 """Do promises about answers hold? Calibrated on a part of real answers, judged on the others.
 
-    python -m experiments.decoded_promises.run --workdir=runs/demo --records=runs/answers.npz \
+    python -m experiments.decoded_promises.run --workdir=runs/demo --records=runs/answers.npz \\
         --check
 
 The full model answers maths word problems and programming tasks, and so does each of a row of
@@ -36,7 +36,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a calibrated run.", re
 RECORDS = flags.DEFINE_string("records", None, "File for what was decoded; read if it is there.")
 PROMPTS = flags.DEFINE_integer("prompts", 320, "How many, of both kinds together.", lower_bound=8)
 NEW = flags.DEFINE_integer("new_tokens", 48, "Tokens of an answer at most.", lower_bound=2)
-CANDIDATES = flags.DEFINE_integer("candidates", 12, "Policies in the row.", lower_bound=2)
+CANDIDATES = flags.DEFINE_integer("candidates", 16, "Policies in the row.", lower_bound=2)
 BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
 ALPHAS = flags.DEFINE_list("alphas", ["0.05", "0.1", "0.2"], "Targets.")
 DELTA = flags.DEFINE_float("delta", 0.1, "Share of promises that may be broken.")
