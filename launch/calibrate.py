@@ -23,12 +23,11 @@ from absl import flags
 
 from early_exit.calibration import answers, certify, methods, risk
 from early_exit.data import text_files
-from early_exit.decoding import mode as modes
 from early_exit.evaluation import answers as of_answers
 from early_exit.evaluation import exits, run
 from early_exit.runs import assemble, layout
 from early_exit.runs.metrics import table
-from launch import common
+from launch import common, decoding_flags
 
 SETTINGS = (
     flags.DEFINE_enum("method", None, methods.NAMES, "What is asked for; see calibration.methods."),
@@ -51,11 +50,12 @@ SETTINGS = (
 
 
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts: promise something of answers.")
-MODE = flags.DEFINE_enum("mode", "lossy", list(modes.NAMES), "In which they are decoded.")
 LOSS = flags.DEFINE_enum("loss", "tokens", list(answers.LOSSES), "What one of them loses.")
 NEW = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an answer.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
 RAW = flags.DEFINE_bool("raw", False, "Continue prompts as they are, without the chat template.")
+
+flags.adopt_module_key_flags(decoding_flags)  # what --help lists
 
 
 def main(argv):
@@ -85,10 +85,11 @@ def main(argv):
 
 
 def _on_answers(tuned, texts, asked):
+    mode = decoding_flags.mode()
     policy = of_answers.calibrate(
         tuned,
         [tuned.encode(text) if RAW.value else tuned.chat(text) for text in texts],
-        modes.named(MODE.value),
+        mode,
         asked,
         loss=answers.LOSSES[LOSS.value],
         new_tokens=NEW.value,
@@ -100,7 +101,7 @@ def _on_answers(tuned, texts, asked):
         f"{stated['tested']} of {stated['candidates']} policies tested, "
         f"{stated['answers_decoded']} answers decoded"
     )
-    asked_for = f"mean loss {stated['risk_of']!r} of answers in {MODE.value} mode"
+    asked_for = f"mean loss {stated['risk_of']!r} of answers in {mode.name} mode"
     if stated["bound"] is None:
         print(f"{asked_for} ≤ {stated['alpha']:g} cannot be shown of any: nothing leaves early")
     else:
