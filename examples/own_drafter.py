@@ -22,16 +22,16 @@ class Phrase(base.Drafter):
     def __init__(self, phrase):
         self.phrase = tuple(phrase)
 
-    def propose(self, engine, state):
-        """Drafts behind the newest token of rows where nothing else waits."""
+    def propose(self, engine, state, proposed):
+        """Drafts behind the newest token of rows where nothing else waits, taken to be right."""
         count = min(engine.mode.pending, len(self.phrase)) - 1
         newest = jnp.take_along_axis(state.tokens_BS, state.newest_B[:, None], axis=1)
         rest = jnp.array(self.phrase[1 : 1 + count], jnp.int32)
         drafts = jnp.broadcast_to(rest[None], (len(newest), count))
         begun = base.free(state)[:, None] & (newest == self.phrase[0])
-        return base.drafted(
-            engine, state, drafts, begun & base.draftable(engine, state, drafts), self
-        )
+        begun &= base.worthwhile(state, engine.final + self.place)  # what it gained lately
+        likely = jnp.where(begun & base.draftable(engine, state, drafts), 1.0, 0.0)
+        return base.drafted(engine, state, proposed, self, drafts, likely)
 
 
 PHRASE = Phrase([5, 6, 7, 8])

@@ -3,24 +3,31 @@
     python -m launch.calibrate --workdir=runs/smollm2 --epsilon=0.95 --confidence=margin
     python -m launch.calibrate --workdir=runs/smollm2 --method=ltt --alpha=0.05 --delta=0.1
     python -m launch.calibrate --workdir=runs/smollm2 --method=search --budget=15
+    python -m launch.calibrate --workdir=runs/smollm2 --method=ucb --alpha=0.1 --mode=deferred \\
+        --prompts=prompts.jsonl --loss=tokens --max_new_tokens=64
 
 The first asks that of those who leave, 95 % agree with the full model on the records; the second
 promises, with a probability of 90 %, that at most 5 % of all positions of new texts will not; the
 third looks for the best that 15 blocks per position buy. What is not given is the config's. A
 promise is about positions of given text (or examples), not about what is decoded; before the model
-runs, it is said what the data can promise at best, and less is refused. Writes records.npz, for a
-recurrent exit chains.npz, and policy.json.
+runs, it is said what the data can promise at best, and less is refused. The fourth is of answers:
+to prompts like these, decoded in that mode, at most 10 % of the tokens will not be the full model's
+on average. Prompts stand in a file as for `launch.generate`. Writes records.npz, for a recurrent
+exit chains.npz, and policy.json.
 """
 
 import dataclasses
+from pathlib import Path
 
 from absl import flags
 
-from early_exit.calibration import certify, methods, risk
+from early_exit.calibration import answers, certify, methods, risk
+from early_exit.data import text_files
+from early_exit.evaluation import answers as of_answers
 from early_exit.evaluation import exits, run
 from early_exit.runs import assemble, layout
 from early_exit.runs.metrics import table
-from launch import common
+from launch import common, decoding_flags
 
 SETTINGS = (
     flags.DEFINE_enum("method", None, methods.NAMES, "What is asked for; see calibration.methods."),
@@ -42,13 +49,26 @@ SETTINGS = (
 )
 
 
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts: promise something of answers.")
+LOSS = flags.DEFINE_enum("loss", "tokens", list(answers.LOSSES), "What one of them loses.")
+NEW = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an answer.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
+RAW = flags.DEFINE_bool("raw", False, "Continue prompts as they are, without the chat template.")
+
+flags.adopt_module_key_flags(decoding_flags)  # what --help lists
+
+
 def main(argv):
     common.no_arguments(argv)
     common.own(common.workdir())
     common.tell_devices()
+    texts = text_files.listed(Path(PROMPTS.value), "prompt") if PROMPTS.value else None
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     given = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
     asked = dataclasses.replace(tuned.config.calibrate, **given)
+    if texts is not None:
+        _on_answers(tuned, texts, asked)
+        return
     policy, records = run.calibrate(tuned, asked, tell=print)
     stated = policy.provenance
     rows = [
@@ -61,6 +81,35 @@ def main(argv):
     if rows:
         print(table(rows, header=header))
     print("\n".join(told(stated)))
+    print(f"policy in {common.workdir() / layout.POLICY}")
+
+
+def _on_answers(tuned, texts, asked):
+    mode = decoding_flags.mode()
+    policy = of_answers.calibrate(
+        tuned,
+        [tuned.encode(text) if RAW.value else tuned.chat(text) for text in texts],
+        mode,
+        asked,
+        loss=answers.LOSSES[LOSS.value],
+        new_tokens=NEW.value,
+        batch=BATCH.value,
+        tell=print,
+    )
+    stated = policy.provenance
+    print(
+        f"{stated['tested']} of {stated['candidates']} policies tested, "
+        f"{stated['answers_decoded']} answers decoded"
+    )
+    asked_for = f"mean loss {stated['risk_of']!r} of answers in {mode.name} mode"
+    if stated["bound"] is None:
+        print(f"{asked_for} ≤ {stated['alpha']:g} cannot be shown of any: nothing leaves early")
+    else:
+        print(
+            f"{asked_for} ≤ {stated['alpha']:g} with probability {1 - stated['delta']:g}: found "
+            f"{stated['risk']:.4f} on {stated['risk_on']} answers, at most {stated['bound']:.4f}; "
+            f"{stated['coverage']:.1%} of the calibration texts' positions leave early"
+        )
     print(f"policy in {common.workdir() / layout.POLICY}")
 
 

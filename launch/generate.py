@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from early_exit.calibration import drift, rejection
+from early_exit.calibration import drift, promise, rejection
 from early_exit.data import text_files
 from early_exit.decoding import drafters, measure
 from early_exit.decoding import mode as modes
@@ -86,6 +86,8 @@ def main(argv):
         _tell_costs(model, COSTS.value, mode)
         return
     rejection.least_probability(policy)  # not only when all is decoded
+    if policy and (warning := promise.elsewhere(policy.provenance, mode.name, NEW.value)):
+        print(f"warning: {warning}", file=sys.stderr)
     if texts is None:
         text = text_files.unicode(PROMPT.value, "--prompt")
         if text == "-":

@@ -54,15 +54,26 @@ def betting(losses: np.ndarray, alpha: float, delta: float = 0.1) -> float:
     as shares of a text's tokens do. The order matters, and units may come sorted by what they are,
     so they are mixed, always in the same way.
     """
-    count = len(losses)
-    losses = losses[np.random.default_rng(0).permutation(count)]
-    index = np.arange(1, count + 1)
+    mixed = losses[np.random.default_rng(0).permutation(len(losses))]
+    return float(np.exp(-max(0.0, winnings(mixed, alpha, delta, len(losses)).max())))
+
+
+def winnings(losses: np.ndarray, alpha: float, delta: float, total: int) -> np.ndarray:
+    """The logarithm of what the bets of `betting` have won after each loss, float64 [n].
+
+    It may be looked at after every loss: with a mean above α, that it is ever as much as log 1/δ
+    has a probability of at most δ (Ville's inequality).
+
+    Args:
+      losses: the first n, in an order that does not depend on what they are.
+      total: how many there will be.
+    """
+    index = np.arange(1, len(losses) + 1)
     means = (0.5 + np.cumsum(losses)) / (1 + index)
     variances = (0.25 + np.cumsum((losses - means) ** 2)) / (1 + index)
     before = np.append(0.25, variances[:-1])
-    bets = np.minimum(1, np.sqrt(2 * np.log(1 / delta) / (count * before)))
-    won = np.cumsum(np.log1p(-bets * (losses - alpha)))
-    return float(np.exp(-max(0.0, won.max())))
+    bets = np.minimum(1, np.sqrt(2 * np.log(1 / delta) / (total * before)))
+    return np.cumsum(np.log1p(-bets * (losses - alpha)))
 
 
 def upper(p_value: Callable[[float], float], delta: float) -> float:

@@ -6,6 +6,7 @@ risk they can show, were none of them ever to lose anything.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,7 @@ def check(found: list[Reach], settings: CalibrateSettings) -> None:
         if one.asked < one.least and not settings.allow_never:
             raise ValueError(
                 f"{one.name}={one.asked:g} cannot be promised: {one}. Ask for that, calibrate on "
-                "more (data, calibrate.batches), or take a policy that never leaves, with "
-                "allow_never"
+                f"more {one.kind}, or take a policy that never leaves, with allow_never"
             )
 
 
@@ -98,3 +98,37 @@ def stated(settings: CalibrateSettings, *, classifies: bool, kind: str) -> dict[
         "units": kind,
         "mode": "teacher forcing: every block is run for the text before a position",
     }
+
+
+def of_answers(prompts: int, settings: CalibrateSettings) -> Reach:
+    """What so many prompts can show at best of the mean loss of answers."""
+    least = bounds.least(certify.METHODS[settings.method], prompts, settings.delta)
+    return Reach("alpha", settings.alpha, least, prompts, "prompts", settings.delta)
+
+
+def about_answers(mode: str, new_tokens: int) -> dict[str, Any]:
+    """What a promise about decoded answers is about, for the policy's file."""
+    return {
+        "subject": "answers decoded to prompts like those of the calibration",
+        "units": "prompts",
+        "mode": mode,
+        "new_tokens": new_tokens,
+    }
+
+
+def elsewhere(provenance: Mapping[str, Any], mode: str, new_tokens: int) -> str | None:
+    """A sentence where a policy promises something of answers, but not of answers such as these.
+
+    Args:
+      provenance: the policy's.
+      mode, new_tokens: in which answers are decoded, and how long they may become.
+    """
+    stated = provenance.get("promise") or {}
+    if "new_tokens" not in stated or mode.startswith("verified"):
+        return None  # it is about given text, or there is nothing that may be lost
+    if mode == stated["mode"] and new_tokens <= stated["new_tokens"]:
+        return None
+    return (
+        f"the policy's promise is about answers of at most {stated['new_tokens']} tokens in "
+        f"{stated['mode']} mode; it says nothing of {mode} mode with up to {new_tokens}"
+    )

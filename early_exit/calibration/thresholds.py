@@ -8,6 +8,8 @@ The one idea: the accuracy is a common scale for all heads. A *level* on it give
 threshold, so policies of several exits form one path, from never leaving to always leaving.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from early_exit import policy as policies
@@ -87,17 +89,35 @@ def fit(records: Records, confidence: str, epsilon: float) -> policies.ExitPolic
     Raises:
       ValueError: unknown confidence or ε outside (0, 1].
     """
-    scores, agrees = records.score(confidence)[:-1], records.agrees
     _check_epsilon(epsilon)
-
-    def reaches(row):
-        exits = policies.first_exit(scores, row)
-        leavers = np.flatnonzero(exits < len(scores))
-        agreeing = np.count_nonzero(agrees[exits[leavers], leavers])
-        return not leavers.size or agreeing / leavers.size >= epsilon
-
     levels = LEVELS[epsilon <= LEVELS]
     rows = zip(levels.tolist(), path(records, confidence, levels), strict=True)
-    level, row = next(pair for pair in rows if reaches(pair[1]))  # at the level 1, all agree
+    reached = ((*pair, _agreement(records, confidence, pair[1])) for pair in rows)
+    # At the level 1, all agree.
+    level, row = next((level, row) for level, row, share in reached if share >= epsilon)
     policy = policies.make(row, confidence, method="epsilon", epsilon=epsilon, level=level)
     return risk.with_evidence(policy, records)
+
+
+def ladder(records: Records, confidence: str, epsilons: Sequence[float]) -> np.ndarray:
+    """The thresholds of `fit` for each ε, float32 [K, E], at the price of a few.
+
+    Raises:
+      ValueError: unknown confidence or an ε outside (0, 1].
+    """
+    for epsilon in epsilons:
+        _check_epsilon(epsilon)
+    levels = LEVELS[min(epsilons) <= LEVELS]
+    rows = path(records, confidence, levels)
+    reached = np.array([_agreement(records, confidence, row) for row in rows])
+    first = [np.flatnonzero((epsilon <= levels) & (epsilon <= reached))[0] for epsilon in epsilons]
+    return rows[first]
+
+
+def _agreement(records: Records, confidence: str, row: np.ndarray) -> float:
+    """The share that agrees of those who leave by some thresholds; 1 where nobody does."""
+    scores, agrees = records.score(confidence)[:-1], records.agrees
+    exits = policies.first_exit(scores, row)
+    leavers = np.flatnonzero(exits < len(scores))
+    agreeing = np.count_nonzero(agrees[exits[leavers], leavers])
+    return agreeing / leavers.size if leavers.size else 1.0

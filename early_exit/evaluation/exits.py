@@ -47,6 +47,7 @@ def said_of(
     labels_N: jax.Array,
     rule: base.LogitRule,
     soften: bool = False,
+    temperature: jax.Array | None = None,
 ) -> tuple[confidences.Summary, jax.Array, dict[str, jax.Array]]:
     """What a head says at every position: (summary, loss, `confidence.soften` if asked for).
 
@@ -59,6 +60,7 @@ def said_of(
       token_ids: what its rows stand for, if it is reduced.
       labels_N: int32, tokens of which the loss is.
       rule: the network's, for logits.
+      temperature: of the summary, a scalar; the loss is at temperature 1.
     """
     reduced, classes = token_ids is not None, labels_N
     if reduced:  # where the label is none of them, "none of these"
@@ -69,7 +71,8 @@ def said_of(
     def one(position):
         feature, label_class = position
         values = base.logits(feature, table, rule=rule)
-        summary = confidences.summarize(values, has_rest=reduced)
+        tempered = values if temperature is None else values / temperature
+        summary = confidences.summarize(tempered, has_rest=reduced)
         softer = confidences.soften(values, has_rest=reduced) if soften else {}
         return summary, jax.nn.logsumexp(values) - values[label_class], softer
 

@@ -14,7 +14,7 @@ from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, served, verified
 from early_exit.decoding.state import check_prompts
-from early_exit.evaluation import drafts, exits, run, tradeoff
+from early_exit.evaluation import drafts, exits, explore, run, tradeoff
 from early_exit.evaluation.tradeoff import Case
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
@@ -54,6 +54,10 @@ def _measured(tuned: Tuned) -> dict:
     check_prompts(model, prompts, settings.new_tokens)
     shown, left_out = _shown(tuned, prompts)
     check_prompts(model, [ids for _, ids in shown], settings.sample_tokens)
+    policy = found.get(chosen)
+    if policy is not None and policy.temperatures is not None:
+        records = run.records_of(tuned, soften=True)
+    looked_into = policy and explore.explorer(tuned, records, policy, shown)
     cases = cases_of(found, model)
     rows = tradeoff.compare(
         model,
@@ -63,7 +67,8 @@ def _measured(tuned: Tuned) -> dict:
         new_tokens=settings.new_tokens,
         rounds=settings.rounds,
     )
-    policy = found.get(chosen)
+    if looked_into:
+        looked_into["speed"] = explore.speed_line(rows, looked_into["costs"])
     return {
         "model": _described(tuned),
         "exits": exits.summary(records),
@@ -83,6 +88,7 @@ def _measured(tuned: Tuned) -> dict:
         },
         "text": f"{tuned.config.data.source} (test split)",
         "samples": [_sample(tuned, prompt, chosen, policy) for prompt in shown] if policy else [],
+        "explorer": looked_into,
         "left_out": left_out,
         "machine": run.machine(),
     }

@@ -19,7 +19,7 @@ from early_exit import policy as policies
 from early_exit.calibration import methods
 from early_exit.decoding.mode import LOSSY
 from early_exit.exits import artefact
-from early_exit.report import plots, tokens
+from early_exit.report import explorer, plots, tokens
 from early_exit.runs.metrics import read_metrics
 from early_exit.storage import files
 
@@ -205,6 +205,7 @@ def _decoding(evaluation: dict[str, Any], depths: list[int]) -> dict[str, Any]:
             Markup(tokens.html_spans(sample["pieces"], sample["depths"], depths))
             for sample in evaluation["samples"]
         ],
+        "explorer": evaluation["explorer"] and explorer.shown(evaluation["explorer"], of["chosen"]),
     }
 
 

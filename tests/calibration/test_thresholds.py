@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import synthetic
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -221,3 +222,17 @@ def test_a_path_has_every_heads_threshold_at_every_level():
 def test_unknown_confidence():
     with pytest.raises(ValueError, match="unknown confidence 'entropy'; the records have max_prob"):
         thresholds.fit(records(), "entropy", 0.9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_ladder_is_the_fit_of_each_epsilon(seed):
+    records = synthetic.records(300, seed=seed)
+    epsilons = [0.4, 0.75, 0.8, 0.95, 1.0]
+    rows = thresholds.ladder(records, "max_prob", epsilons)
+    assert rows.dtype == np.float32
+    for epsilon, row in zip(epsilons, rows, strict=True):
+        fitted = thresholds.fit(records, "max_prob", epsilon)
+        assert row.tolist() == np.asarray(fitted.thresholds).tolist()
+    assert len(np.unique(rows, axis=0)) > 3
+    with pytest.raises(ValueError, match="epsilon is an accuracy in"):
+        thresholds.ladder(records, "max_prob", [0.5, 1.5])

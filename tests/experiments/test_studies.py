@@ -32,6 +32,7 @@ STUDIES = {
     "calibration.budgets": "--records={records} --plot={out}/budgets.svg",
     "calibration.rejection": "--records={records} --plot={out}/rejection.svg",
     "calibration.temperatures": "--records={records}",
+    "decoded_promises.run": "--workdir={run} --records={out}/answers.npz",
     "tuning_step.run": "",
     "joint_tuning.run": "",
     "exit_quality.run": "--runs={out}/quality --made={made}",

@@ -408,3 +408,39 @@ def test_sweep_skips_what_is_finished_and_names_what_failed(run, launch, tmp_pat
     logged = [x for x in read_metrics(new) if "validation/exit/exit_3" in x][-1]
     assert logged["step"] == 12 and logged["validation/loss/exit_3"] == rows[4]["loss"]
     assert f"{rows[4]['loss']:.3f}" in done.stdout
+
+
+def test_a_promise_about_answers_is_kept_in_its_mode_alone(run, launch, tmp_path):
+    folder, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    shutil.copytree(run.folder, folder)
+    prompts.write_text("".join(f"Question {i}?\n" for i in [*range(24), 3, 3]))
+    flags = [f"--workdir={folder}", f"--prompts={prompts}", "--mode=deferred", "--method=ucb"]
+    flags += ["--loss=changed", "--max_new_tokens=5"]
+    said = refused(launch("calibrate", *flags, "--alpha=0.01"))
+    assert "alpha=0.01 cannot be promised: 24 independent prompts to test on" in said
+    printed = succeeded(launch("calibrate", *flags, "--alpha=0.8"))
+    assert "24 independent prompts to test on: alpha ≥" in printed
+    assert re.search(r"\d+ of \d+ policies tested, 24 answers decoded", printed)
+    assert "mean loss 'changed' of answers in deferred mode" in printed
+    stated = json.loads((folder / "policy.json").read_text())["provenance"]
+    assert stated["promise"]["mode"] == "deferred" and stated["units"] == 24
+    asked = [f"--workdir={folder}", "--prompt=Hello", "--max_new_tokens=5"]
+    warning = "the policy's promise is about answers of at most 5 tokens in deferred mode"
+    assert warning in launch("generate", *asked, "--mode=lossy").stderr
+    for mode in ("deferred", "verified"):
+        assert "promise" not in launch("generate", *asked, f"--mode={mode}").stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--method=epsilon"], "epsilon promises nothing about new answers; choose one of"),
+        (["--method=ucb", "--mode=verified"], "needs no promise: its answers are the full model"),
+        (["--method=clopper_pearson"], "counts answers that have changed; give the loss changed"),
+    ],
+)
+def test_what_promises_nothing_of_answers_is_refused(run, launch, tmp_path, flags, said):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("One?\nTwo?\n")
+    where = [f"--workdir={run.folder}", f"--prompts={prompts}"]
+    assert said in refused(launch("calibrate", *where, *flags))

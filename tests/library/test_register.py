@@ -111,10 +111,10 @@ class Constant(base.Drafter):
     def __init__(self, token):
         self.token = token
 
-    def propose(self, engine, state):
+    def propose(self, engine, state, proposed):
         drafts = jnp.full((len(state.newest_B), engine.mode.pending - 1), self.token)
         usable = base.free(state)[:, None] & base.draftable(engine, state, drafts)
-        return base.drafted(engine, state, drafts, usable, self)
+        return base.drafted(engine, state, proposed, self, drafts, usable.astype(jnp.float32))
 
 
 def test_a_drafter_is_asked_by_name_and_changes_no_answer(tuned):

@@ -87,6 +87,36 @@ def evaluation():
                 "depths": [6, 18, 30],
             }
         ],
+        "explorer": {
+            "confidence": "max_prob",
+            "depths": [6, 18, 30],
+            "costs": [0.25, 0.65, 1.0],
+            "epsilons": [0.5, 0.75, 1.0],
+            "thresholds": [[0.2, 0.1], [0.6, 0.5], ["never", 0.9]],
+            "policy": ["never", 0.875],
+            "speed": {"fixed": 0.1, "slope": 0.9, "points": 2},
+            "words": {"1": "one", "2": " two", "3": "\n", "4": ""},
+            "answers": [
+                {
+                    "prompt": "say ",
+                    "pieces": ["one", " two", "\n", " two", "one"],
+                    "said": [[1, 1, 3, 4, 1], [1, 2, 3, 1, 1], [1, 2, 3, 2, 1]],
+                    "scores": [
+                        [0.99, 0.3, 0.7, None, 0.6],
+                        [0.99, 0.875, 0.2, 0.5, 0.95],
+                        [0.9, 0.8, 0.7, 0.6, 0.5],
+                    ],
+                    "exits": [2, 1, 2, 2, 1],
+                },
+                {
+                    "prompt": "again ",
+                    "pieces": ["one", " two"],
+                    "said": [[1, 1], [1, 2], [1, 2]],
+                    "scores": [[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]],
+                    "exits": [2, 2],
+                },
+            ],
+        },
         "left_out": None,
         "machine": {"device": "cpu", "cores": 2, "jax": "0.10.2"},
     }

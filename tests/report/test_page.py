@@ -13,7 +13,7 @@ from early_exit.report import page
 class Page(html.parser.HTMLParser):
     """What a page shows and what it would load."""
 
-    VOID = {"meta", "br", "img", "link"}
+    VOID = {"meta", "br", "img", "link", "input"}
 
     def __init__(self, path):
         super().__init__()
@@ -60,7 +60,8 @@ def test_a_page_needs_nothing_beside_itself(write_run):
     assert path == workdir / "report.html"
     shown = Page(path)
     assert all(address.startswith("#") for address in shown.addresses)
-    assert not {"script", "link", "img", "iframe"} & set(shown.tags)
+    assert not {"link", "img", "iframe"} & set(shown.tags)
+    assert shown.tags.count("script") == 2  # what the explorer has, and does
     assert not re.search(r"@import|url\((?!#)", path.read_text(encoding="utf-8"))
     assert shown.tags.count("svg") == 3
 
@@ -100,6 +101,8 @@ def test_text_of_model_and_settings_cannot_become_markup(write_run):
 
     def change(evaluation):
         evaluation["samples"][0] |= {"prompt": attack, "pieces": [attack, "<", "script>"]}
+        evaluation["explorer"]["confidence"] = evaluation["explorer"]["words"]["1"] = attack
+        evaluation["explorer"]["answers"][1] |= {"prompt": attack, "pieces": [attack, "<!--"]}
         evaluation["model"]["source"] = evaluation["text"] = evaluation["left_out"] = attack
         evaluation["policy"]["provenance"]["method"] = attack
 
@@ -107,7 +110,7 @@ def test_text_of_model_and_settings_cannot_become_markup(write_run):
     save_rest(workdir)
     (workdir / "config.json").write_text(json.dumps({"data": {"source": attack}, attack: 1}))
     shown = Page(page.write(workdir))
-    assert not {"script", "img"} & set(shown.tags)
+    assert "img" not in shown.tags and shown.tags.count("script") == 2
     assert shown.text.count("alert('x')") >= 6  # shown, at all those places, as text
 
 
@@ -192,7 +195,7 @@ def test_what_was_left_out_is_said(write_run):
 def test_without_policies_measured_nothing_is_claimed(write_run):
     def change(evaluation):
         evaluation["decoding"] |= {"chosen": None, "rows": evaluation["decoding"]["rows"][:1]}
-        evaluation |= {"policy": None, "samples": []}
+        evaluation |= {"policy": None, "samples": [], "explorer": None}
 
     shown = Page(page.write(write_run(change))).text
     assert "nothing can be said yet" in shown and "as fast" not in shown
@@ -215,13 +218,20 @@ def test_a_damaged_evaluation_is_an_error(tmp_path):
         page.write(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model", "decoding", "samples", "machine", "policy"])
+@pytest.mark.parametrize("name", ["model", "decoding", "samples", "explorer", "machine", "policy"])
 def test_an_evaluation_without_a_part_names_it_and_leaves_the_old_page(write_run, name):
     (write_run() / "report.html").write_text("old")
     workdir = write_run(lambda evaluation: evaluation.pop(name))
     with pytest.raises(ValueError, match=f"lacks what the report needs.*{name}"):
         page.write(workdir)
     assert (workdir / "report.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("part", ["said", "scores"])
+def test_rows_of_another_length_are_no_answer(write_run, part):
+    workdir = write_run(lambda e: e["explorer"]["answers"][0][part][1].pop())
+    with pytest.raises(ValueError, match=f"{part} of an answer are not 3 rows of 5 tokens"):
+        page.write(workdir)
 
 
 @pytest.mark.parametrize("decoding", [[], {"rows": []}, {"rows": [None], "chosen": None}, None])

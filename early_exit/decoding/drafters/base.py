@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from early_exit.decoding.widths import pad
+
 if TYPE_CHECKING:
     from early_exit.decoding.engine import Engine
     from early_exit.decoding.mode import Mode
@@ -170,32 +172,33 @@ def drafted(
     state: "DecodeState",
     proposed: Proposed,
     drafter: Drafter,
-    drafts_BK: jax.Array,
-    reach_BK: jax.Array,
-    log_probs_BK: jax.Array | None = None,
+    drafts_BT: jax.Array,
+    reach_BT: jax.Array,
+    log_probs_BT: jax.Array | None = None,
 ) -> tuple["DecodeState", Proposed]:
     """The state with drafts behind the newest token of rows that are `free`; all that is proposed.
 
     Args:
-      drafts_BK: int32, as many as may be handed on at most.
-      reach_BK: float32, how likely each stands, with all before it; 0 from the first on that is
+      drafts_BT: int32, T below `Mode.pending`.
+      reach_BT: float32, how likely each stands, with all before it; 0 from the first on that is
         none, or is beyond `draftable`.
-      log_probs_BK: float32, of drafts that may stand unchecked.
+      log_probs_BT: float32, of drafts that may stand unchecked.
     """
-    usable_BK = reach_BK > 0
-    rows = jnp.arange(len(drafts_BK))[:, None]
-    positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BK.shape[1])[None]
-    at = jnp.where(usable_BK, positions, state.tokens_BS.shape[1])
+    usable_BT = reach_BT > 0
+    rows = jnp.arange(len(drafts_BT))[:, None]
+    positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BT.shape[1])[None]
+    at = jnp.where(usable_BT, positions, state.tokens_BS.shape[1])
     mark = engine.final + drafter.place
-    if log_probs_BK is not None:
-        log_probs = state.log_prob_BS.at[rows, at].set(log_probs_BK, mode="drop")
+    if log_probs_BT is not None:
+        log_probs = state.log_prob_BS.at[rows, at].set(log_probs_BT, mode="drop")
         state = state.change(log_prob_BS=log_probs)
     state = state.change(
-        tokens_BS=state.tokens_BS.at[rows, at].set(drafts_BK, mode="drop"),
+        tokens_BS=state.tokens_BS.at[rows, at].set(drafts_BT, mode="drop"),
         exit_BS=state.exit_BS.at[rows, at].set(mark, mode="drop"),
-        newest_B=state.newest_B + usable_BK.sum(axis=1),
+        newest_B=state.newest_B + usable_BT.sum(axis=1),
     )
-    return state, proposed._replace(reach_BK=jnp.maximum(proposed.reach_BK, reach_BK))
+    reach_BK = jnp.maximum(proposed.reach_BK, pad(reach_BT, proposed.reach_BK.shape[1]))
+    return state, proposed._replace(reach_BK=reach_BK)
 
 
 def handed_on(engine: "Engine", state: "DecodeState", proposed: Proposed) -> "DecodeState":
