@@ -285,6 +285,17 @@ def test_reduced_heads_predict_the_tokens_that_they_are_given(bare):
     assert set(records.predictions[0]) <= set(ids.tolist())
 
 
+def test_a_recurrent_exit_is_calibrated_on_data(bare):
+    """Its chains are no part of the records."""
+    texts = [f"Words {n}: {' '.join(map(str, range(n, n + 12)))}" for n in range(12)]
+    exits = ee.ExitConfig((2,), head="norm", recurrent_taps=(2, 6))
+    tuned = ee.tune(ee.attach(bare, exits), texts, steps=2, **SMALL, progress=False)
+    calibrated = ee.calibrate(tuned, texts, epsilon=0.3, **SMALL)
+    assert calibrated.policy.drafts is not None and "chains" in calibrated.policy.provenance
+    with pytest.raises(ValueError, match="calibrated on data, not on records; give the data"):
+        ee.calibrate(tuned, ee.record(tuned, texts, **SMALL), epsilon=0.3)
+
+
 def test_it_says_in_a_line_what_it_is(bare, leaving, chat):
     assert repr(bare) == f"Model({chat!r}, 6 blocks, no exits, no policy)"
     assert "norm exits after (2, 4), leaves by max_prob" in repr(leaving)
