@@ -21,6 +21,7 @@ from early_exit import confidence
 from early_exit.backbones import base
 from early_exit.exits import heads, init
 from early_exit.exits.recurrent import Recurrent
+from early_exit.streams import stream
 
 Params = base.Params
 # The recurrent exit among the parameters of the exits, which are else named by their blocks.
@@ -91,6 +92,12 @@ class MultiExit:
             )
             for name in self.head_names
         }
+
+    def first_exits(
+        self, seed: int, backbone: Params, source: str, token_ids: jax.Array | None
+    ) -> Params:
+        """What `init_exits` gives by the seed of a run."""
+        return self.init_exits(stream(seed, "heads"), backbone, source, token_ids)
 
     def init_exits(
         self, key: jax.Array, backbone: Params, source: str, token_ids: jax.Array | None

@@ -29,7 +29,6 @@ from early_exit.pretrained.load import Pretrained
 from early_exit.runs import assemble, checkpoint, layout
 from early_exit.settings.read import changed, read
 from early_exit.settings.sections import DataSettings, Settings, TuneSettings
-from early_exit.streams import stream
 
 # Of a network that was not tuned.
 _NO_DATA = {"source": f"{GIVEN}nothing"}
@@ -243,7 +242,7 @@ def attach(
             f"token_ids=frequent_tokens(model, texts, {exits.classes})"
         )
     ids = None if token_ids is None else jnp.asarray(token_ids, jnp.int32)
-    heads = static.init_exits(stream(seed, "heads"), model.backbone.params, init, ids)
+    heads = static.first_exits(seed, model.backbone.params, init, ids)
     heads, ids = jax.device_put((heads, ids), jax.local_devices()[0])
     named = {f"exits.{name}": value for name, value in dataclasses.asdict(exits).items()}
     fresh = dataclasses.replace(model.settings, tune=TuneSettings())  # its weights were of others

@@ -4,13 +4,13 @@ The one idea: the page carries scores, not pictures. Its script compares them wi
 as `policy.first_exit` does, so what moves with a slider is what calibration would find.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from early_exit.report import tokens
+from early_exit.storage import files
 
 
 def shown(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def shown(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 def script_json(value: Any) -> Markup:
     """JSON that may stand in a `<script>`: nothing in it can end that, or begin a comment."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    text = files.json_text(value, separators=(",", ":"))
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return Markup(text)

@@ -30,7 +30,6 @@ from early_exit.runs import assemble, checkpoint, layout, lock
 from early_exit.runs.layout import CHECKPOINTS
 from early_exit.runs.metrics import progress
 from early_exit.settings.sections import Settings
-from early_exit.streams import stream
 from early_exit.training import keeping, pace, plan, preemption
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
@@ -268,8 +267,8 @@ class Run:
         if self.model.config.scan:
             read = {point - 1 for point in (*self.model.exits.points, self.model.config.depth)}
             backbone = base.unstack_blocks(backbone, read)
-        return self.model.init_exits(
-            stream(self.config.seed, "heads"),
+        return self.model.first_exits(
+            self.config.seed,
             backbone,
             self.config.exits.init,
             self.frozen.get("token_ids"),

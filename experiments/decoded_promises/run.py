@@ -113,7 +113,7 @@ def _recorded(alphas: list[float]) -> dict[str, np.ndarray]:
     found["foreseen"] = np.mean(foreseen)
     if path:
         with files.replacing(path) as partial, partial.open("wb") as file:
-            np.savez(file, asked_for=json.dumps(asked_for), **found)
+            np.savez(file, asked_for=files.json_text(asked_for), **found)
     return found
 
 
