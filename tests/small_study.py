@@ -12,7 +12,7 @@ import sys
 
 import stand_ins
 
-from configs import fashion_mnist_resnet, news_minilm, smollm2_135m
+from configs import fashion_mnist_resnet, news_minilm, smollm2_135m, smollm2_recurrent
 from early_exit.settings.overrides import override
 from experiments import bars
 
@@ -27,10 +27,15 @@ POINTS = "points=2:4:7,classes=128"
 def shrink(study: str, decoder: str) -> None:
     """Puts small networks, and runs of two steps, where the configs have large ones."""
     of_decoder, of_images = smollm2_135m.get_config, fashion_mnist_resnet.get_config
+    of_chains = smollm2_recurrent.get_config
     smollm2_135m.SOURCE = decoder
     smollm2_135m.get_config = lambda arg=None: override(
         of_decoder(",".join(filter(None, (arg, POINTS)))),
         {"data.sequence_length": 32, "data.batch_size": 2, "data.frequency_batches": 2},
+    )
+    smollm2_recurrent.get_config = lambda arg=None: override(
+        of_chains(",".join(filter(None, (arg, "taps=2:4:7")))),
+        {"data.sequence_length": 32, "data.batch_size": 2},
     )
     fashion_mnist_resnet.get_config = lambda arg: override(
         of_images(arg),
