@@ -1,11 +1,27 @@
-"""Small functions of packed batches: what to predict, and which tokens are frequent."""
+"""Small functions of packed batches: made by hand, what to predict, which tokens are frequent."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 Batch = dict[str, Any]
+
+
+def one_a_row(texts: Sequence[Sequence[int]], length: int, rows: int | None = None) -> Batch:
+    """Texts as a batch, each alone in a row: `tokens`, `documents`, `positions`, int32 [B, length].
+
+    Args:
+      texts: token ids, at most `length` of each.
+      rows: of the batch, those behind the texts being padding; as many as texts by default.
+    """
+    tokens = np.zeros((len(texts) if rows is None else rows, length), np.int32)
+    documents = np.zeros_like(tokens)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+        documents[row, : len(text)] = 1
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy()
+    return {"tokens": tokens, "documents": documents, "positions": positions}
 
 
 def next_token_targets(batch: Batch) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from early_exit import confidence as confidences
 from early_exit.calibration import temperature, thresholds
 from early_exit.calibration.records import Records
+from early_exit.data import transforms
 from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY
@@ -103,7 +104,8 @@ def _answer(tuned: Tuned, policy: ExitPolicy, text: str, prompt: Sequence[int]) 
         stop_ids=tuned.stop_ids,
     )
     new = len(answer.tokens)
-    batch = _packed([*prompt, *answer.tokens])
+    text_ids = [*prompt, *answer.tokens.tolist()]
+    batch = transforms.one_a_row([text_ids], len(text_ids) + -len(text_ids) % FILL)
     soften = policy.temperatures is not None
     of_text = exits.record(tuned.model, tuned.params, [batch], soften=soften)
     # A position for each token but the last: the one just before it.
@@ -117,19 +119,6 @@ def _answer(tuned: Tuned, policy: ExitPolicy, text: str, prompt: Sequence[int]) 
         "said": found.predictions.tolist(),
         "scores": _numbers_of(scores),
         "exits": [len(found.exit_depths) - 1, *left.tolist()],
-    }
-
-
-def _packed(tokens: Sequence[int]) -> dict[str, np.ndarray]:
-    """One text as a batch for `exits.record`."""
-    row = np.zeros((1, len(tokens) + -len(tokens) % FILL), np.int32)
-    row[0, : len(tokens)] = tokens
-    documents = np.zeros_like(row)
-    documents[0, : len(tokens)] = 1
-    return {
-        "tokens": row,
-        "documents": documents,
-        "positions": np.arange(row.shape[1], dtype=np.int32)[None],
     }
 
 

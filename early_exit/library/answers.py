@@ -12,7 +12,7 @@ import numpy as np
 
 from early_exit.classifying.classify import Classified
 from early_exit.data import feed as feeds
-from early_exit.data import tokenising
+from early_exit.data import tokenising, transforms
 from early_exit.decoding import cache, measure
 from early_exit.decoding import generate as decoding
 from early_exit.decoding import mode as modes
@@ -268,13 +268,7 @@ def score(model: Model, texts: str | Sequence[Prompt], *, batch: int = 8) -> lis
 
 
 def _scored(model: Model, ids: list[np.ndarray], rows: int, length: int) -> list[Scored]:
-    batch = {"tokens": np.zeros((rows, length), np.int32)}
-    batch |= {"documents": np.zeros_like(batch["tokens"])}
-    places = np.arange(length, dtype=np.int32)
-    batch |= {"positions": np.broadcast_to(places, (rows, length)).copy()}
-    for row, tokens_n in enumerate(ids):
-        batch["tokens"][row, : len(tokens_n)] = tokens_n
-        batch["documents"][row, : len(tokens_n)] = 1
+    batch = transforms.one_a_row(ids, length, rows)
     out = exits.score_batch(model.params, batch, model=model.static)
     losses, predictions = (
         np.asarray(out[name]).reshape(-1, rows, length) for name in ("losses", "predictions")

@@ -1,10 +1,15 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
 import stand_ins
 
 import early_exit as ee
+from early_exit import confidence
+from early_exit.data import examples, sources
+from early_exit.decoding import drafters
+from early_exit.exits import heads
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TEXTS = [f"The {n}th text says: {' '.join(map(str, range(n, n + 30)))}." for n in range(24)]
@@ -51,3 +56,16 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EARLY_EXIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def forgotten():
+    """What is registered in a test is gone after it, programs that knew it, too."""
+    tables = (confidence._registered, heads._registered, sources._registered)
+    tables += (examples.READERS, drafters.BY_NAME)
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
+    jax.clear_caches()

@@ -2,16 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import early_exit as ee
-from early_exit import confidence
-from early_exit.data import examples, sources
-from early_exit.decoding import drafters
+from early_exit.data import sources
 from early_exit.decoding.drafters import base
 from early_exit.exits import heads
 
@@ -19,17 +16,7 @@ SMALL = {"batch_size": 2, "sequence_length": 32}
 TEXTS = [f"Number {n}: {n + 1} {n + 2} {n + 3}" for n in range(16)]
 
 
-@pytest.fixture(autouse=True)
-def forgotten():
-    """What is registered in a test is gone after it."""
-    tables = (confidence._registered, heads._registered, sources._registered)
-    tables += (examples.READERS, drafters.BY_NAME)
-    before = [dict(table) for table in tables]
-    yield
-    for table, kept in zip(tables, before, strict=True):
-        table.clear()
-        table.update(kept)
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 class Scaled(nnx.Module):

@@ -121,23 +121,6 @@ def words(bare, tuned, leaving, classifier, tmp_path_factory):
     }
 
 
-@pytest.fixture
-def forgotten():
-    """What is registered in an example is gone after it."""
-    from early_exit import confidence
-    from early_exit.data import examples, sources
-    from early_exit.decoding import drafters
-    from early_exit.exits import heads
-
-    tables = (confidence._registered, heads._registered, sources._registered)
-    tables += (examples.READERS, drafters.BY_NAME)
-    before = [dict(table) for table in tables]
-    yield
-    for table, kept in zip(tables, before, strict=True):
-        table.clear()
-        table.update(kept)
-
-
 def test_the_examples_are_true(words, forgotten):
     """All in one go, in the order of the names: some go on from earlier ones."""
     order = ["Recipe", "init_state", "tuning_loss", "tune_step"]
