@@ -90,7 +90,7 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
     # So dear a position that no draft is handed on. Made are none, or all, if each seems to save
     # what its position costs. Exits are asked, in vain, if asking seems to be worth more than that.
     quiet, eager = weighing(_DEAR), weighing(-_DEAR)
-    asking = weighing(_DEAR, _NOBODY, heads=-_DEAR * len(mode.widths) * _DEAR)
+    asking = weighing(_DEAR, _NOBODY, heads=-(_DEAR**2))
     config = decoder.model.config
     prompt, written = (min(size, config.context_length // 8) for size in (PROMPT, WRITTEN))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, prompt)
