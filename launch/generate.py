@@ -70,11 +70,8 @@ def main(argv):
     if (INPUT.value is None) != (OUTPUT.value is None):
         raise ValueError("--input and --output go together")
     texts = text_files.listed(Path(INPUT.value), "prompt") if INPUT.value else None
-    mode = dataclasses.replace(
-        decoding_flags.mode(),
-        pending=PENDING.value,
-        sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value),
-    )
+    mode = dataclasses.replace(decoding_flags.mode(), pending=PENDING.value)
+    _sampling()  # what cannot be is said before anything is loaded
     common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     if tuned.model.config.classifies:
@@ -99,7 +96,7 @@ def main(argv):
 
 def _tell_costs(model: Model, batch: int, mode: Mode) -> None:
     """Prints what verified decoding weighs; measures it if it is not known."""
-    how = answers.asked(model, mode, None, SEED.value, NEW.value)
+    how = answers.asked(model, mode, _sampling(), SEED.value, NEW.value)
     found = measure.known_seconds(answers.decoder(model, how), batch)
     first = found["passes"][0]
     rows = [
@@ -112,8 +109,18 @@ def _tell_costs(model: Model, batch: int, mode: Mode) -> None:
     print(table(rows, header=("step", "ms", "of a plain pass")))
 
 
+def _sampling() -> Sampling:
+    return Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+
+
 def _how(mode: Mode) -> dict[str, Any]:
-    return {"mode": mode, "max_new_tokens": NEW.value, "raw": RAW.value, "seed": SEED.value}
+    return {
+        "mode": mode,
+        "max_new_tokens": NEW.value,
+        "sampling": _sampling(),
+        "raw": RAW.value,
+        "seed": SEED.value,
+    }
 
 
 def _show(model: Model, text: str, mode: Mode) -> None:
@@ -180,7 +187,7 @@ def _answer_all(model: Model, texts: list[str], mode: Mode, path: Path) -> None:
     print(path)
     # Only what exits said by themselves compares with what they said in calibration.
     policy = model.policy
-    if policy is not None and not mode.verified and not mode.sampling.temperature:
+    if policy is not None and not mode.verified and not TEMPERATURE.value:
         exits, log_probs = (
             np.concatenate([getattr(answer, name)[1:] for answer in found])
             for name in ("exits", "log_probs")

@@ -12,7 +12,7 @@ import numpy as np
 
 from early_exit import policy as policies
 from early_exit.backbones import base
-from early_exit.decoding.sampling import filtered
+from early_exit.decoding.sampling import GREEDY, filtered
 
 CLOSE = 1e-4  # two logits nearer than this may change places between two programs
 
@@ -133,7 +133,7 @@ class SlowDecoder:
             return [*before, False].index(False), best
         return SCORES[confidence](softmax(logits)), best
 
-    def decode(self, prompt, policy, mode, new_tokens, key, stop_ids=()):
+    def decode(self, prompt, policy, mode, new_tokens, key, stop_ids=(), sampling=GREEDY):
         """Lossy decoding of one prompt; with `policy` None, the full model's."""
         depths = self.model.exit_depths
         final, depth = len(depths) - 1, int(depths[-1])
@@ -159,7 +159,7 @@ class SlowDecoder:
                 if leave == final and fits and (score >= threshold or must):
                     leave = e
             logits = [*states[1], states[2]][leave][at]
-            token, log_prob = self.draw(logits, key, at + 1, mode.sampling, leave != final)
+            token, log_prob = self.draw(logits, key, at + 1, sampling, leave != final)
             if policy is not None and policy.budget is not None and step:
                 account += float(policy.budget) - depths[leave]
             if leave == final:

@@ -18,6 +18,7 @@ from early_exit.classifying import rows
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.decode import decode, prefill
 from early_exit.decoding.mode import DEFERRED, VERIFIED
+from early_exit.decoding.rules import Rules
 from early_exit.decoding.state import initial_state
 from early_exit.evaluation import classes, exits, tradeoff
 from early_exit.exits.heads import ExitConfig
@@ -38,16 +39,16 @@ def in_dtype(params, dtype):
 
 def decoding(stage, mode, dtype):
     model, params = build(head="layer", gate=True, classes=20)
-    params, stop_ids = in_dtype(params, dtype), jnp.array([-1])
+    params = in_dtype(params, dtype)
     size = {"slots": 2 * cached_attention.CACHE_CHUNK, "dtype": dtype}
     state = initial_state(model, [[1, 2]] * 2, 9, mode=mode, key=jax.random.key(0), **size)
     static = {"model": model, "mode": mode}
     if stage == "prefill":
-        return prefill.lower(params, state, stop_ids, **static)
+        return prefill.lower(params, state, Rules.same(2), jnp.int32(9), **static)
     counts = jnp.int32(4), jnp.int32(1)
-    policy = policies.never(2, "max_prob")
+    rules = Rules.same(2, policies.never(2, "max_prob"))
     costs = Costs.assumed(mode, 2)
-    return decode.lower(params, state, policy, stop_ids, costs, *counts, **static)
+    return decode.lower(params, state, rules, costs, *counts, **static)
 
 
 def scoring(dtype):

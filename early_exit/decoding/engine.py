@@ -30,6 +30,7 @@ from early_exit.decoding import sampling as samplings
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.drafters import base as drafting
 from early_exit.decoding.mode import Mode
+from early_exit.decoding.rules import Rules
 from early_exit.decoding.state import DecodeState
 from early_exit.decoding.widths import in_width, pad
 from early_exit.exits.multi_exit import Bound, MultiExit
@@ -47,8 +48,7 @@ class Engine:
       taps: blocks (1-based) whose output they read.
       tables: the heads' output matrices; none without a policy.
       draft_table: the recurrent exit's; None where it does not draft.
-      policy: when positions leave; None for the full model without any exit.
-      stop_ids: int32 [n], tokens that end a row.
+      rules: what the rows go by.
       costs: what steps cost relative to each other.
       depth_shares, head_shares: blocks before each exit, and each head, as shares of the cost of
         one token of the full model.
@@ -61,15 +61,14 @@ class Engine:
     taps: tuple[int, ...]
     tables: tuple[jax.Array, ...]
     draft_table: jax.Array | None
-    policy: ExitPolicy | None
-    stop_ids: jax.Array
+    rules: Rules
     costs: Costs
     depth_shares: tuple[float, ...]
     head_shares: tuple[float, ...]
 
     @classmethod
     def of(
-        cls, params: base.Params, policy, stop_ids, costs, *, model: MultiExit, mode: Mode
+        cls, params: base.Params, rules: Rules, costs: Costs, *, model: MultiExit, mode: Mode
     ) -> "Engine":
         bound, asked = model.bind(params), drafters.of(model, mode)
         # Some are gathered: here, outside any loop.
@@ -81,14 +80,18 @@ class Engine:
             bound=bound,
             drafters=asked,
             taps=drafters.taps(model, mode),
-            tables=() if policy is None else bound.exit_tables(),
+            tables=() if rules.policy is None else bound.exit_tables(),
             draft_table=bound.draft_table() if drafts else None,
-            policy=policy,
-            stop_ids=stop_ids,
+            rules=rules,
             costs=costs,
             depth_shares=depth_shares,
             head_shares=head_shares,
         )
+
+    @property
+    def policy(self) -> ExitPolicy | None:
+        """When positions leave; None for the full model without any exit."""
+        return self.rules.policy
 
     @property
     def final(self) -> int:
@@ -319,7 +322,7 @@ class Engine:
         steps = jnp.arange(width)[None]
         decided = rows_B[:, None] & (steps <= accepted_B[:, None])
         decided_at = jnp.where(decided, first_B[:, None] + 1 + steps, nowhere)
-        ended_B = self.stops(token_B) | (newest_B + 1 >= state.limit_B)
+        ended_B = self.rules.stops(token_B) | (newest_B + 1 >= state.limit_B)
         account_B = state.account_B
         if self.policy is not None:
             account_B = self.policy.charged(account_B, self.model.exit_depths[exit_index])
@@ -350,12 +353,10 @@ class Engine:
         ids = self.bound.token_ids if at_exit else None
         real = logits_BTC if ids is None else logits_BTC[..., :-1]  # the rest is never drawn
         vocab_size = self.model.config.vocab_size
-        choice = samplings.choose(keys, real, self.mode.sampling, ids, vocab_size)
+        sampling = jax.tree.map(lambda x_B: x_B[:, None], self.rules.sampling)
+        choice = samplings.choose(keys, real, sampling, ids, vocab_size)
         chosen = jnp.take_along_axis(log_probs, choice[..., None], axis=-1)[..., 0]
         return (choice if ids is None else ids[choice]), chosen
-
-    def stops(self, token_B: jax.Array) -> jax.Array:
-        return (token_B[:, None] == self.stop_ids[None]).any(axis=1)
 
     def column(self, index: int, values_B: jax.Array) -> jax.Array:
         """[B, E + 1]: the values in one column, zeros in the others."""

@@ -17,7 +17,7 @@ import numpy as np
 from early_exit import policy as policies
 from early_exit.cost.traffic import traffic
 from early_exit.decoding.costs import Costs
-from early_exit.decoding.generate import Decoder
+from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.state import DecodeState
 from early_exit.storage import files, programs
 
@@ -64,7 +64,8 @@ def _name(decoder: Decoder, batch: int) -> str:
     mode, dtype = decoder.mode, jax.tree.leaves(decoder.params["backbone"])[0].dtype
     device, flags = jax.devices()[0].device_kind, os.environ.get("XLA_FLAGS", "")
     score = decoder.policy and decoder.policy.confidence
-    told = device, flags, decoder.model, mode.widths, mode.drafters, score, str(dtype), batch
+    draws = decoder.sampling.temperature > 0
+    told = device, flags, decoder.model, mode.widths, mode.drafters, score, str(dtype), batch, draws
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 from early_exit.decoding import drafters
-from early_exit.decoding.sampling import GREEDY, Sampling
 from early_exit.exits.multi_exit import MultiExit
 
 SKIPPED = ("propagate", "defer")
@@ -30,7 +29,6 @@ class Mode:
         exit says, token after token. Those that a model cannot serve are left out.
       pending: with `defer`, how many positions of a row may wait for their deeper blocks, and so
         the most in one pass; where no more may wait, the deep pass is made.
-      sampling: how tokens are drawn.
 
     Raises:
       ValueError: unknown names, drafters without `defer`, or `pending` out of range.
@@ -43,7 +41,6 @@ class Mode:
     skipped: str = "propagate"
     drafters: tuple[str, ...] = ()
     pending: int = 8
-    sampling: Sampling = GREEDY
 
     def __post_init__(self):
         if self.skipped not in SKIPPED:

@@ -23,7 +23,6 @@ from early_exit.data import conversations, shards, tokenising
 from early_exit.data.conversations import Conversation, Fault, Words
 from early_exit.data.stream import ALONE, Rank
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import Mode
 from early_exit.decoding.sampling import Sampling
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
@@ -94,8 +93,8 @@ class Speaker:
             prompts,
             policy=None,
             max_new_tokens=max_new_tokens,
-            mode=Mode(sampling=sampling),
             stop_ids=stop_ids,
+            sampling=sampling,
             seed=seed,
             batch=batch,
         )

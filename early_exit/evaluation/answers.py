@@ -14,7 +14,8 @@ import numpy as np
 from early_exit import policy as policies
 from early_exit.calibration import answers, certify, promise, risk
 from early_exit.decoding import cache as caches
-from early_exit.decoding.generate import Generation, generate
+from early_exit.decoding.decoder import Generation
+from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.decoding.state import check_prompts
 from early_exit.evaluation import run, scoring
@@ -211,11 +212,6 @@ def _check(tuned: Tuned, mode: Mode, settings: CalibrateSettings, loss: answers.
         raise ValueError(
             f"{mode.name} needs no promise: its answers are the full model's; name lossy or "
             "deferred"
-        )
-    if mode.sampling.temperature:
-        raise ValueError(
-            "answers that are drawn differ from the full model's by chance; calibrate on greedy "
-            "ones, at temperature 0"
         )
     if settings.method not in certify.METHODS:
         raise ValueError(

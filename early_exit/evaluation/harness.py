@@ -27,8 +27,10 @@ from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters, measure
 from early_exit.decoding import mode as modes
 from early_exit.decoding.costs import Costs
-from early_exit.decoding.generate import Decoder, Generation, stream
+from early_exit.decoding.decoder import Decoder, Generation
+from early_exit.decoding.generate import stream
 from early_exit.decoding.mode import LOSSY, Mode
+from early_exit.decoding.sampling import Sampling
 from early_exit.evaluation import scoring
 from early_exit.evaluation.requests import Asked, grouped, task_of
 from early_exit.policy import ExitPolicy
@@ -93,7 +95,7 @@ class RunLM(LM):
         self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
         self.first_leaves = first_leaves
         self.usage: dict[str, Usage] = {}
-        self._costs: dict[tuple[Mode, int], Costs | None] = {}  # of programs that have run
+        self._costs: dict[tuple, Costs | None] = {}  # of programs that have run
         self._batches = 0
         self._tokenizer = tokenising.needed(tuned.tokenizer)
         if policy is not None:
@@ -241,14 +243,14 @@ class RunLM(LM):
 
     def _write(self, task: str, prompts: list[list[int]], how: Asked, longest: int):
         """The answers to at most a batch of prompts, each cut where it should stop."""
-        mode = dataclasses.replace(self.mode or LOSSY, sampling=how.sampling)
+        mode = self.mode or LOSSY
         slots = caches.bucket(longest + how.new_tokens + mode.capacity - 1)
         # As many rows in every batch, so that one program serves; some are answered by one token.
         count, empty = len(prompts), self.batch_size - len(prompts)
         prompts = prompts + [prompts[-1]] * empty
         limits = [how.new_tokens] * count + [1] * empty
         self._batches += 1
-        for answers in self._stream(prompts, limits, mode, slots, seed=self._batches):
+        for answers in self._stream(prompts, limits, mode, slots, how.sampling, self._batches):
             texts = [self._decode(answer) for answer in answers[:count]]
             if all(
                 how.stopped(text) or self._ended(answer, limit)
@@ -265,13 +267,15 @@ class RunLM(LM):
         )
         return [how.cut(text) for text in texts]
 
-    def _stream(self, prompts, limits, mode: Mode, slots: int, seed: int):
+    def _stream(self, prompts, limits, mode: Mode, slots: int, sampling: Sampling, seed: int):
         """`stream` with all that stays the same; its programs are compiled off the clock."""
-        tuned, policy = self.tuned, self.policy
+        tuned, policy, how = self.tuned, self.policy, (mode, slots, sampling.temperature > 0)
         settings = {"policy": policy, "mode": mode, "stop_ids": tuned.stop_ids, "slots": slots}
-        if (mode, slots) not in self._costs:
-            decoder = Decoder(tuned.model, tuned.params, policy, tuned.stop_ids, mode)
-            self._costs[mode, slots] = (
+        settings["sampling"] = sampling
+        if how not in self._costs:
+            stop_ids = tuned.stop_ids
+            decoder = Decoder(tuned.model, tuned.params, policy, stop_ids, mode, sampling=sampling)
+            self._costs[how] = (
                 measure.costs(decoder, len(prompts), slots) if mode.verified else None
             )
             list(stream(tuned.model, tuned.params, prompts, max_new_tokens=1, **settings))
@@ -282,7 +286,7 @@ class RunLM(LM):
             max_new_tokens=limits,
             portion=PORTION,
             seed=seed,
-            costs=self._costs[mode, slots],
+            costs=self._costs[how],
             **settings,
         )
 

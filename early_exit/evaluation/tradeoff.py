@@ -17,7 +17,8 @@ from early_exit.backbones import base
 from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters, measure
 from early_exit.decoding.costs import Costs
-from early_exit.decoding.generate import Decoder, Generation, generate
+from early_exit.decoding.decoder import Decoder, Generation
+from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy

@@ -16,10 +16,10 @@ from early_exit.data import tokenising, transforms
 from early_exit.decoding import cache, measure
 from early_exit.decoding import generate as decoding
 from early_exit.decoding import mode as modes
+from early_exit.decoding.decoder import Decoder, Generation
 from early_exit.decoding.detokenize import Detokenizer
-from early_exit.decoding.generate import Decoder, Generation
 from early_exit.decoding.mode import Mode
-from early_exit.decoding.sampling import Sampling
+from early_exit.decoding.sampling import GREEDY, Sampling
 from early_exit.decoding.state import check_prompts
 from early_exit.evaluation import exits
 from early_exit.library.model import Model
@@ -66,7 +66,7 @@ def generate(
     *,
     max_new_tokens: int = 160,
     mode: Mode | str = "lossy",
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     raw: bool = False,
     seed: int = 0,
     batch: int | None = None,
@@ -78,7 +78,7 @@ def generate(
       max_new_tokens: at most so many tokens of an answer.
       mode: what becomes of skipped blocks: `lossy`, `deferred`, or `verified`, whose answer is the
         full model's; or a `Mode`.
-      sampling: how tokens are drawn, in place of the mode's (greedy).
+      sampling: how tokens are drawn; greedy by default.
       raw: continue texts as they stand, special tokens and all; else each is a user's turn in the
         model's chat template.
       seed: of what is drawn.
@@ -113,7 +113,7 @@ def stream(
     *,
     max_new_tokens: int = 160,
     mode: Mode | str = "lossy",
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     raw: bool = False,
     seed: int = 0,
     portion: int = 4,
@@ -164,7 +164,7 @@ def tokens(model: Model, prompt: Prompt, raw: bool = False) -> Ids:
 def asked(
     model: Model,
     mode: Mode | str,
-    sampling: Sampling | None,
+    sampling: Sampling,
     seed: int,
     max_new_tokens: int,
 ) -> dict[str, Any]:
@@ -172,14 +172,13 @@ def asked(
     if model.static.config.classifies:
         raise ValueError("this is a classifier; use early_exit.classify")
     mode = modes.named(mode) if isinstance(mode, str) else mode
-    if sampling is not None:
-        mode = dataclasses.replace(mode, sampling=sampling)
     mode = modes.served(mode, model.static)
     return {
         "policy": model.policy if mode.asks_policy else None,
         "mode": mode,
         "max_new_tokens": max_new_tokens,
         "stop_ids": model.stop_ids,
+        "sampling": sampling,
         "seed": seed,
     }
 
@@ -197,7 +196,8 @@ def sized(model: Model, prompts: list, batch: int, how: Mapping[str, Any]) -> di
 
 def decoder(model: Model, how: Mapping[str, Any]) -> Decoder:
     """What every call with these settings shares."""
-    return Decoder(model.static, model.params, how["policy"], how["stop_ids"], how["mode"])
+    names = "policy", "stop_ids", "mode", "sampling"
+    return Decoder(model.static, model.params, **{name: how[name] for name in names})
 
 
 def _spoken(model: Model, generation: Generation) -> Answer:

@@ -18,7 +18,7 @@ import numpy as np
 from configs.smollm2_135m import SOURCE
 from early_exit import policy as policies
 from early_exit.cost.traffic import traffic
-from early_exit.decoding.generate import Decoder
+from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit

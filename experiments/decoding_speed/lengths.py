@@ -14,7 +14,7 @@ from absl import flags
 
 from configs.smollm2_135m import SOURCE
 from early_exit.decoding import cache as caches
-from early_exit.decoding.generate import Decoder
+from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.mode import LOSSY
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit

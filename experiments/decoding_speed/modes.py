@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from early_exit.decoding import measure
-from early_exit.decoding.generate import Decoder
+from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.mode import DEFERRED, LOSSY
 from early_exit.pretrained.export import export_backbone
 from early_exit.runs import assemble

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from early_exit.decoding.generate import Decoder, Generation
+from early_exit.decoding.decoder import Decoder, Generation
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ from absl import flags
 from early_exit.calibration import chains
 from early_exit.decoding import measure
 from early_exit.decoding.costs import Costs
-from early_exit.decoding.generate import Decoder, Generation
+from early_exit.decoding.decoder import Decoder, Generation
 from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, served, verified
 from early_exit.evaluation import drafts, tradeoff
 from early_exit.policy import ExitPolicy

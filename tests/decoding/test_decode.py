@@ -17,7 +17,8 @@ from conftest import build
 from early_exit import policy as policies
 from early_exit.backbones.decoder import DecoderConfig
 from early_exit.decoding.costs import Costs
-from early_exit.decoding.generate import Decoder, generate
+from early_exit.decoding.decoder import Decoder
+from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, verified
 from early_exit.decoding.sampling import Sampling
 
@@ -178,7 +179,7 @@ def test_every_combination_equals_the_slow_decoder(program, data):
     taps = {"recurrent_taps": (1, 3), "recurrent_blocks": window % 3} if mode == ALL else {}
     model, params = built(TINIEST, points=(1, 2), head=head, classes=classes, gate=True, **taps)
     prompt, new_tokens, key = data["prompt"], data["new_tokens"], key_of(seed=data["seed"])
-    mode = dataclasses.replace(MODES[mode], pending=window, sampling=sampling)
+    mode = dataclasses.replace(MODES[mode], pending=window)
     slow = SlowDecoder(model, params)
     never = policies.never(2, confidence)
     scores = np.array(slow.decode(prompt, never, mode, 20, key).scores[1:], np.float64)
@@ -187,9 +188,10 @@ def test_every_combination_equals_the_slow_decoder(program, data):
     policy = policies.make(thresholds, confidence, decay=decay, budget=budget)
     # In verified decoding the text is the full model's whatever the policy says.
     drafts = policy if mode.verified else None
-    expected = slow.decode(prompt, None if drafts else policy, mode, new_tokens, key)
+    alone = None if drafts else policy
+    expected = slow.decode(prompt, alone, mode, new_tokens, key, sampling=sampling)
     stop_ids = [expected.tokens[len(expected.tokens) // 2]] if data["stop"] else []
-    expected = slow.decode(prompt, None if drafts else policy, mode, new_tokens, key, stop_ids)
+    expected = slow.decode(prompt, alone, mode, new_tokens, key, stop_ids, sampling)
     (got,) = run(
         model,
         params,
@@ -198,6 +200,7 @@ def test_every_combination_equals_the_slow_decoder(program, data):
         new_tokens,
         mode=mode,
         stop_ids=stop_ids,
+        sampling=sampling,
         seed=data["seed"],
         costs=Costs(jnp.ones(len(mode.widths)), jnp.float32(0)),  # nothing is spared
     )
@@ -206,16 +209,16 @@ def test_every_combination_equals_the_slow_decoder(program, data):
     if drafts is None:
         assert got.exits.tolist() == expected.exits
     else:
-        check_drafts(slow, prompt, got, policy, mode, key)
+        check_drafts(slow, prompt, got, policy, sampling, key)
 
 
-def check_drafts(slow, prompt, got, policy, mode, key):
+def check_drafts(slow, prompt, got, policy, sampling, key):
     """What the exits are said to have drafted is what they say on the full model's own states."""
     text = [*prompt, *got.tokens.tolist()]
     states = slow.states(text)
     for at, (token, e) in enumerate(zip(got.tokens, got.exits, strict=True), len(prompt) - 1):
         if e < len(states[1]):
-            drawn, _ = slow.draw(states[1][e][at], key, at + 1, mode.sampling, True)
+            drawn, _ = slow.draw(states[1][e][at], key, at + 1, sampling, True)
             assert drawn == token
             if policy.decay is None and policy.budget is None:
                 said = []
@@ -313,11 +316,11 @@ def test_a_backbone_alone_decodes(tiny):
 )
 def test_rows_of_a_batch_equal_rows_alone(tiny, mixed, mode, temperature):
     model, params = tiny
-    mode = dataclasses.replace(mode, sampling=Sampling(temperature))
+    sampling = Sampling(temperature)
     prompts = [PROMPT, [1], list(range(40)), [60, 0, 60], [5, 9] * 70, REPEATING, [8], [4, 4]]
     lengths = [9, 30, 4, 1, 17, 25, 12, 20]
-    batch = run(model, params, prompts, mixed, lengths, mode=mode)
-    decoder = Decoder(model, params, mixed, (), mode)
+    batch = run(model, params, prompts, mixed, lengths, mode=mode, sampling=sampling)
+    decoder = Decoder(model, params, mixed, (), mode, sampling=sampling)
     for i, (prompt, length, row) in enumerate(zip(prompts, lengths, batch, strict=True)):
         keys = jax.random.split(jax.random.key(0), len(prompts))[i : i + 1]
         state = decoder.run(decoder.start([prompt], length, keys, None))
@@ -420,10 +423,11 @@ def test_sampling_draws_from_the_right_distribution(tiny, mode):
     """χ² of the second draw of many rows: the exit's own distribution, or the full model's."""
     model, params = tiny
     rows, temperature = 4000, 2.0
-    mode = Mode(mode.skipped, mode.drafters, pending=2, sampling=Sampling(temperature))
+    mode = Mode(mode.skipped, mode.drafters, pending=2)
     # By what is assumed of so many rows, no draft would pay.
     free = Costs(jnp.ones(len(mode.widths)), jnp.float32(0))
-    batch = run(model, params, [PROMPT] * rows, policies.forced(2, 0), 3, mode=mode, costs=free)
+    how = {"mode": mode, "costs": free, "sampling": Sampling(temperature)}
+    batch = run(model, params, [PROMPT] * rows, policies.forced(2, 0), 3, **how)
     if mode.verified:
         assert 0 < sum(row.counts.accepted_BW.sum() for row in batch) < rows
     first = np.array([row.tokens[0] for row in batch])

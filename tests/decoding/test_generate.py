@@ -7,24 +7,26 @@ import pytest
 
 from early_exit import policy as policies
 from early_exit.decoding import decode as programs
-from early_exit.decoding.generate import Decoder, generate, stream
+from early_exit.decoding.decoder import Decoder
+from early_exit.decoding.generate import generate, stream
 from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode
-from early_exit.decoding.sampling import Sampling
+from early_exit.decoding.sampling import GREEDY, Sampling
 
 PROMPTS = [[7, 3, 52, 11, 29], [1], list(range(30)), [5, 9, 31, 2] * 6, [60, 0, 60]]
 LENGTHS = [9, 21, 1, 16, 12]
 # As few modes as will do: each is a program for each number of rows.
-SAMPLED, SAMPLED_VERIFIED = (
-    dataclasses.replace(mode, pending=4, sampling=Sampling(0.9)) for mode in (LOSSY, VERIFIED)
-)
+SAMPLED, FEW = Sampling(0.9), dataclasses.replace(VERIFIED, pending=4)
 
 
 @pytest.mark.parametrize(
-    "mode", [LOSSY, SAMPLED, SAMPLED_VERIFIED], ids=["lossy", "sampled", "sampled verified"]
+    ("mode", "sampling"),
+    [(LOSSY, GREEDY), (LOSSY, SAMPLED), (FEW, SAMPLED)],
+    ids=["lossy", "sampled", "sampled verified"],
 )
-def test_a_queue_answers_like_a_batch(tiny, mixed, mode):
+def test_a_queue_answers_like_a_batch(tiny, mixed, mode, sampling):
     """Each row that has ended gives its place to the next prompt, with the prompt's own noise."""
-    settings = {"policy": mixed, "mode": mode, "max_new_tokens": LENGTHS, "seed": 3}
+    settings = {"policy": mixed, "mode": mode, "sampling": sampling, "seed": 3}
+    settings["max_new_tokens"] = LENGTHS
     together = generate(*tiny, PROMPTS, **settings)
     # A token that some answer has midway and some has not, so that rows end early.
     stop = int(together[1].tokens[6])
@@ -82,14 +84,15 @@ def test_a_bad_prompt_is_refused_before_anything_runs(tiny, monkeypatch, batch):
 
 
 @pytest.mark.parametrize(
-    "mode",
-    [LOSSY, dataclasses.replace(DEFERRED, pending=4), SAMPLED_VERIFIED],
+    ("mode", "sampling"),
+    [(LOSSY, GREEDY), (dataclasses.replace(DEFERRED, pending=4), GREEDY), (FEW, SAMPLED)],
     ids=["lossy", "deferred", "sampled verified"],
 )
-def test_figures_of_an_answer_fit_together(tiny, mixed, mode):
+def test_figures_of_an_answer_fit_together(tiny, mixed, mode, sampling):
     model, params = tiny
     depths = [2, 4, 6, 0]  # of the exits, the full model, and text that was looked up
-    rows = generate(model, params, PROMPTS, policy=mixed, mode=mode, max_new_tokens=LENGTHS)
+    how = {"policy": mixed, "mode": mode, "sampling": sampling}
+    rows = generate(model, params, PROMPTS, max_new_tokens=LENGTHS, **how)
     for row, length in zip(rows, LENGTHS, strict=True):
         assert len(row.tokens) == len(row.exits) == len(row.log_probs) == length
         assert row.exits[0] == 2 and (row.exits <= (3 if "lookup" in mode.drafters else 2)).all()

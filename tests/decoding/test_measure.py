@@ -10,7 +10,7 @@ from conftest import build
 from early_exit import policy as policies
 from early_exit.decoding import measure
 from early_exit.decoding.decode import decode
-from early_exit.decoding.generate import Decoder
+from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.mode import LOSSY, VERIFIED, served, verified
 
 BATCH, SLOTS = 2, 256

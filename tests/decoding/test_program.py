@@ -14,6 +14,7 @@ from early_exit.backbones import cached_attention
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.decode import decode, prefill
 from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, verified
+from early_exit.decoding.rules import Rules
 from early_exit.decoding.state import initial_state
 
 SLOTS = 512
@@ -26,7 +27,7 @@ MODES = {
     "recurrent": VERIFIED,
 }
 RECURRENT = (VERIFIED,)
-STOP_IDS = jnp.array([-1])
+CHUNKS = jnp.int32(9)
 
 
 def arguments(head, batch, mode, slots=SLOTS):
@@ -44,11 +45,11 @@ def compiled(stage, mode, head, batch, confidence=None, slots=SLOTS):
     model, params, state = arguments(head, batch, MODES[mode], slots)
     static = {"model": model, "mode": MODES[mode]}
     if stage == "prefill":
-        return prefill.lower(params, state, STOP_IDS, **static).compile()
-    policy = confidence and policies.never(2, confidence)
+        return prefill.lower(params, state, Rules.same(batch), CHUNKS, **static).compile()
+    rules = Rules.same(batch, confidence and policies.never(2, confidence))
     counts = jnp.int32(4), jnp.int32(1)
     costs = Costs.assumed(MODES[mode], batch)
-    return decode.lower(params, state, policy, STOP_IDS, costs, *counts, **static).compile()
+    return decode.lower(params, state, rules, costs, *counts, **static).compile()
 
 
 # Every mode with one row and with several, every kind of head, both kinds of confidence.
@@ -111,9 +112,10 @@ def test_decoding_lowers_for_every_platform(mode, batch):
     counts = jnp.int32(4), jnp.int32(batch)
 
     def run(params, state):
-        state = prefill(params, state, STOP_IDS, **static)
+        state = prefill(params, state, Rules.same(batch), CHUNKS, **static)
         costs = Costs.assumed(MODES[mode], batch)
-        state = decode(params, state, policies.never(2), STOP_IDS, costs, *counts, **static)
+        rules = Rules.same(batch, policies.never(2))
+        state = decode(params, state, rules, costs, *counts, **static)
         return state.tokens_BS
 
     exported = jax.export.export(jax.jit(run), platforms=["cpu", "cuda", "tpu"])(params, state)

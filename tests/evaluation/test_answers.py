@@ -10,8 +10,7 @@ from conftest import TINY, build
 from early_exit import policy as policies
 from early_exit.calibration import answers
 from early_exit.decoding.generate import generate
-from early_exit.decoding.mode import DEFERRED, LOSSY, Mode, verified
-from early_exit.decoding.sampling import Sampling
+from early_exit.decoding.mode import DEFERRED, LOSSY, verified
 from early_exit.evaluation import answers as of_answers
 from early_exit.evaluation import exits
 from early_exit.evaluation.answers import Questions
@@ -114,7 +113,6 @@ def refused(**changes):
 
 def test_what_promises_nothing_about_answers_is_refused():
     assert "needs no promise" in refused(mode=verified("exits"))
-    assert "at temperature 0" in refused(mode=Mode(sampling=Sampling(0.7)))
     assert "epsilon promises nothing about new answers" in refused(method="epsilon")
     assert "counts answers that have changed" in refused(method="clopper_pearson")
     assert "holds a classifier" in refused(classifies=True)

@@ -34,13 +34,12 @@ def test_a_text_is_judged_as_decoding_has_judged_it(head, classes, confidence, f
     """What was drawn at random is given back: the same exits, and the same log-probabilities."""
     points = (1, 3) if confidence not in ("patience", "gate") else (1, 2, 3)
     model, params = build(FOUR_BLOCKS, points=points, head=head, classes=classes, gate=True)
-    mode = Mode(skipped, pending=3, sampling=Sampling(1.0))
+    mode = Mode(skipped, pending=3)
     policy = policies.patient(3, 1)
     if confidence != "patience":
         policy = mixed_policy(model, params, PROMPT, mode, confidence, **fields)
-    answers = generate(
-        model, params, [PROMPT, PROMPT[:2]], policy=policy, max_new_tokens=[24, 17], mode=mode
-    )
+    prompts, drawn = [PROMPT, PROMPT[:2]], {"mode": mode, "sampling": Sampling(1.0)}
+    answers = generate(model, params, prompts, policy=policy, max_new_tokens=[24, 17], **drawn)
     texts = list(zip([PROMPT, PROMPT[:2]], [a.tokens.tolist() for a in answers], strict=True))
     found = score(model, params, texts, policy=policy, mode=mode)
     for answer, got in zip(answers, found, strict=True):

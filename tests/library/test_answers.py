@@ -48,13 +48,12 @@ def test_a_stream_ends_with_the_answer(leaving, mode, portion):
         assert after.text == before.text + after.added
 
 
-def test_sampling_is_that_of_the_mode_or_the_one_given(leaving):
-    hot = ee.Sampling(temperature=2.0)
-    how = {"max_new_tokens": 12, "seed": 3}
-    one = ee.generate(leaving, "Why?", sampling=hot, **how)
-    other = ee.generate(leaving, "Why?", mode=ee.Mode(sampling=hot), **how)
-    assert one.tokens.tolist() == other.tokens.tolist()
-    assert one.tokens.tolist() != ee.generate(leaving, "Why?", **how).tokens.tolist()
+def test_what_is_drawn_depends_on_the_sampling_and_its_seed(leaving):
+    how = {"max_new_tokens": 12, "sampling": ee.Sampling(temperature=2.0)}
+    one, same, other = (ee.generate(leaving, "Why?", seed=seed, **how) for seed in (3, 3, 4))
+    greedy = ee.generate(leaving, "Why?", max_new_tokens=12)
+    assert one.tokens.tolist() == same.tokens.tolist() != greedy.tokens.tolist()
+    assert one.tokens.tolist() != other.tokens.tolist() != greedy.tokens.tolist()
 
 
 def test_scores_are_what_the_exits_give_each_token(tuned):

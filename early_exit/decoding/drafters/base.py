@@ -100,6 +100,15 @@ class Drafter(abc.ABC):
         """
         return kept
 
+    def begun(self, kept: Any, known: Any) -> Any:
+        """What it keeps of unread prompts whose first positions are known from others.
+
+        Args:
+          kept: as at the start.
+          known: what it kept of those others when they had been read, further positions included.
+        """
+        return kept
+
     def propose(
         self, engine: "Engine", state: "DecodeState", proposed: Proposed
     ) -> tuple["DecodeState", Proposed]:
@@ -162,7 +171,7 @@ def draftable(
     Args:
       skipped: how many drafts stand between the newest token and these.
     """
-    stops = (drafts_BT[:, :, None] == engine.stop_ids[None, None]).any(axis=-1)
+    stops = engine.rules.stops(drafts_BT)
     positions = state.newest_B[:, None] + 1 + skipped + jnp.arange(drafts_BT.shape[1])[None]
     return (jnp.cumsum(stops, axis=1) == 0) & (positions + 1 < state.limit_B[:, None])
 

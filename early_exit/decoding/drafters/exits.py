@@ -64,7 +64,7 @@ class Exits(base.Drafter):
 
         leaving_B, token_B, log_prob_B, said = jax.lax.cond(wanted_B.any(), evaluate, skip, state)
         if engine.mode.verified:
-            leaving_B &= ~engine.stops(token_B)
+            leaving_B &= ~engine.rules.stops(token_B)
         state = state.change(said=said.where(wanted_B, state.said)).count(
             evaluations_BE=engine.column(e, wanted_B.astype(jnp.int32)),
             head_passes_BE=engine.column(e, wanted_B / jnp.maximum(wanted_B.sum(), 1)),

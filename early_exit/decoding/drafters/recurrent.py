@@ -83,6 +83,9 @@ class Recurrent(base.Drafter):
         start_B = positions_BT[:, 0]
         return kept | {"rows": caches.write(kept["rows"], new, start_B)}
 
+    def begun(self, kept, known):
+        return kept | {"rows": known["rows"]}
+
     def settle(self, engine, state, rows_B, drafted_B, accepted_B):
         """Takes in the positions that have become exact, the newest token's own among them."""
         kept = state.kept[self.name]

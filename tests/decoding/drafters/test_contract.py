@@ -10,8 +10,9 @@ from slow_decoder import SlowDecoder
 from conftest import TINY, build
 from early_exit import policy as policies
 from early_exit.decoding import drafters
+from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.drafters import base
-from early_exit.decoding.generate import Decoder, generate
+from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY, VERIFIED, Mode
 from early_exit.decoding.sampling import GREEDY, Sampling
 
@@ -89,12 +90,11 @@ def texts_of(answers, length=64):
 )
 def test_a_drafter_changes_no_answer(tiny, oracle, names, sampling):
     """Alone or beside others, greedy or sampled, with faults; and right drafts save passes."""
-    mode = Mode("defer", pending=5, sampling=sampling, drafters=())
-    full = generate(*tiny, PROMPTS, policy=None, max_new_tokens=NEW, mode=mode)
+    how = {"max_new_tokens": NEW, "sampling": sampling}
+    full = generate(*tiny, PROMPTS, policy=None, mode=Mode("defer", pending=5), **how)
     oracle(Oracle(texts_of(full)))
-    checked = Mode("defer", names, pending=5, sampling=sampling)
-    policy = policies.make([0.2, 0.2])
-    found = generate(*tiny, PROMPTS, policy=policy, max_new_tokens=NEW, mode=checked)
+    checked = Mode("defer", names, pending=5)
+    found = generate(*tiny, PROMPTS, policy=policies.make([0.2, 0.2]), mode=checked, **how)
     for got, expected in zip(found, full, strict=True):
         assert got.tokens.tolist() == expected.tokens.tolist()
     drafted, stood = (

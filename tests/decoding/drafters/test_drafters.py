@@ -13,9 +13,10 @@ from conftest import build
 from early_exit import policy as policies
 from early_exit.cost.traffic import traffic
 from early_exit.decoding.costs import POSITION, Costs
+from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.drafters import BY_NAME, base, lookup
 from early_exit.decoding.engine import Engine
-from early_exit.decoding.generate import Decoder, generate
+from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import Mode
 
 SLOTS, COUNT = 40, 7
@@ -184,7 +185,7 @@ def after_prompt(names=("lookup", "recurrent"), prompts=(PERIODIC, PERIODIC)):
     # The first token that the random model said, replaced by what the period asks for.
     rows = jnp.arange(len(prompts))
     tokens = state.tokens_BS.at[rows, state.newest_B].set(PERIODIC[0])
-    engine = Engine.of(params, None, decoder._stops, costs, model=model, mode=mode)
+    engine = Engine.of(params, decoder.rules(len(prompts)), costs, model=model, mode=mode)
     return engine, state.change(tokens_BS=tokens)
 
 

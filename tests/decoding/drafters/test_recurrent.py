@@ -12,11 +12,11 @@ from slow_chain import slow_chain
 from conftest import TINY, build
 from early_exit import policy as policies
 from early_exit.decoding.costs import Costs
+from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.drafters import base
 from early_exit.decoding.engine import Engine
-from early_exit.decoding.generate import Decoder
 from early_exit.decoding.mode import DEFERRED, VERIFIED, Mode, verified
-from early_exit.decoding.sampling import Sampling
+from early_exit.decoding.sampling import GREEDY, Sampling
 from early_exit.policy import DraftPolicy
 
 PROMPTS = [[7, 3, 52, 11] * 20, [5], [1, 2, 3, 1, 2, 3, 1, 2], [40, 41, 2]]
@@ -35,8 +35,8 @@ def model_and_params():
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mode"))
-def proposed(params, policy, stops, costs, state, *, model, mode):
-    engine = Engine.of(params, policy, stops, costs, model=model, mode=mode)
+def proposed(params, rules, costs, state, *, model, mode):
+    engine = Engine.of(params, rules, costs, model=model, mode=mode)
     (drafter,) = (d for d in engine.drafters if d.name == "recurrent")
     nothing = base.Proposed.nothing(len(state.newest_B), mode.capacity - 1)
     return drafter.propose(engine, state, nothing)[0]
@@ -45,7 +45,8 @@ def proposed(params, policy, stops, costs, state, *, model, mode):
 def drafts_of(decoder, state):
     """What each row's newest token is followed by after the recurrent exit has proposed."""
     how = {"model": decoder.model, "mode": decoder.mode}
-    after = proposed(decoder.params, decoder.policy, decoder._stops, decoder.costs, state, **how)
+    rules = decoder.rules(len(state.newest_B))
+    after = proposed(decoder.params, rules, decoder.costs, state, **how)
     return [
         np.asarray(after.tokens_BS[row, state.newest_B[row] + 1 : after.newest_B[row] + 1]).tolist()
         for row in range(len(state.newest_B))
@@ -74,7 +75,7 @@ def test_drafts_are_the_chain_s_after_any_passes(blocks, names):
 MODES = {
     "recurrent": verified("recurrent"),
     "all": VERIFIED,
-    "sampled": dataclasses.replace(verified("recurrent"), sampling=Sampling(0.9, top_p=0.95)),
+    "sampled": verified("recurrent"),
 }
 
 
@@ -84,11 +85,11 @@ MODES = {
 )
 def test_the_answer_is_the_full_model_s(model_and_params, mode, costs):
     model, params = model_and_params
+    sampling = Sampling(0.9, top_p=0.95) if mode == "sampled" else GREEDY
     mode = dataclasses.replace(MODES[mode], pending=5)
-    plain = dataclasses.replace(DEFERRED, sampling=mode.sampling)
-    full = answers(model, params, None, plain, None)
+    full = answers(model, params, None, DEFERRED, None, sampling=sampling)
     policy = policies.make([0.2, 0.2])
-    found = answers(model, params, policy, mode, costs(mode, 4))
+    found = answers(model, params, policy, mode, costs(mode, 4), sampling=sampling)
     for got, expected in zip(found, full, strict=True):
         assert got.tokens.tolist() == expected.tokens.tolist()
         np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-4)
@@ -96,8 +97,8 @@ def test_the_answer_is_the_full_model_s(model_and_params, mode, costs):
     assert drafted > 0 or costs is not free
 
 
-def answers(model, params, policy, mode, costs, stop_ids=(), prompts=PROMPTS):
-    decoder = Decoder(model, params, policy, stop_ids, mode, costs)
+def answers(model, params, policy, mode, costs, stop_ids=(), prompts=PROMPTS, sampling=GREEDY):
+    decoder = Decoder(model, params, policy, stop_ids, mode, costs, sampling)
     state = decoder.start(prompts, [NEW] * len(prompts), jax.random.key(3), 256)
     return decoder.generations(decoder.run(state), [0.0] * len(prompts))
 
