@@ -12,13 +12,21 @@ DATA = [
 ]
 GGUF = ["gguf>=0.17,<1"]
 REPORT = ["matplotlib>=3.9", *IMAGES]
+SERVE = [
+    "prometheus-client>=0.21",
+    "pydantic>=2.10,<3",
+    "starlette>=0.46,<2",
+    "uvicorn>=0.34",
+]
 # Questions for the study of recurrent exits.
 STUDIES = ["reasoning-gym>=0.1.25,<0.2"]
 TEST = [
     *DATA,
     *GGUF,
     *REPORT,
+    *SERVE,
     *STUDIES,
+    "httpx>=0.27",
     "hypothesis>=6.100",
     "pytest>=8.4",
     "pytest-xdist>=3.6",
@@ -45,6 +53,7 @@ setup(
     package_data={
         "early_exit": ["py.typed"],
         "early_exit.report": ["templates/*.html"],
+        "early_exit.serving": ["page.html"],
         f"{CARRIED}.launch.slurm": ["run.sbatch"],
         f"{CARRIED}.launch.tpu": ["jobset.yaml"],
     },
@@ -75,9 +84,10 @@ setup(
         "gguf": GGUF,
         "images": IMAGES,
         "report": REPORT,
+        "serve": SERVE,
         "test": TEST,
         # All that the commands can do on this machine.
-        "all": [*DATA, *GGUF, *REPORT],
+        "all": [*DATA, *GGUF, *REPORT, *SERVE],
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
         "studies": STUDIES,

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A room may import rooms further down, and itself.
 FLOORS = (
     ("launch", "configs", "command"),
+    ("serving",),
     ("library",),
     ("training",),
     ("distillation", "evaluation", "report"),

@@ -194,10 +194,19 @@ class Session:
             its answer, thresholds for another number of exits or without a policy, or a request
             that samples where the session does not.
         """
+        self.check(request)
+        if key is None:
+            key = jax.random.split(jax.random.key(request.seed), 1)[0]
+        stop_ids = self._decoder.stop_ids if request.stop_ids is None else request.stop_ids
+        ticket = _Ticket(next(self._ids), request, key, stop_ids)
+        self._waiting.append(ticket)
+        return ticket.id
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError where `add` would; any thread may ask."""
         decoder, model = self._decoder, self._decoder.model
         check_prompts(model, [request.prompt], request.max_new_tokens)
-        stop_ids = decoder.stop_ids if request.stop_ids is None else request.stop_ids
-        check_ids(model, stop_ids, "the stop tokens")
+        check_ids(model, request.stop_ids or (), "the stop tokens")
         if request.sampling.temperature and not self._draws:
             raise ValueError("this session is greedy; make one with draws=True")
         if request.thresholds is not None:
@@ -206,16 +215,11 @@ class Session:
             policies.make(request.thresholds, decoder.policy.confidence).check(
                 model.exit_depths, model.confidences
             )
-        if key is None:
-            key = jax.random.split(jax.random.key(request.seed), 1)[0]
-        ticket = _Ticket(next(self._ids), request, key, stop_ids)
-        needed = ticket.positions + decoder.mode.capacity - 1
+        needed = len(request.prompt) + request.max_new_tokens + decoder.mode.capacity - 1
         if self._slots is not None and needed > self._slots:
             raise ValueError(
                 f"the prompt and its answer need {needed} slots, but the session has {self._slots}"
             )
-        self._waiting.append(ticket)
-        return ticket.id
 
     def cancel(self, id: int) -> bool:
         """Ends a request early; its last event comes with the next step. False if it has ended."""

@@ -46,11 +46,15 @@ class Scores:
     Attributes:
       log_probs: float32 [n], of each token at temperature 1, where the position before it leaves.
       chosen: bool [n], whether it is the one that greedy decoding would have chosen there.
+      best: int32 [n], the one that it would have chosen.
+      best_log_probs: float32 [n], of that one, after the policy's temperatures.
       exits: int32 [n], where that position leaves; E is the full model.
     """
 
     log_probs: np.ndarray
     chosen: np.ndarray
+    best: np.ndarray
+    best_log_probs: np.ndarray
     exits: np.ndarray
 
 
@@ -195,10 +199,15 @@ def score_batch(
     taken_BC = jnp.argmax(jnp.stack([*leaves, jnp.ones_like(where.may_BC)]), axis=0)
     if pending is not None:
         taken_BC = _with_room(taken_BC, len(exits), pending)
-    log_probs_EBC, chosen_EBC = map(jnp.stack, zip(*heard, strict=True))
+    log_probs, best, best_log_probs = (
+        jnp.take_along_axis(jnp.stack(of_exits), taken_BC[None], axis=0)[0]
+        for of_exits in zip(*heard, strict=True)
+    )
     return {
-        "log_probs": jnp.take_along_axis(log_probs_EBC, taken_BC[None], axis=0)[0],
-        "chosen": jnp.take_along_axis(chosen_EBC, taken_BC[None], axis=0)[0],
+        "log_probs": log_probs,
+        "chosen": best == where.labels_BC,
+        "best": best,
+        "best_log_probs": best_log_probs,
         "exits": jnp.where(taken_BC == len(exits), len(model.segments) - 1, taken_BC),
     }
 
@@ -259,7 +268,7 @@ def _hear(
     temperature=None,
     unknown: int = 0,
 ):
-    """What a head says: (summary, log-probability of each label, whether it is its choice).
+    """What a head says: (summary, log-probability of each label, its choice, that one's).
 
     Args:
       rule: the network's, for logits.
@@ -274,7 +283,7 @@ def _hear(
     if token_ids is not None:  # many tokens are of one class, "none of these"
         known_BC = jnp.isin(labels_BC, token_ids)
         log_prob_BC -= jnp.where(known_BC, 0.0, math.log(unknown))
-    return summary, log_prob_BC, summary.prediction == labels_BC
+    return summary, log_prob_BC, summary.prediction, summary.top
 
 
 def _with_room(exits_BC: jax.Array, final: int, pending: int) -> jax.Array:

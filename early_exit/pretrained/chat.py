@@ -5,6 +5,7 @@ turn whose words occur nowhere else. Its tokens are the template's alone: where 
 one, they are letters.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -19,6 +20,9 @@ _PRIVATE = 0xF0000
 _FAILURES = (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
+Turn = dict[str, str]
+
+
 class UserTurn(NamedTuple):
     """What stands around the user's words.
 
@@ -31,19 +35,27 @@ class UserTurn(NamedTuple):
     end: int
 
 
-def prompt(tokenizer: Any, question: str) -> list[int]:
-    """Token ids of a user's turn, up to where the answer begins.
+def prompt(tokenizer: Any, question: str | Sequence[Turn]) -> list[int]:
+    """Token ids of a user's turn, or of a conversation, up to where the answer begins.
 
-    No special token comes from the question.
+    No special token comes from anybody's words.
+
+    Args:
+      question: the user's words; or turns, each with its `role` and its `content`.
 
     Raises:
       ValueError: there is no tokenizer, no chat template, or one that fails.
     """
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    words = "".join(turn["content"] for turn in turns)
     as_text = tokenising.as_text(tokenising.needed(tokenizer))
-    unused = (chr(c) for c in range(_PRIVATE, _PRIVATE + 0xFFFD) if chr(c) not in question)
-    stand_in = dict(zip(dict.fromkeys(as_text.pattern.findall(question)), unused, strict=False))
-    hidden = as_text.pattern.sub(lambda name: stand_in[name[0]], question)
-    text = _rendered(tokenizer, hidden)
+    unused = (chr(c) for c in range(_PRIVATE, _PRIVATE + 0xFFFD) if chr(c) not in words)
+    stand_in = dict(zip(dict.fromkeys(as_text.pattern.findall(words)), unused, strict=False))
+    hidden = [
+        turn | {"content": as_text.pattern.sub(lambda name: stand_in[name[0]], turn["content"])}
+        for turn in turns
+    ]
+    text = _apply(tokenizer, hidden, add_generation_prompt=True)
     if not stand_in:
         return tokenizer.encode(text, add_special_tokens=False)
     spelt = {ord(private): name for name, private in stand_in.items()}
@@ -73,7 +85,8 @@ def user_turn(tokenizer: Any) -> UserTurn:
       ValueError: no chat template, one that fails, or one that ends the words with no token of its
         own, so that nobody can tell where they end.
     """
-    before, _, after = _rendered(tokenizer, _WORDS).partition(_WORDS)
+    turn = {"role": "user", "content": _WORDS}
+    before, _, after = _apply(tokenizer, [turn], add_generation_prompt=True).partition(_WORDS)
     ids = tokenizer.encode(after, add_special_tokens=False)
     if not ids or ids[0] not in tokenising.special_ids(tokenizer):
         raise ValueError(
@@ -94,12 +107,7 @@ def end_of_answer(tokenizer: Any) -> int | None:
     return ids[0] if before and ids and ids[0] in tokenising.special_ids(tokenizer) else None
 
 
-def _rendered(tokenizer: Any, question: str) -> str:
-    turns = [{"role": "user", "content": question}]
-    return _apply(tokenizer, turns, add_generation_prompt=True)
-
-
-def _apply(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def _apply(tokenizer: Any, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise ValueError("this model has no chat template; give the prompt as plain text (--raw)")
     try:
