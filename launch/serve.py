@@ -87,8 +87,8 @@ def session(model: Model, name: str) -> Session:
     decoder = Decoder(model.static, model.params, policy, model.stop_ids, mode)
     positions = min(POSITIONS.value, model.static.config.context_length)
     slots = -(-(positions + mode.capacity - 1) // CACHE_CHUNK) * CACHE_CHUNK
-    costs = (lambda rows: measure.costs(decoder, rows, slots)) if mode.verified else None
-    return Session(decoder, ROWS.value, slots=slots, costs=costs, prefix_bytes=PREFIXES.value << 20)
+    decoder = measure.measured(decoder, slots) if mode.verified else decoder
+    return Session(decoder, ROWS.value, slots=slots, prefix_bytes=PREFIXES.value << 20)
 
 
 if __name__ == "__main__":

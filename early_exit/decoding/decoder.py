@@ -6,7 +6,8 @@ or a session with rows of its own rules.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ from early_exit.decoding.decode import decode, prefill
 from early_exit.decoding.mode import Mode
 from early_exit.decoding.rules import Rules
 from early_exit.decoding.sampling import GREEDY, Sampling
-from early_exit.decoding.state import Counts, DecodeState, check_ids, initial_state
+from early_exit.decoding.state import Counts, DecodeState, check_ids, initial_state, rows_of
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 
 FOREVER = np.int32(2**31 - 1)
+# When this part of a batch's rows is left, they go on alone.
+FEWER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Decoder:
     """A model, and how it decodes: what every call of one `stream` or `generate` shares.
 
     Attributes:
-      costs: what steps cost on this device, by which verified decoding weighs drafts; assumed
-        where they are not given.
+      costs: what steps cost on this device, by which verified decoding weighs drafts, or a
+        function that says it of so many rows; assumed where they are not given.
       sampling: how tokens are drawn.
     """
 
@@ -75,7 +78,7 @@ class Decoder:
     policy: ExitPolicy | None
     stop_ids: Sequence[int]
     mode: Mode
-    costs: Costs | None = None
+    costs: Costs | Callable[[int], Costs] | None = None
     sampling: Sampling = GREEDY
 
     def __post_init__(self):
@@ -97,6 +100,12 @@ class Decoder:
     @functools.cached_property
     def _rules(self) -> dict[int, Rules]:
         return {}
+
+    def costs_of(self, batch: int) -> Costs:
+        """What steps of so many rows cost."""
+        if self.costs is None:
+            return Costs.assumed(self.mode, batch)
+        return self.costs if isinstance(self.costs, Costs) else self.costs(batch)
 
     def empty(self, prompts, max_new_tokens, keys, slots) -> DecodeState:
         """The state of a batch of whose prompts nothing was read yet."""
@@ -125,7 +134,6 @@ class Decoder:
         self,
         state: DecodeState,
         rules: Rules | None = None,
-        costs: Costs | None = None,
         *,
         steps=FOREVER,
         finishing=FOREVER,
@@ -136,13 +144,46 @@ class Decoder:
             self.params,
             state,
             rules or self.rules(batch),
-            costs or self.costs or Costs.assumed(self.mode, batch),
+            self.costs_of(batch),
             jnp.int32(steps),
             jnp.int32(min(finishing, batch)),
             model=self.model,
             mode=self.mode,
         )
         return jax.block_until_ready(state)
+
+    def finish(
+        self, state: DecodeState, prefill_seconds: float = 0.0, *, whole: bool = False
+    ) -> list[Generation]:
+        """What every row has in the end.
+
+        Where few rows go on, they go on alone: steps of fewer rows take less time.
+
+        Args:
+          whole: whether the batch keeps all its rows nevertheless.
+        """
+        answers: dict[int, Generation] = {}
+        rows: list[int | None] = list(range(len(state.finished_B)))  # whose answer is in each
+        seconds, going = 0.0, np.arange(len(rows))
+        while len(going):
+            size = len(rows)
+            fewer = 0 if whole or size == 1 else -(-size // FEWER)
+            state = self.run(state, steps=0)  # compiles, off the clock
+            began = time.perf_counter()
+            state = self.run(state, finishing=size - fewer)
+            seconds += time.perf_counter() - began
+            finished = np.asarray(state.finished_B)
+            found = self.generations(state, [0.0] * size)
+            ended = [(rows[row], found[row]) for row in np.flatnonzero(finished)]
+            answers |= {place: answer for place, answer in ended if place is not None}
+            going = np.flatnonzero(~finished)
+            if len(going):
+                empty = fewer - len(going)
+                index = jnp.array([*going, *going[:1].repeat(empty)])
+                state = rows_of(state, index, jnp.int32(len(going)))
+                rows = [*(rows[row] for row in going), *[None] * empty]
+        times = {"seconds": seconds, "prefill_seconds": prefill_seconds}
+        return [dataclasses.replace(answers[i], **times) for i in range(len(answers))]
 
     def generations(
         self,

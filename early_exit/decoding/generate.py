@@ -5,7 +5,7 @@ a few steps, until all rows have ended, or until one has and the next prompt can
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
@@ -34,7 +34,7 @@ def stream(
     seed: int = 0,
     portion: int = 4,
     slots: int | None = None,
-    costs: Costs | None = None,
+    costs: Costs | Callable[[int], Costs] | None = None,
 ) -> Iterator[list[Generation]]:
     """Yields what every prompt has so far, after the prefill and after every `portion` steps.
 
@@ -47,7 +47,8 @@ def stream(
       stop_ids: tokens that end an answer (and stay in it).
       sampling: how tokens are drawn.
       slots: cache slots to allocate, by default as few as the longest row needs.
-      costs: by which verified decoding weighs drafts (`decoding.measure`); assumed if not given.
+      costs: by which verified decoding weighs drafts, of as many rows as it is asked about
+        (`decoding.measure`); assumed if not given.
 
     Raises:
       ValueError: no prompt, an empty one, one of something else than the model's tokens, or one
@@ -81,7 +82,7 @@ def generate(
     seed: int = 0,
     batch: int | None = None,
     slots: int | None = None,
-    costs: Costs | None = None,
+    costs: Costs | Callable[[int], Costs] | None = None,
 ) -> list[Generation]:
     """Like `stream`, but returns once, when every prompt has its answer.
 
@@ -91,24 +92,12 @@ def generate(
     """
     if batch is not None and batch < 1:
         raise ValueError(f"a batch has at least 1 row, not {batch}")
+    decoder = Decoder(model, params, policy, stop_ids, mode, costs, sampling)
     if batch is not None and batch < len(prompts):
-        decoder = Decoder(model, params, policy, stop_ids, mode, costs, sampling)
         return _queued(decoder, prompts, max_new_tokens, seed, batch, slots)
-    *_, last = stream(
-        model,
-        params,
-        prompts,
-        policy=policy,
-        max_new_tokens=max_new_tokens,
-        mode=mode,
-        stop_ids=stop_ids,
-        sampling=sampling,
-        seed=seed,
-        portion=FOREVER,
-        slots=slots,
-        costs=costs,
-    )
-    return last
+    began = time.perf_counter()
+    state = decoder.start(prompts, max_new_tokens, jax.random.key(seed), slots)
+    return decoder.finish(state, time.perf_counter() - began)
 
 
 def _queued(decoder: Decoder, prompts, max_new_tokens, seed, batch, slots) -> list[Generation]:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,18 @@ import numpy as np
 
 from early_exit import policy as policies
 from early_exit.decoding import cache as caches
-from early_exit.decoding.costs import Costs
 from early_exit.decoding.decode import chunk_size
 from early_exit.decoding.decoder import FOREVER, Decoder, Generation
 from early_exit.decoding.prefixes import Prefixes, Taps
 from early_exit.decoding.rules import Rules
 from early_exit.decoding.sampling import GREEDY, Sampling
-from early_exit.decoding.state import DecodeState, check_ids, check_prompts, initial_state
+from early_exit.decoding.state import (
+    DecodeState,
+    check_ids,
+    check_prompts,
+    initial_state,
+    rows_of,
+)
 
 # Of a batch's rows, the part that starts together. One prompt's pass alone costs as much as a step
 # of many rows; but rows that have ended wait for the others meanwhile.
@@ -130,7 +135,6 @@ class Session:
         *,
         sizes: Sequence[int] | None = None,
         slots: int | None = None,
-        costs: Callable[[int], Costs | None] | None = None,
         draws: bool = True,
         prefix_bytes: int = 0,
     ):
@@ -140,7 +144,6 @@ class Session:
           rows: most requests that are decoded together; others wait.
           sizes: numbers of rows that a batch may have, each a program: powers of two by default.
           slots: of each row's cache; by default as many as the longest request needs, by and by.
-          costs: by number of rows, what steps cost; the decoder's, or assumed ones, by default.
           draws: whether requests may sample; without, nothing about it is compiled.
           prefix_bytes: of keys and values that are kept of prompts, so that a later prompt that
             begins alike need not be read from its beginning.
@@ -155,7 +158,6 @@ class Session:
         if self._sizes[-1] != rows:
             raise ValueError(f"the largest of sizes={self._sizes} must be rows={rows}")
         self._decoder, self._slots, self._draws = decoder, slots, draws
-        self._costs = functools.cache(costs or (lambda _: None))
         self._together = -(-rows // JOINING)
         self._chunk = chunk_size(self._together)
         self._prefixes = Prefixes(decoder.model, decoder.mode, prefix_bytes, self._chunk)
@@ -318,7 +320,7 @@ class Session:
             return
         size = self._size(len(self._running()) + len(joining))
         if self._state is None:
-            self._state = _rows(group.state, jnp.zeros(size, jnp.int32), jnp.int32(0))
+            self._state = rows_of(group.state, jnp.zeros(size, jnp.int32), jnp.int32(0))
             self._places = [None] * size
         elif size > len(self._places):
             self._gather(size)
@@ -348,7 +350,7 @@ class Session:
         """Makes the batch one of so many rows, those that are running first."""
         running = self._running()
         index = [*running, *[0] * (size - len(running))]
-        self._state = _rows(self._state, jnp.array(index), jnp.int32(len(running)))
+        self._state = rows_of(self._state, jnp.array(index), jnp.int32(len(running)))
         tickets = [self._places[row] for row in running]
         self._places = [*tickets, *[None] * (size - len(running))]
         self._rules = None
@@ -390,16 +392,14 @@ class Session:
         if self._rules is None:
             self._rules = self._rules_of(self._places)
         joining = min(self._together, len(self._waiting)) or 1
-        costs = self._costs(len(self._places))
         size = self._state.tokens_BS.shape, jax.tree.map(jnp.shape, self._rules)
         if str(size) not in self._known:  # compiled off the clock
             self._known.add(str(size))
-            self._state = self._decoder.run(self._state, self._rules, costs, steps=0)
+            self._state = self._decoder.run(self._state, self._rules, steps=0)
         began = time.perf_counter()
         self._state = self._decoder.run(
             self._state,
             self._rules,
-            costs,
             steps=steps,
             finishing=len(self._places) - len(running) + joining,
         )
@@ -422,13 +422,6 @@ class Session:
             if ended or len(answer.tokens) > first:
                 events.append(Event(ticket.id, answer, first, ended))
         return events
-
-
-@jax.jit
-def _rows(state: DecodeState, index: jax.Array, running: jax.Array) -> DecodeState:
-    """A batch of rows of another; those from `running` on have ended."""
-    state = jax.tree.map(lambda x: x[index], state)
-    return state.change(finished_B=state.finished_B | (jnp.arange(len(index)) >= running))
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -137,6 +137,13 @@ class DecodeState:
         return self.change(counts=dataclasses.replace(self.counts, **counts))
 
 
+@jax.jit
+def rows_of(state: DecodeState, index: jax.Array, running: jax.Array) -> DecodeState:
+    """Some rows of a state, in another order; those from `running` on have ended."""
+    state = jax.tree.map(lambda x: x[index], state)
+    return state.change(finished_B=state.finished_B | (jnp.arange(len(index)) >= running))
+
+
 def check_ids(model: MultiExit, ids: Sequence[int], name: str) -> None:
     """Raises ValueError where `ids`, called `name`, are no row of the model's token ids."""
     try:

@@ -101,7 +101,7 @@ def generate(
     one = isinstance(prompts, str)
     how = asked(model, mode, sampling, seed, max_new_tokens)
     ids = [tokens(model, prompt, raw) for prompt in ([prompts] if one else prompts)]
-    how |= sized(model, ids, min(batch or len(ids), len(ids)), how)
+    how |= sized(model, ids, how)
     found = decoding.generate(model.static, model.params, ids, batch=batch, **how)
     answers = [_spoken(model, generation) for generation in found]
     return answers[0] if one else answers
@@ -137,7 +137,7 @@ def stream(
     """
     how = asked(model, mode, sampling, seed, max_new_tokens)
     ids = [tokens(model, prompt, raw)]
-    return _streamed(model, ids, how | sized(model, ids, 1, how), portion)
+    return _streamed(model, ids, how | sized(model, ids, how), portion)
 
 
 def _streamed(model: Model, ids: list, how: dict[str, Any], portion: int) -> Iterator[Answer]:
@@ -183,15 +183,15 @@ def asked(
     }
 
 
-def sized(model: Model, prompts: list, batch: int, how: Mapping[str, Any]) -> dict[str, Any]:
-    """The cache that prompts need; and what steps cost here, measured once, where drafts are
+def sized(model: Model, prompts: list, how: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache that prompts need; and what measures what steps cost here, once, where drafts are
     weighed by it."""
     mode = how["mode"]
     new = check_prompts(model.static, prompts, how["max_new_tokens"])
     slots = cache.bucket(max(map(len, prompts)) + max(new) + mode.capacity - 1)
     if not mode.verified:
         return {"slots": slots}
-    return {"slots": slots, "costs": measure.costs(decoder(model, how), batch, slots)}
+    return {"slots": slots, "costs": measure.measured(decoder(model, how), slots).costs}
 
 
 def decoder(model: Model, how: Mapping[str, Any]) -> Decoder:

@@ -9,7 +9,6 @@ of the ratio within a round. Beside the rate of decoding stands the time to the 
 the prompt's pass counts. Needs a tuned run of SmolLM2-135M (`make demo` leaves one).
 """
 
-import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -57,8 +56,7 @@ def main(argv):
             for name, (chosen, mode) in modes.items():
                 decoder = Decoder(tuned.model, tuned.params, chosen, (), mode)
                 if mode.verified:
-                    costs = measure.costs(decoder, batch, SLOTS)
-                    decoder = dataclasses.replace(decoder, costs=costs)
+                    decoder = measure.measured(decoder, SLOTS)
                 cases[name] = _case(decoder, texts, new_tokens, batch)
             if PEERS.value and (kind, batch) == ("code", 1):
                 cases |= _peers(tuned, texts, new_tokens)

@@ -33,9 +33,18 @@ Case = Callable[[], Timed]
 
 
 def decode_case(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int, slots: int | None = None
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    slots: int | None = None,
+    *,
+    whole: bool = False,
 ) -> Case:
-    """A case that answers the prompts as one batch."""
+    """A case that answers the prompts as one batch.
+
+    Args:
+      whole: whether the batch keeps all its rows to the end.
+    """
 
     def run():
         keys = jax.random.split(jax.random.key(0), len(prompts))
@@ -43,12 +52,8 @@ def decode_case(
         state = decoder.start(prompts, [new_tokens + 1] * len(prompts), keys, slots)
         state = jax.block_until_ready(state)
         prefill = time.perf_counter() - began
-        state = decoder.run(state, steps=0)  # compiles, off the clock
-        began = time.perf_counter()
-        state = decoder.run(state)
-        seconds = time.perf_counter() - began
-        answers = decoder.generations(state, [seconds] * len(prompts))
-        return Timed(seconds, prefill, answers)
+        answers = decoder.finish(state, prefill, whole=whole)
+        return Timed(answers[0].seconds, prefill, answers)
 
     return run
 

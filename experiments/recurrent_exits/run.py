@@ -9,7 +9,7 @@ measured first, and what that makes of a decode is compared with the clock.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns on the clock.", lower_bound=1)
 BATCHES = flags.DEFINE_multi_integer("batch", [1, 4, 8], "Prompts decoded together.")
 
 FULL, RECURRENT, LOOKUP = "full model", "verified: recurrent", "verified: lookup"
+# Of a case whose batch keeps all its rows to the end.
+WHOLE = ", whole"
 # Shares of unchecked drafts that agree.
 EPSILONS = (0.95, 0.9)
 SLOTS = 512
@@ -46,7 +48,7 @@ class Way:
 
     policy: ExitPolicy | None
     mode: Mode
-    costs: Costs | None = None
+    costs: Callable[[int], Costs] | None = None
 
 
 def main(argv):
@@ -61,24 +63,28 @@ def main(argv):
         ways, seconds = _ways(tuned, batch)
         for kind, asked in texts.items():
             cases = {}
+            parts = [asked[i : i + batch] for i in range(0, len(asked), batch)]
             for name, way in ways.items():
                 decoder = Decoder(tuned.model, tuned.params, way.policy, (), way.mode, way.costs)
-                parts = [asked[i : i + batch] for i in range(0, len(asked), batch)]
-                cases[name] = one_after_the_other(
-                    [decode_case(decoder, part, new_tokens, SLOTS) for part in parts]
-                )
+
+                def case(whole, decoder=decoder, parts=parts):
+                    how = {"new_tokens": new_tokens, "slots": SLOTS, "whole": whole}
+                    return one_after_the_other([decode_case(decoder, p, **how) for p in parts])
+
+                cases[name] = case(whole=False)
+                if batch > 1 and name in seconds:  # what all its rows together take is foreseen
+                    cases[name + WHOLE] = case(whole=True)
             turns = Turns(cases, rounds)
-            for name, way in ways.items():
+            for name in ways:
                 answers = turns.answers[name]
                 speedups[kind, batch, name] = 1 / turns.ratio(name, FULL)
                 equal[kind, batch, name] = _equal(tuned, asked, answers)
                 if name in seconds:
-                    told = _foreseen(answers, seconds[name], way.mode)
-                    foreseen.append((kind, batch, name, told / turns.median(name)))
+                    foreseen.append((kind, batch, name, _foreseen(turns, name, seconds[name])))
                 rate = len(asked) * new_tokens / turns.median(name)
                 figures = rate, speedups[kind, batch, name], equal[kind, batch, name]
                 rows.append((kind, batch, name, *figures, *_drafted(answers)))
-            print(table(rows[-len(cases) :], header=_HEADER), flush=True)
+            print(table(rows[-len(ways) :], header=_HEADER), flush=True)
     print(
         "\nforeseen ÷ measured seconds\n" + table(foreseen, header=("text", "batch", "mode", "÷"))
     )
@@ -110,9 +116,8 @@ def _ways(tuned: assemble.Tuned, batch: int) -> tuple[dict[str, Way], dict[str, 
     seconds = {}
     for mode in checked:
         decoder = Decoder(model, tuned.params, saved, (), mode)
-        costs = measure.costs(decoder, batch, SLOTS)
         seconds[mode.name] = measure.seconds(decoder, batch, SLOTS)
-        ways[mode.name] = Way(saved, mode, costs)
+        ways[mode.name] = Way(saved, mode, measure.measured(decoder, SLOTS).costs)
         print(f"{mode.name}, batch {batch}: {_told(seconds[mode.name])}", flush=True)
     if batch == 1:
         batches = tuned.feed.calibration(tuned.config.calibrate.batches)
@@ -142,11 +147,17 @@ def _equal(tuned, asked: Sequence[Sequence[int]], answers: Sequence[Generation])
     return float(np.concatenate(found).mean())
 
 
-def _foreseen(answers: Sequence[Generation], seconds: dict, mode: Mode) -> float:
-    """Seconds that the passes and drafts of a decode take by what each was measured to take."""
+def _foreseen(turns: Turns, name: str, seconds: dict) -> float:
+    """What the passes and drafts of a decode take by what each was measured to take, ÷ the clock.
+
+    Of batches that keep their rows to the end, where there are several.
+    """
+    name = name + WHOLE if name + WHOLE in turns.answers else name
+    answers = turns.answers[name]
     passes_N = sum(answer.counts.passes_BEN[-1] for answer in answers)
     steps = sum(float(answer.counts.draft_steps_B) for answer in answers)
-    return float(passes_N @ np.array(seconds["passes"]) + steps * seconds["draft"])
+    told = passes_N @ np.array(seconds["passes"]) + steps * seconds["draft"]
+    return float(told / turns.median(name))
 
 
 def _drafted(answers: Sequence[Generation]) -> tuple:
