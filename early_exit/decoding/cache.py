@@ -35,20 +35,18 @@ def write(cache: Cache, rows: Cache, start_B: jax.Array) -> Cache:
     Blocks of which there are no new rows stay as they are.
     """
 
-    written = {name: cache[name] for name in rows}
-    rows = jax.tree.map(lambda new, slots: new.swapaxes(1, 2).astype(slots.dtype), rows, written)
+    def store(slots_BKSd, rows_BTKd):
+        rows_BKTd = rows_BTKd.swapaxes(1, 2).astype(slots_BKSd.dtype)
+        if slots_BKSd.shape[0] == 1:  # one slice update in place instead of a scatter
+            return jax.lax.dynamic_update_slice(slots_BKSd, rows_BKTd, (0, 0, start_B[0], 0))
+        return jax.vmap(
+            lambda slots, new, start: jax.lax.dynamic_update_slice(slots, new, (0, start, 0))
+        )(slots_BKSd, rows_BKTd, start_B)
 
-    # Row by row, each a slice updated in place: a scatter takes several times as long on CPUs.
-    def store(row, written):
-        def update(slots_BKSd, rows_BKTd):
-            one = jax.lax.dynamic_slice_in_dim(rows_BKTd, row, 1, axis=0)
-            return jax.lax.dynamic_update_slice(slots_BKSd, one, (row, 0, start_B[row], 0))
-
-        return jax.tree.map(update, written, rows)
-
-    batch = len(start_B)
-    written = store(0, written) if batch == 1 else jax.lax.fori_loop(0, batch, store, written)
-    return cache | written
+    return cache | {
+        name: tuple(store(slots, new) for slots, new in zip(cache[name], new_rows, strict=True))
+        for name, new_rows in rows.items()
+    }
 
 
 def bucket(positions: int) -> int:

@@ -32,7 +32,7 @@ from early_exit.decoding.drafters import base as drafting
 from early_exit.decoding.mode import Mode
 from early_exit.decoding.rules import Rules
 from early_exit.decoding.state import DecodeState
-from early_exit.decoding.widths import in_width, pad, placed
+from early_exit.decoding.widths import in_width, pad
 from early_exit.exits.multi_exit import Bound, MultiExit
 from early_exit.policy import ExitPolicy
 
@@ -145,9 +145,12 @@ class Engine:
         width = hidden_BTD.shape[1]
         positions = first_B[:, None] + jnp.arange(width)[None]
         counts = rows_B[:, None] & (positions <= state.newest_B[:, None])
+        nowhere = state.hidden_BWD.shape[1]
+        slots = jnp.where(counts, state.pending_slots(positions), nowhere)
+        rows = jnp.arange(len(rows_B))[:, None]
 
         def stored(kept_BWD, new_BTD):
-            return placed(kept_BWD, new_BTD, first_B, counts, ring=True)
+            return kept_BWD.at[rows, slots].set(new_BTD, mode="drop")
 
         new_taps = {name: stored(state.taps[name], new) for name, new in (taps or {}).items()}
         return state.change(
@@ -310,20 +313,25 @@ class Engine:
         Args:
           tokens_BT, log_probs_BT: what was drawn after each position from `first_B` on.
         """
+        batch, width = tokens_BT.shape
+        rows = jnp.arange(batch)
+        nowhere = state.tokens_BS.shape[1]
         newest_B = jnp.where(rows_B, first_B + accepted_B + 1, state.newest_B)
         token_B = jnp.take_along_axis(tokens_BT, accepted_B[:, None], axis=1)[:, 0]
-        is_newest_BS = jnp.arange(state.tokens_BS.shape[1])[None] == newest_B[:, None]
-        is_newest_BS &= rows_B[:, None]
-        steps = jnp.arange(tokens_BT.shape[1])[None]
-        decided_BT = rows_B[:, None] & (steps <= accepted_B[:, None])
+        at = jnp.where(rows_B, newest_B, nowhere)
+        steps = jnp.arange(width)[None]
+        decided = rows_B[:, None] & (steps <= accepted_B[:, None])
+        decided_at = jnp.where(decided, first_B[:, None] + 1 + steps, nowhere)
         ended_B = self.rules.stops(token_B) | (newest_B + 1 >= state.limit_B)
         account_B = state.account_B
         if self.policy is not None:
             account_B = self.policy.charged(account_B, self.model.exit_depths[exit_index])
         return state.change(
-            tokens_BS=jnp.where(is_newest_BS, token_B[:, None], state.tokens_BS),
-            exit_BS=jnp.where(is_newest_BS, exit_index, state.exit_BS),
-            log_prob_BS=placed(state.log_prob_BS, log_probs_BT, first_B + 1, decided_BT),
+            tokens_BS=state.tokens_BS.at[rows, at].set(token_B, mode="drop"),
+            exit_BS=state.exit_BS.at[rows, at].set(exit_index, mode="drop"),
+            log_prob_BS=state.log_prob_BS.at[rows[:, None], decided_at].set(
+                log_probs_BT, mode="drop"
+            ),
             newest_B=newest_B,
             filled_BE=jnp.where(
                 rows_B[:, None],

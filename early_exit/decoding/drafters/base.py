@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from early_exit.decoding.widths import pad, placed
+from early_exit.decoding.widths import pad
 
 if TYPE_CHECKING:
     from early_exit.decoding.engine import Engine
@@ -194,16 +194,16 @@ def drafted(
       log_probs_BT: float32, of drafts that may stand unchecked.
     """
     usable_BT = reach_BT > 0
-    marks = jnp.full_like(drafts_BT, engine.final + drafter.place)
-
-    def behind(kept_BS, new_BT):
-        return placed(kept_BS, new_BT, state.newest_B + 1, usable_BT)
-
+    rows = jnp.arange(len(drafts_BT))[:, None]
+    positions = state.newest_B[:, None] + 1 + jnp.arange(drafts_BT.shape[1])[None]
+    at = jnp.where(usable_BT, positions, state.tokens_BS.shape[1])
+    mark = engine.final + drafter.place
     if log_probs_BT is not None:
-        state = state.change(log_prob_BS=behind(state.log_prob_BS, log_probs_BT))
+        log_probs = state.log_prob_BS.at[rows, at].set(log_probs_BT, mode="drop")
+        state = state.change(log_prob_BS=log_probs)
     state = state.change(
-        tokens_BS=behind(state.tokens_BS, drafts_BT),
-        exit_BS=behind(state.exit_BS, marks),
+        tokens_BS=state.tokens_BS.at[rows, at].set(drafts_BT, mode="drop"),
+        exit_BS=state.exit_BS.at[rows, at].set(mark, mode="drop"),
         newest_B=state.newest_B + usable_BT.sum(axis=1),
     )
     reach_BK = jnp.maximum(proposed.reach_BK, pad(reach_BT, proposed.reach_BK.shape[1]))
