@@ -111,7 +111,7 @@ def _queued(decoder: Decoder, prompts, max_new_tokens, seed, batch, slots) -> li
     session = Session(decoder, batch, sizes=(batch,), slots=slots, draws=draws)
     # Long ones first: those that start together are alike, and short ones end together at last.
     places = {
-        session.add(Request(prompts[i], new[i]), keys[i]): i
+        session.add(Request(prompts[i], new[i], decoder.sampling), keys[i]): i
         for i in sorted(range(len(prompts)), key=lambda i: -sizes[i])
     }
     answers = {}

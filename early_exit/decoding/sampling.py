@@ -92,6 +92,7 @@ def filtered(logits: jax.Array, sampling: Sampling | RowSampling) -> jax.Array:
         probs = jax.nn.softmax(falling, axis=-1)
         # A token stays while the probability before it has not reached top_p: never zero tokens.
         stays = (jnp.cumsum(probs, axis=-1) - probs < top_p) | (top_p >= 1)
+        stays &= falling > -jnp.inf
         return jnp.min(jnp.where(stays, falling, jnp.inf), axis=-1, keepdims=True)
 
     # Sorting takes longer than all else that decides about a token.

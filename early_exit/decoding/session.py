@@ -432,5 +432,7 @@ def _insert(state: DecodeState, part: DecodeState, rows: jax.Array) -> DecodeSta
 
 def _cut_or_filled(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """An array of another length along some axes; what is new is 0."""
+    if x.shape == shape:
+        return x
     x = x[tuple(slice(0, size) for size in shape)]
     return jnp.pad(x, [(0, size - had) for size, had in zip(shape, x.shape, strict=True)])

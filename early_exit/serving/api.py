@@ -94,6 +94,11 @@ class _Asked(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
+    def tells_log_probs(self) -> bool:
+        asked = getattr(self, "logprobs", None)  # of one interface a number, of the other a bool
+        return asked is not None and asked is not False
+
+    @property
     def tells_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 

@@ -189,11 +189,11 @@ async def _whole(asked: Any, answers: Answers, reply: api.Reply) -> dict[str, An
     if generates:
         async for added in answers.stream():
             parts[added.index].append(added)
-    scored = await answers.scored() if echoed and asked.logprobs is not None else None
+    scored = await answers.scored() if echoed and asked.tells_log_probs else None
     choices = []
     for index, added in enumerate(parts):
         text, pieces = "".join(part.text for part in added), _joined(added, "pieces")
-        log_probs = None if asked.logprobs in (None, False) else _joined(added, "log_probs")
+        log_probs = _joined(added, "log_probs") if asked.tells_log_probs else None
         prompt = answers.prompts[index // asked.n] if echoed else []
         before = [answers.text([token]) for token in prompt]
         if reply.chat:
@@ -229,7 +229,7 @@ async def _chunks(asked: Any, answers: Answers, reply: api.Reply) -> AsyncIterat
         if reply.chat and index not in offsets:
             yield reply.chunk([reply.first(index)])
         told = None
-        if asked.logprobs not in (None, False):
+        if asked.tells_log_probs:
             values = added.log_probs.tolist()
             if reply.chat:
                 told = api.chat_log_probs(added.pieces, values)

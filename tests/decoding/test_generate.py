@@ -53,9 +53,9 @@ def test_a_queue_runs_as_few_rows_as_it_is_told(tiny, mixed, monkeypatch):
     widths = []
     run = Decoder.run
 
-    def watched(self, state, **kwargs):
+    def watched(self, state, *args, **kwargs):
         widths.append(len(state.finished_B))
-        return run(self, state, **kwargs)
+        return run(self, state, *args, **kwargs)
 
     monkeypatch.setattr(Decoder, "run", watched)
     generate(*tiny, PROMPTS, policy=mixed, max_new_tokens=LENGTHS, batch=2)

@@ -52,18 +52,28 @@ def alone(mode, prompt, asked):
     return answer
 
 
-def drained(session, **how):
-    """What all requests got at last, by number; their tokens as they were told, one by one."""
-    ended, told = {}, {}
-    while session.busy:
-        for event in session.step(**how):
-            assert event.first == len(told.setdefault(event.id, []))
+class Told:
+    """What requests were told: their tokens, one by one, and how they ended, by number."""
+
+    def __init__(self):
+        self.tokens, self.ended = {}, {}
+
+    def take(self, events):
+        for event in events:
+            assert event.id not in self.ended, "an answer ended twice"
+            tokens = self.tokens.setdefault(event.id, [])
+            assert event.first == len(tokens)
             if event.answer is not None:
-                told[event.id] += event.answer.tokens[event.first :].tolist()
+                tokens += event.answer.tokens[event.first :].tolist()
+                assert event.answer.tokens.tolist() == tokens
             if event.ended:
-                assert event.id not in ended
-                ended[event.id] = event
-    return ended, told
+                self.ended[event.id] = event
+        return events
+
+    def all_of(self, session, **how):
+        while session.busy:
+            self.take(session.step(**how))
+        return self
 
 
 # What happens: a request is added, or one is cancelled, or a step is made.
@@ -79,39 +89,27 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(actions=ACTIONS)
 def test_each_request_gets_what_it_gets_alone(mode, actions):
     """Joins, leaves and cancels in any order, with rules of their own."""
-    session, asked, ended, told = Session(decoder(mode), rows=4, sizes=(1, 4)), {}, {}, {}
-
-    def took(events):
-        for event in events:
-            if event.answer is not None:
-                new = event.answer.tokens[event.first :].tolist()
-                told.setdefault(event.id, []).extend(new)
-            if event.ended:
-                assert event.id not in ended, "an answer ended twice"
-                ended[event.id] = event
-
+    session, asked, told = Session(decoder(mode), rows=4, sizes=(1, 4)), {}, Told()
     for what, which in actions:
         if what == "step":
-            took(session.step(which))
+            told.take(session.step(which))
         elif what == "cancel":
-            assert session.cancel(which) == (which in asked and which not in ended)
-            took(session.step(1))
+            assert session.cancel(which) == (which in asked and which not in told.ended)
+            told.take(session.step(1))
         else:
             asked[session.add(Request(PROMPTS[what], **ASKED[which]))] = what, which
-    while session.busy:
-        took(session.step(3))
-    assert ended.keys() == asked.keys()
-    for number, event in ended.items():
-        expected = alone(mode, *asked[number])
-        count = len(told.get(number, []))
-        assert told.get(number, []) == expected.tokens[:count].tolist()
+    told.all_of(session, steps=3)
+    assert told.ended.keys() == asked.keys()
+    for number, event in told.ended.items():
+        expected, tokens = alone(mode, *asked[number]), told.tokens[number]
+        assert tokens == expected.tokens[: len(tokens)].tolist()
         if event.ended == CANCELLED:
             continue
-        assert count == len(expected.tokens)
+        assert len(tokens) == len(expected.tokens)
         np.testing.assert_allclose(event.answer.log_probs, expected.log_probs, atol=1e-4)
         if not MODES[mode].verified:
             assert event.answer.exits.tolist() == expected.exits.tolist()
@@ -122,14 +120,14 @@ def test_each_request_gets_what_it_gets_alone(mode, actions):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_long_prompt_is_read_between_the_steps_of_others(mode):
     """And changes nothing for them, nor they for it."""
-    session = Session(decoder(mode), rows=2)
+    session, told = Session(decoder(mode), rows=2), Told()
     first = session.add(Request(PROMPTS[0], max_new_tokens=60))
-    session.step(1)
+    told.take(session.step(1))
     second = session.add(Request(LONG, max_new_tokens=8))
-    moved = [session.step(1) for _ in range(2)]
+    moved = [told.take(session.step(1)) for _ in range(2)]
     # Three chunks: while they were read, the first went on, and the second had nothing yet.
     assert all([event.id for event in events] == [first] for events in moved)
-    ended, _ = drained(session)
+    ended = told.all_of(session).ended
     how = {"policy": decoder(mode).policy, "mode": decoder(mode).mode}
     for number, prompt, new in ((first, PROMPTS[0], 60), (second, LONG, 8)):
         (expected,) = generate(
@@ -164,7 +162,7 @@ def test_prompts_that_begin_alike_are_read_once(mode, monkeypatch):
     for (name, prompt), chunks in zip(prompts.items(), expected_chunks, strict=True):
         read.clear()
         number = session.add(Request(prompt, 8))
-        ended, _ = drained(session)
+        ended = Told().all_of(session).ended
         assert sum(read) == chunks, name
         monkeypatch.setattr(Decoder, "read", whole)
         (expected,) = generate(one.model, one.params, [prompt], **how)
@@ -222,11 +220,11 @@ def test_after_the_first_of_each_size_nothing_is_compiled():
     def busy(temperature, **own):
         for prompt in PROMPTS[:4]:
             session.add(Request(prompt, 5, Sampling(temperature), **own))
-        drained(session)
+        Told().all_of(session)
         return programs.decode._cache_size(), programs.prefill._cache_size()
 
     session.add(Request(PROMPTS[0], 5))
-    drained(session)
+    Told().all_of(session)
     compiled = busy(0.0)
     assert busy(0.7, stop_ids=[3, 4]) == busy(1.1, thresholds=OWN) == busy(0.0) == compiled
 

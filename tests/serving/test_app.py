@@ -182,7 +182,7 @@ def test_what_is_wrong_is_named(client, fields, status, message):
     ("content", "kind", "status", "message"),
     [
         ("{", "application/json", 400, "Invalid JSON"),
-        ("[]", "application/json", 400, "valid dictionary"),
+        ("[]", "application/json", 400, "should be an object"),
         (b"\xff\xfe", "application/json", 400, "Invalid JSON"),
         ("{}", "text/plain", 415, "send JSON"),
         ('{"model": "' + "x" * 70000 + '"}', "application/json", 413, "more than 65536 bytes"),
