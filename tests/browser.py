@@ -55,13 +55,16 @@ class Browser:
         self._commands.close()
         self._answers.close()
 
-    def show(self, page: Path, *, width: int = 1000, height: int = 800, dark: bool = False) -> None:
-        """Loads a page into a window of some size."""
+    def show(
+        self, page: Path | str, *, width: int = 1000, height: int = 800, dark: bool = False
+    ) -> None:
+        """Loads a page, a file or an address, into a window of some size."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=page.resolve().as_uri())
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        self._call("Page.navigate", url=address)
         self._until("Page.loadEventFired")
 
     def ask(self, expression: str) -> Any:

@@ -12,6 +12,9 @@ from early_exit import consult
 from early_exit.backbones.base import logits
 from early_exit.decoding.drafters import base
 
+# How likely another row is taken to leave where one does.
+_ANOTHER = 0.5
+
 
 class Exits(base.Drafter):
     """Asks the exit behind each segment about the newest position; some rows leave there."""
@@ -95,8 +98,10 @@ def _may_leave(engine, state) -> jax.Array:
 def _worthwhile(engine, state, e: int, wanted_B: jax.Array):
     """(state, those of the wanted rows where asking this exit has paid lately, and can pay)."""
     price = engine.head_shares[e] * engine.costs.heads
-    # At best all rows leave here: then a wider pass is saved them, of all deeper segments.
+    # Each row has a token by this step anyway. If all leave here, the pass through deeper segments
+    # is saved, but for the next one's being wider; if some go on, nothing is.
     at_best = (1 - engine.depth_shares[e]) * (2 - engine.costs.passes_N[1])
+    at_best *= _ANOTHER ** jnp.maximum(wanted_B.sum() - 1, 0)
     refused_B = wanted_B & ~(base.worthwhile(state, e) & (at_best > price))
     wanted_B &= ~refused_B
     worth_B = base.asked(state.worth_BN[:, e], wanted_B, price)
