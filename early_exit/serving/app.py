@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from early_exit.decoding import drafters
+from early_exit.decoding import mode as modes
 from early_exit.library.model import Model
 from early_exit.report import tokens as colours
 from early_exit.serving import api
@@ -279,20 +280,22 @@ def _depths(parts: list[Added]) -> list[dict[str, Any]]:
 def _page(model: Model, worker: Worker, options: Options) -> str:
     """The page, with what it must know of the model in it."""
     exits = model.static.exit_depths.tolist()
-    sources = [1 - d.place for d in drafters.BY_NAME.values() if d.place]
-    look = {}
+    serving = [drafters.of(model.static, modes.named(name)) for name in worker.modes]
+    sources = sorted({1 - d.place for of_mode in serving for d in of_mode if d.place}, reverse=True)
+    looks = []
     for depth in [*exits, *sources]:
         behind = colours.background(depth, exits)
-        told = f"{depth} blocks" if depth in exits else colours.named(depth)
-        look[str(depth)] = {
+        look = {
+            "depth": depth,
             "background": colours.hex_colour(behind),
             "colour": colours.hex_colour(colours.foreground(behind)),
-            "name": told,
+            "name": f"{depth} blocks" if depth in exits else colours.named(depth),
         }
+        looks.append(look)
     known = {
         "model": options.name,
         "modes": list(worker.modes),
-        "look": look,
+        "looks": looks,
         "key": options.key is not None,
     }
     page = importlib.resources.files("early_exit.serving").joinpath("page.html")

@@ -59,6 +59,9 @@ def until(window, condition, seconds=60):
 def test_an_answer_comes_in_colours_and_nothing_is_fetched_from_elsewhere(window, address):
     window.show(address)
     assert window.ask("document.getElementById('name').innerText") == NAME
+    legend = "[...document.querySelectorAll('#legend li')].map(x => x.innerText).join()"
+    assert window.ask(legend) == "2 blocks,4 blocks,6 blocks,looked up"
+    assert window.ask("document.getElementById('locked').offsetParent === null")
     modes = window.ask("[...document.getElementById('mode').options].map(o => o.text).join()")
     assert modes == "verified,lossy"
     window.ask(FILL.format("most", 12))
