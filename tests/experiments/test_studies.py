@@ -32,6 +32,8 @@ STUDIES = {
     "calibration.budgets": "--records={records} --plot={out}/budgets.svg",
     "calibration.rejection": "--records={records} --plot={out}/rejection.svg",
     "calibration.temperatures": "--records={records}",
+    "throughput.run": "--workdir={run}",
+    "throughput.soak": "--source={run} --rows=2",
     "decoded_promises.run": "--workdir={run} --records={out}/answers.npz",
     "tuning_step.run": "",
     "joint_tuning.run": "",
