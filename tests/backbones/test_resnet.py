@@ -14,7 +14,8 @@ from flax import nnx
 from early_exit import tree
 from early_exit.backbones import base
 from early_exit.backbones.base import update_statistics
-from early_exit.backbones.resnet import STATISTICS, BatchNorm, ResNetConfig
+from early_exit.backbones.image_parts import STATISTICS, BatchNorm
+from early_exit.backbones.resnet import ResNetConfig
 
 ROOT = Path(__file__).parents[2]
 CIFAR = ResNetConfig((1, 2), (4, 6), num_classes=5, stem="cifar", stem_width=4)

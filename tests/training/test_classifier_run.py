@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import digits_resnet
-from early_exit.backbones.resnet import STATISTICS
+from early_exit.backbones.image_parts import STATISTICS
 from early_exit.runs import checkpoint
 from early_exit.runs.layout import CHECKPOINTS
 from early_exit.runs.metrics import FILE, MetricsWriter

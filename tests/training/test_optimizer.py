@@ -14,7 +14,8 @@ from conftest import TINY, build
 from early_exit import tree
 from early_exit.backbones import base
 from early_exit.backbones.encoder import EncoderConfig
-from early_exit.backbones.resnet import STATISTICS, ResNetConfig
+from early_exit.backbones.image_parts import STATISTICS
+from early_exit.backbones.resnet import ResNetConfig
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.settings.sections import TuneSettings
