@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from early_exit.backbones.own import wrap
     from early_exit.calibration.records import Records
     from early_exit.classifying.classify import Classified
     from early_exit.decoding.mode import Mode
@@ -63,6 +64,7 @@ _HOMES = {
     "tune": ("library.work", "tune"),
     "tune_step": ("training.step", "tune_step"),
     "tuning_loss": ("training.step", "tuning_loss"),
+    "wrap": ("backbones.own", "wrap"),
 }
 
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "tune",
     "tune_step",
     "tuning_loss",
+    "wrap",
 ]
 
 

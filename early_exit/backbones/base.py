@@ -84,7 +84,8 @@ class Backbone(nnx.Module):
     """A network in blocks. Holds only `nnx.Param`; everything else is an argument.
 
     `context` is whatever every block needs beside the hidden states (rotary angles, masks);
-    the stem makes it from the inputs and the caller passes it on unopened.
+    the stem makes it from the inputs and the caller passes it on unopened. A classifier's rows part
+    ways: each of its arrays has the rows in front.
     """
 
     config: "BackboneConfig"

@@ -73,6 +73,8 @@ def _described(value: Any) -> Any:
         return {"kind": type(value).__name__} | changed
     if isinstance(value, tuple):
         return [_described(item) for item in value]
+    if callable(value):  # part of a network of somebody's own
+        return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}")
     return value

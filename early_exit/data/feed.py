@@ -82,7 +82,7 @@ def check_length(data: DataSettings, network: Network) -> None:
     Rotary positions go on beyond that, but the network has never seen them: what exits learned
     there, and what a policy was calibrated on, would be worth nothing.
     """
-    if network.reads != "images" and data.sequence_length > network.context_length:
+    if network.reads == "tokens" and data.sequence_length > network.context_length:
         raise ValueError(
             f"data.sequence_length={data.sequence_length} is beyond the {network.context_length} "
             "positions that the network was made for, and it knows nothing of later ones; set it "
@@ -162,13 +162,13 @@ class TextFeed:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleFeed:
-    """Labelled images for a ResNet, labelled texts for an encoder; `given` as in `TextFeed`.
+    """Labelled images or texts, as the network reads them; `given` as in `TextFeed`.
 
     Raises:
-      ValueError: texts without a tokenizer, or one that does not say what fills rows; names for
-        another number of classes than the network's; on use, data with other classes than those the
-        run was trained with, or with another number of them than the network's, and images of
-        another size.
+      ValueError: a network that reads something else; texts without a tokenizer, or one that does
+        not say what fills rows; names for another number of classes than the network's; on use,
+        data with other classes than those the run was trained with, or with another number of them
+        than the network's, and images of another size.
     """
 
     data: DataSettings
@@ -184,6 +184,11 @@ class ExampleFeed:
             raise ValueError(
                 f"the run keeps the names of {len(kept)} classes, but its network has "
                 f"{self.network.num_classes}; its files are damaged, or of two runs"
+            )
+        if self.network.reads not in ("tokens", "images"):
+            raise ValueError(
+                f"this network reads {self.network.reads}, which are made of no text or image; "
+                f"give batches, with {self.network.reads} and labels"
             )
         if self.network.reads == "tokens":
             tokenising.padding(self.tokenizer)

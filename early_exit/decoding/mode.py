@@ -122,8 +122,13 @@ def served(mode: Mode, model: MultiExit) -> Mode:
     """The mode with only those drafters that a model has what they need for.
 
     Raises:
-      ValueError: none is left of those that the mode names.
+      ValueError: none is left of those that the mode names, or the model's blocks keep no cache.
     """
+    if not model.config.decodes:
+        raise ValueError(
+            "this network's blocks keep no cache, so that it cannot be decoded from; make them "
+            "backbones.base.CachedBlocks, or use early_exit.score, which runs whole rows"
+        )
     if not mode.verified:
         return mode
     names = tuple(drafter.name for drafter in drafters.of(model, mode))

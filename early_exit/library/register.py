@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from early_exit import confidence as confidences
+from early_exit.backbones.own import OwnConfig
 from early_exit.confidence import Summary
 from early_exit.data import examples as labelled
 from early_exit.data import sources
@@ -17,6 +18,7 @@ from early_exit.decoding import drafters
 from early_exit.decoding.drafters.base import Drafter
 from early_exit.exits import heads
 from early_exit.pretrained import families
+from early_exit.pretrained.own import OwnFamily
 from early_exit.settings.read import offer
 
 
@@ -99,6 +101,25 @@ def family(family: Any) -> Any:
       True
     """
     return families.register(family)
+
+
+def network(network: OwnConfig) -> OwnConfig:
+    """Makes a network of one's own known by its name, so that `save` and `load` work; returns it.
+
+    Args:
+      network: what `wrap` gives, with a `name` that no other family has.
+
+    Raises:
+      ValueError: another network has that name.
+
+    Example:
+      >>> named = ee.register.network(dataclasses.replace(small, name="small"))
+      >>> saved = ee.save(ee.Model.of(named, params), folder_to_be.with_name("own"))
+      >>> ee.load(saved).static.config == named
+      True
+    """
+    families.register(OwnFamily(network))
+    return network
 
 
 def texts(name: str, read: Callable[[str], Sequence[str]]) -> None:

@@ -46,7 +46,7 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_runs_and_says_something(path, tmp_path, capsys):
-    arguments = [] if path.stem == "own_network" else [CHAT]
+    arguments = [] if path.stem in ("own_network", "own_module") else [CHAT]
     if path.stem == "own_data":
         arguments.append(str(tmp_path / "texts.sqlite"))
     loaded(path).main(*arguments)
