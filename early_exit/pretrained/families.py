@@ -19,7 +19,8 @@ from early_exit.pretrained.table import Entry
 _OWN = (
     *("llama", "olmo2", "smollm3", "granite", "phi3", "gemma"),
     *("mixtral", "experts", "gpt2", "neox"),
-    *("bert", "roberta", "distilbert", "resnet", "torchvision"),
+    *("bert", "roberta", "distilbert"),
+    *("resnet", "torchvision", "mobilenet_v2", "efficientnet", "convnext", "vit", "deit"),
 )
 _ENTRY_POINTS = "early_exit.families"
 # Where a `config.json` has what no family of transformers can say. Other readers pass it over.

@@ -36,11 +36,16 @@ def opened(folder):
     return network.eval(), [key for keys in report.values() for key in keys if COUNTER not in key]
 
 
+def sides(size):
+    return (size, size) if isinstance(size, int) else size
+
+
 def answer(network):
     """The network's outputs for some input of its kind."""
     rng, config = np.random.default_rng(0), network.config
-    if config.model_type == "resnet":
-        images = rng.normal(size=(2, config.num_channels, 40, 48))
+    if hasattr(config, "num_channels"):
+        height, width = sides(getattr(config, "image_size", (40, 48)))
+        images = rng.normal(size=(2, config.num_channels, height, width))
         inputs = {"pixel_values": torch.from_numpy(images).float()}
     else:
         inputs = {"input_ids": torch.from_numpy(rng.integers(2, config.vocab_size, (2, 17)))}

@@ -75,7 +75,8 @@ def test_its_networks_can_be_made_anew():
 
 def test_what_the_project_makes_anew():
     made = families.new_networks()
-    assert made.keys() == {"resnet_cifar", "resnet_imagenet", "encoder", "decoder"}
+    images = {"resnet_cifar", "resnet_imagenet", "mobilenet_v2", "efficientnet", "convnext", "vit"}
+    assert made.keys() == {*images, "encoder", "decoder"}
     assert made["encoder"] is EncoderConfig and made["decoder"] is DecoderConfig
 
 
@@ -169,7 +170,7 @@ def test_what_transformers_cannot_say_of_an_encoder_stands_apart(changes, model_
 
 
 def test_what_no_encoder_can_be_is_still_refused():
-    strange = dataclasses.replace(ENCODER, pooler="relu", pooling="mean")
+    strange = dataclasses.replace(ENCODER, token_types=0, pad_position=1)
     with pytest.raises(ValueError, match="no family of transformers has a config that says"):
         families.writing(strange)
 
