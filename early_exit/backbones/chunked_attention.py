@@ -58,7 +58,9 @@ def visible_pairs(visibility: Visibility, count: int, size: int) -> tuple[np.nda
     for i in range(count):
         first, last = 0, i if visibility.causal else count - 1
         if visibility.window is not None:
-            first = max(0, i * size - (visibility.window - 1)) // size
+            reach = visibility.window - 1
+            first = max(0, i * size - reach) // size
+            last = min(last, (i * size + size - 1 + reach) // size)
         pairs += [(i, j) for j in range(first, last + 1)]
     return tuple(np.array(pairs, np.int32).T)
 

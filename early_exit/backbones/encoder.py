@@ -15,7 +15,12 @@ from flax import nnx
 from early_exit.backbones import base, layers
 from early_exit.backbones.visibility import Visibility
 
-POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "none": None}
+POOLERS = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "gelu": layers.ACTIVATIONS["gelu"],
+    "none": None,
+}
 POOLINGS = ("first", "mean")
 
 
@@ -29,11 +34,13 @@ class EncoderConfig(base.BackboneConfig):
       token_types: rows of the token type table; 0 for none (DistilBERT).
       pooling: what one prediction is made from: the `first` position, or the `mean` of those that
         hold real tokens.
-      pooler: `tanh` or `relu`, a dense layer with that activation between what is pooled and the
-        classifier; `none` for no such layer.
+      pooler: `tanh`, `relu` or `gelu`, a dense layer with that activation between what is pooled
+        and the classifier; `none` for no such layer.
       pad_position: None, positions count from 0 in every row; a number (RoBERTa), they count real
         tokens only, from the number after this one, and padding is at this one.
       activation: of the feed-forward part, one of `layers.ACTIVATIONS`.
+      embedding_width: of the tables, from which a linear layer makes hidden states (ELECTRA); 0 for
+        tables as wide as these.
     """
 
     vocab_size: int
@@ -49,6 +56,7 @@ class EncoderConfig(base.BackboneConfig):
     activation: str = "gelu"
     norm_eps: float = 1e-12
     pooling: str = "first"
+    embedding_width: int = 0
 
     classifies: ClassVar[bool] = True
     incidental: ClassVar[tuple[str, ...]] = ("context_length",)
@@ -69,23 +77,36 @@ class EncoderConfig(base.BackboneConfig):
 
     def pool(self, hidden, context):
         """[B, T, D] → [B, D]."""
-        if self.pooling == "first":
-            return hidden[:, 0]
-        if context.mask is None:
-            return hidden.mean(1)
-        real = context.mask[..., None]
-        total = jnp.where(real, hidden, 0).sum(1, dtype=jnp.float32)
-        return (total / jnp.maximum(real.sum(1), 1)).astype(hidden.dtype)
+        return pooled(hidden, context.mask, self.pooling)
 
     def build_norm(self, rngs: nnx.Rngs) -> nnx.LayerNorm:
-        # The fast variance, E[x²] − E[x]², cancels where the mean is far from 0.
-        return nnx.LayerNorm(self.width, epsilon=self.norm_eps, use_fast_variance=False, rngs=rngs)
+        return _norm(self.width, self, rngs)
 
     def build_mlp(self, rngs: nnx.Rngs) -> "MLP":
         return MLP(self, rngs=rngs)
 
     def build_block(self, rngs: nnx.Rngs) -> "Block":
         return Block(self, rngs=rngs)
+
+
+def pooled(hidden_BTD: jax.Array, mask_BT: jax.Array | None, pooling: str) -> jax.Array:
+    """[B, D] as one of `POOLINGS` says, of the positions that the mask has; None for all."""
+    if pooling == "first":
+        return hidden_BTD[:, 0]
+    if mask_BT is None:
+        return hidden_BTD.mean(1)
+    real = mask_BT[..., None]
+    total = jnp.where(real, hidden_BTD, 0).sum(1, dtype=jnp.float32)
+    return (total / jnp.maximum(real.sum(1), 1)).astype(hidden_BTD.dtype)
+
+
+def check_length(tokens_BT: jax.Array, context_length: int) -> None:
+    """Raises ValueError for rows that are longer than the context."""
+    if (length := tokens_BT.shape[1]) > context_length:
+        raise ValueError(
+            f"rows of {length} tokens do not fit the encoder's {context_length} positions; "
+            "truncate them"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -100,9 +121,13 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
 
 
-def _table(rows: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
-    init = nnx.initializers.normal(0.02)
-    return nnx.Embed(rows, config.width, embedding_init=init, rngs=rngs)
+def _norm(width: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E[x²] − E[x]², cancels where the mean is far from 0.
+    return nnx.LayerNorm(width, epsilon=config.norm_eps, use_fast_variance=False, rngs=rngs)
+
+
+def _table(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(rows, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
 
 
 def _rows(table: nnx.Embed, indices: jax.Array) -> jax.Array:
@@ -156,15 +181,18 @@ class Block(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """Word, position and token type, summed and normalised."""
+    """Word, position and token type, summed and normalised; made as wide as hidden states are."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         first = 0 if config.pad_position is None else config.pad_position + 1
-        self.words = _table(config.vocab_size, config, rngs)
-        self.positions = _table(first + config.context_length, config, rngs)
+        width = config.embedding_width or config.width
+        self.words = _table(config.vocab_size, width, rngs)
+        self.positions = _table(first + config.context_length, width, rngs)
         if config.token_types:
-            self.token_types = _table(config.token_types, config, rngs)
-        self.norm = config.build_norm(rngs)
+            self.token_types = _table(config.token_types, width, rngs)
+        self.norm = _norm(width, config, rngs)
+        if config.embedding_width:
+            self.project = _linear(width, config.width, rngs)
 
 
 class Encoder(base.Backbone):
@@ -189,12 +217,7 @@ class Encoder(base.Backbone):
           ValueError: rows longer than the context, or token types for a network without them.
         """
         tokens_BT, mask_BT = inputs["tokens"], inputs.get("mask")
-        length = tokens_BT.shape[1]
-        if length > self.config.context_length:
-            raise ValueError(
-                f"rows of {length} tokens do not fit the encoder's {self.config.context_length} "
-                "positions; truncate them"
-            )
+        check_length(tokens_BT, self.config.context_length)
         hidden = _rows(self.embeddings.words, tokens_BT)
         token_types_BT = inputs.get("token_types")
         if self.config.token_types:
@@ -204,7 +227,10 @@ class Encoder(base.Backbone):
         elif token_types_BT is not None:
             raise ValueError("this encoder has no token types; leave token_types out")
         hidden += _rows(self.embeddings.positions, self._positions(tokens_BT, mask_BT))
-        return self.embeddings.norm(hidden), Context(mask_BT)
+        hidden = self.embeddings.norm(hidden)
+        if self.config.embedding_width:
+            hidden = self.embeddings.project(hidden)
+        return hidden, Context(mask_BT)
 
     def _positions(self, tokens_BT: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
         """Rows of the position table, int32 [B, T].
@@ -230,17 +256,18 @@ class Encoder(base.Backbone):
         return pooled if activation is None else activation(self.pooler(pooled))
 
     def output_table(self):
-        self._check_classifier()
+        check_classifier(self.config)
         return self.output.embedding[...]
 
     def output_bias(self):
-        self._check_classifier()
+        check_classifier(self.config)
         return self.output.bias[...]
 
-    def _check_classifier(self) -> None:
-        if not self.config.num_classes:
-            raise ValueError(
-                "this encoder has no classifier (num_classes is 0), so it gives features, not "
-                "logits; set num_classes in its config and tune one, or load a checkpoint that "
-                "has one"
-            )
+
+def check_classifier(config: base.BackboneConfig) -> None:
+    """Raises ValueError for an encoder without a classifier."""
+    if not config.num_classes:
+        raise ValueError(
+            "this encoder has no classifier (num_classes is 0), so it gives features, not logits; "
+            "set num_classes in its config and tune one, or load a checkpoint that has one"
+        )

@@ -18,7 +18,8 @@ class Visibility:
 
     Attributes:
       causal: nobody looks ahead.
-      window: a position sees itself and the window − 1 before it; None for all. Only if causal.
+      window: a position sees itself and the window − 1 before it and, if not causal, behind it;
+        None for all.
       documents: integers [B, T], not negative: nobody looks into another document of the row.
       real: bool [B, T], nobody looks at the others.
     """
@@ -27,10 +28,6 @@ class Visibility:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     documents: jax.Array | None = None
     real: jax.Array | None = None
-
-    def __post_init__(self):
-        if self.window is not None and not self.causal:
-            raise ValueError("a window is for attention that looks back only; set causal=True")
 
     def between(self, query: int | jax.Array, key: int | jax.Array, size: int) -> jax.Array:
         """Whether `size` queries see `size` keys: bool [B or 1, size or 1, size].
@@ -43,10 +40,10 @@ class Visibility:
             return jax.lax.dynamic_slice_in_dim(x_BT, first, size, axis=1)
 
         seen = jnp.ones((1, 1, size), bool)
-        if self.causal:
+        if self.causal or self.window is not None:
             at = jnp.arange(size)
             behind = (query + at)[None, :, None] - (key + at)[None, None, :]
-            seen = behind >= 0
+            seen = behind >= (0 if self.causal else 1 - self.window)
             if self.window is not None:
                 seen &= behind < self.window
         if self.documents is not None:
@@ -58,7 +55,8 @@ class Visibility:
 
     def mask(self, length: int) -> jax.Array | None:
         """Of all pairs, bool [B or 1, 1, T or 1, T]; None if all may look at all."""
-        if not self.causal and self.documents is None and self.real is None:
+        rules = self.window, self.documents, self.real
+        if not self.causal and all(rule is None for rule in rules):
             return None
         return self.between(0, 0, length)[:, None]
 

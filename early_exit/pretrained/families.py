@@ -19,7 +19,7 @@ from early_exit.pretrained.table import Entry
 _OWN = (
     *("llama", "olmo2", "smollm3", "granite", "phi3", "gemma"),
     *("mixtral", "experts", "gpt2", "neox"),
-    *("bert", "roberta", "distilbert"),
+    *("bert", "roberta", "distilbert", "electra", "modernbert", "deberta"),
     *("resnet", "torchvision", "mobilenet_v2", "efficientnet", "convnext", "vit", "deit"),
 )
 _ENTRY_POINTS = "early_exit.families"

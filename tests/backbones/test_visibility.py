@@ -43,8 +43,18 @@ def test_a_window_is_of_the_positions_before():
     got = mask(5, causal=True, window=2, documents=jnp.array([[1, 1, 1, 2, 2]]))[0, 0]
     assert got.astype(int).tolist()[2:] == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     np.testing.assert_array_equal(mask(5, causal=True, window=5), mask(5, causal=True))
-    with pytest.raises(ValueError, match="set causal=True"):
-        Visibility(window=5)
+
+
+def test_a_window_goes_both_ways_where_nobody_is_ahead():
+    assert mask(4, window=2)[0, 0].astype(int).tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [0, 1, 1, 1],
+        [0, 0, 1, 1],
+    ]
+    got = mask(4, window=3, real=jnp.array([[True, True, False, True]]))[0, 0]
+    assert got.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [1, 1, 0, 1], [0, 1, 0, 1]]
+    assert mask(4, window=4).all()
 
 
 def test_padding_is_seen_by_nobody():
@@ -60,6 +70,7 @@ def test_padding_is_seen_by_nobody():
         {},
         {"causal": True},
         {"causal": True, "window": 2},
+        {"window": 2},
         {"documents": jnp.array([[0, 0, 1], [0, 1, 1]])},
         {"real": jnp.array([[True, False, True], [True, True, True]])},
     ],

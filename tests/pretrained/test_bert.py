@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT from folders; see `tests/fixtures/make_encoders.py`."""
+"""BERT, RoBERTa, DistilBERT and ELECTRA from folders; see `tests/fixtures/make_encoders.py`."""
 
 import json
 import pathlib
@@ -11,12 +11,18 @@ import safetensors.numpy
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.pretrained import bert, distilbert, roberta
+from early_exit.pretrained import bert, distilbert, electra, roberta
 from early_exit.pretrained.export import export_backbone
 from early_exit.pretrained.load import load
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
-FAMILIES = {"tiny_bert": bert, "tiny_roberta": roberta, "tiny_distilbert": distilbert}
+FAMILIES = {
+    "tiny_bert": bert,
+    "tiny_roberta": roberta,
+    "tiny_distilbert": distilbert,
+    "tiny_electra": electra,
+}
+TYPED = ("tiny_bert", "tiny_electra")
 INPUTS = ("tokens", "mask", "token_types")
 
 
@@ -66,7 +72,7 @@ def test_every_block_and_the_readout_equal_torch(name):
     pretrained = load(str(FIXTURES / name))
     _, _, expected = read(name)
     inputs = {key: expected[key] for key in INPUTS if key in expected}
-    assert not inputs["mask"].all() and ("token_types" in inputs) == (name == "tiny_bert")
+    assert not inputs["mask"].all() and ("token_types" in inputs) == (name in TYPED)
     found = run(pretrained, inputs)
     assert found[-1].shape == (len(inputs["tokens"]), pretrained.config.num_classes)
     assert_equals_torch(found, expected)
@@ -95,6 +101,7 @@ def test_a_checkpoint_without_pooler_gives_the_first_position(name, tmp_path):
             "tiny_bert": ["cls.predictions.bias", "cls.seq_relationship.weight"],
             "tiny_roberta": ["lm_head.bias", "lm_head.dense.weight"],
             "tiny_distilbert": ["vocab_transform.weight", "vocab_projector.bias"],
+            "tiny_electra": ["discriminator_predictions.dense.bias", "generator_lm_head.bias"],
         }[name],
         np.zeros(3, np.float32),
     )
@@ -173,6 +180,8 @@ def test_the_positions_of_roberta_shorten_its_context():
             {"vocab_size": None, "pad_token_id": None},
             "'vocab_size'.*'pad_token_id'",
         ),
+        ("tiny_electra", {"architectures": ["ElectraForTokenClassification"]}, "ForTokenClass"),
+        ("tiny_electra", {"hidden_size": None, "hidden_act": "mish"}, "'hidden_size'; hidden_act"),
         ("tiny_distilbert", {"n_layers": None}, "the model's config lacks 'n_layers'"),
     ],
 )

@@ -76,7 +76,7 @@ def test_its_networks_can_be_made_anew():
 def test_what_the_project_makes_anew():
     made = families.new_networks()
     images = {"resnet_cifar", "resnet_imagenet", "mobilenet_v2", "efficientnet", "convnext", "vit"}
-    assert made.keys() == {*images, "encoder", "decoder"}
+    assert made.keys() == {*images, "encoder", "modernbert", "deberta", "decoder"}
     assert made["encoder"] is EncoderConfig and made["decoder"] is DecoderConfig
 
 

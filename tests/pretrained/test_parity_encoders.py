@@ -34,8 +34,8 @@ def run(pretrained, inputs):
         states = [hidden]
         for block in range(backbone.config.depth):
             states.append(backbone.run_blocks(states[-1], block, block + 1, context))
-        read = backbone.readout(states[-1]) if backbone.config.num_classes else None
-        return jnp.stack(states), backbone.features(states[-1]), read
+        read = backbone.readout(states[-1], context) if backbone.config.num_classes else None
+        return jnp.stack(states), backbone.features(states[-1], context), read
 
     return forward(pretrained.params)
 
@@ -56,6 +56,29 @@ def run(pretrained, inputs):
         ("XLMRobertaForSequenceClassification", dict(num_labels=3), {}),
         ("XLMRobertaModel", dict(type_vocab_size=1), {}),
         ("CamembertForSequenceClassification", dict(num_labels=2), {}),
+        ("ElectraModel", dict(embedding_size=36), {}),
+        ("ElectraForPreTraining", dict(embedding_size=10, type_vocab_size=3), {}),
+        ("ElectraForMaskedLM", dict(embedding_size=12, hidden_act="relu"), {}),
+        ("ElectraForSequenceClassification", dict(embedding_size=40, num_labels=5), {}),
+        ("ModernBertModel", dict(num_hidden_layers=5, local_attention=4), {}),
+        ("ModernBertForMaskedLM", dict(attention_bias=True, mlp_bias=True), {}),
+        (
+            "ModernBertForSequenceClassification",
+            dict(num_labels=2, classifier_bias=True, hidden_activation="relu"),
+            {},
+        ),
+        (
+            "ModernBertForSequenceClassification",
+            dict(classifier_pooling="mean", layer_types=["sliding_attention", "full_attention"]),
+            {},
+        ),
+        ("DebertaV2Model", dict(position_buckets=4, type_vocab_size=2), {}),
+        ("DebertaV2ForMaskedLM", dict(position_buckets=16, max_relative_positions=20), {}),
+        (
+            "DebertaV2ForSequenceClassification",
+            dict(position_buckets=8, num_labels=2, pooler_hidden_act="relu", hidden_act="relu"),
+            {},
+        ),
         ("DistilBertModel", {}, {}),
         ("DistilBertForMaskedLM", dict(activation="relu"), {}),
         ("DistilBertForSequenceClassification", dict(sinusoidal_pos_embds=True), {}),
@@ -64,6 +87,10 @@ def run(pretrained, inputs):
 def test_random_encoders(name, config, options, tmp_path):
     helpers = runpy.run_path(str(FIXTURES / "make_encoders.py"))
     sizes = DISTILLED if name.startswith("DistilBert") else SIZES
+    if name.startswith("ModernBert"):
+        sizes = SIZES | helpers["MODERN"] | dict(num_attention_heads=6)
+    if name.startswith("Deberta"):
+        sizes = SIZES | helpers["THIRD"]
     kind = getattr(transformers, name)
     model = kind(kind.config_class(**sizes | config), **options)
     model = helpers["randomized"](model, seed=1)
@@ -74,7 +101,9 @@ def test_random_encoders(name, config, options, tmp_path):
     expected = helpers["evaluate"](model, inputs)
     pretrained = load(str(tmp_path))
     hidden, features, logits = run(pretrained, inputs)
-    np.testing.assert_allclose(hidden, expected["hidden"], rtol=0, atol=1e-4)
+    # Near padding, a window may hold no token; nobody reads what is made of that.
+    real = inputs["mask"] if name.startswith("ModernBert") else slice(None)
+    np.testing.assert_allclose(hidden[:, real], expected["hidden"][:, real], rtol=0, atol=1e-4)
     if "features" in expected:
         np.testing.assert_allclose(features, expected["features"], rtol=0, atol=1e-4)
     assert (logits is None) == ("Classification" not in name)
