@@ -165,8 +165,8 @@ class ExampleFeed:
     """Labelled images or texts, as the network reads them; `given` as in `TextFeed`.
 
     Raises:
-      ValueError: a network that reads something else; texts without a tokenizer, or one that does
-        not say what fills rows; names for another number of classes than the network's; on use,
+      ValueError: texts without a tokenizer, or one that does not say what fills rows; names for
+        another number of classes than the network's; on use, a network that reads something else,
         data with other classes than those the run was trained with, or with another number of them
         than the network's, and images of another size.
     """
@@ -184,11 +184,6 @@ class ExampleFeed:
             raise ValueError(
                 f"the run keeps the names of {len(kept)} classes, but its network has "
                 f"{self.network.num_classes}; its files are damaged, or of two runs"
-            )
-        if self.network.reads not in ("tokens", "images"):
-            raise ValueError(
-                f"this network reads {self.network.reads}, which are made of no text or image; "
-                f"give batches, with {self.network.reads} and labels"
             )
         if self.network.reads == "tokens":
             tokenising.padding(self.tokenizer)
@@ -258,13 +253,26 @@ class ExampleFeed:
         """What makes batches of examples, as the network reads them."""
         data = self.data
         if self.network.reads == "images":
+            if not data.mean and not data.std:
+                raise ValueError(
+                    "nobody says how images are made ready for this network: its weights came "
+                    "without a preprocessor_config.json; give data.mean and data.std, of each "
+                    "channel, where white is 1"
+                )
             return inputs.image_inputs(
-                data.mean,
-                data.std,
+                data.mean or (0.0,) * len(data.std),
+                data.std or (1.0,) * len(data.mean),
                 size=data.image_size or None,
+                resize=data.resize,
+                resample=data.resample,
                 channels=3 if self.network.channels == 3 else None,
                 augment=data.augment,
                 expected=tuple(self.known.get("image_size", ())) or None,
+            )
+        if self.network.reads != "tokens":
+            raise ValueError(
+                f"this network reads {self.network.reads}, which are made of no text or image; "
+                f"give batches, with {self.network.reads} and labels"
             )
         return inputs.text_inputs(
             tokenising.as_text(self.tokenizer),

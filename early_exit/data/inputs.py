@@ -24,6 +24,8 @@ def image_inputs(
     std: Sequence[float],
     *,
     size: tuple[int, int] | None = None,
+    resize: tuple[int, ...] = (),
+    resample: str = "bilinear",
     channels: int | None = None,
     augment: str = "",
     expected: tuple[int, int] | None = None,
@@ -35,6 +37,9 @@ def image_inputs(
       std: likewise.
       size: (H, W); an image of another size is cut, at its middle, to this shape and resized. None:
         all must have one size.
+      resize: in place of that, (H, W) or (shorter side,) to resize to, and then cut `size` out of
+        the middle.
+      resample: one of Pillow's filters.
       channels: 3 makes grey images three equal channels; None takes them as they are.
       augment: what training batches get. `crop`: a random window of the image with a black border
         of an eighth of its sides; `crop_flip`: mirrored, too, half the time; empty: nothing.
@@ -57,7 +62,7 @@ def image_inputs(
     shift = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
 
     def prepare(rows: Sequence[Example], chances: np.ndarray | None) -> Batch:
-        images = _stacked([_sized(_image(row), size, channels) for row in rows])
+        images = _stacked([_sized(_image(row), size, resize, resample, channels) for row in rows])
         if expected and images.shape[1:3] != expected:
             found, wanted = (" × ".join(map(str, of)) for of in (images.shape[1:3], expected))
             raise ValueError(
@@ -120,16 +125,38 @@ def _text(example: Example) -> str:
     return example["text"]
 
 
-def _sized(image: np.ndarray, size: tuple[int, int] | None, channels: int | None) -> np.ndarray:
-    if size and image.shape[:2] != tuple(size):
+def _sized(
+    image: np.ndarray,
+    size: tuple[int, int] | None,
+    resize: tuple[int, ...],
+    resample: str,
+    channels: int | None,
+) -> np.ndarray:
+    if size and (resize or image.shape[:2] != tuple(size)):
         with extras.needed("images"):
             from PIL import Image, ImageOps
 
-        grey = image.shape[-1] == 1
+        grey, how = image.shape[-1] == 1, Image.Resampling[resample.upper()]
         fitted = Image.fromarray(image[..., 0] if grey else image)
-        fitted = ImageOps.fit(fitted, size[::-1], Image.Resampling.BILINEAR)
+        if resize:
+            height, width = _resized_to(image.shape[:2], resize)
+            fitted = fitted.resize((width, height), how)
+            top, left = (height - size[0]) // 2, (width - size[1]) // 2
+            fitted = fitted.crop((left, top, left + size[1], top + size[0]))
+        else:
+            fitted = ImageOps.fit(fitted, size[::-1], how)
         image = np.asarray(fitted)[..., None] if grey else np.asarray(fitted)
     return np.repeat(image, 3, axis=-1) if channels == 3 and image.shape[-1] == 1 else image
+
+
+def _resized_to(shape: tuple[int, ...], resize: tuple[int, ...]) -> tuple[int, int]:
+    """(H, W); the longer side is rounded down, as torchvision and transformers have it."""
+    if len(resize) == 2:
+        return resize
+    (short,), (height, width) = resize, shape
+    if width <= height:
+        return int(short * height / width), short
+    return short, int(short * width / height)
 
 
 def _stacked(images: list[np.ndarray]) -> np.ndarray:

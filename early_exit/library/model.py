@@ -26,7 +26,7 @@ from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.load import Pretrained
-from early_exit.runs import assemble, checkpoint, layout
+from early_exit.runs import assemble, checkpoint, images, layout
 from early_exit.settings.read import changed, read
 from early_exit.settings.sections import DataSettings, Settings, TuneSettings
 
@@ -190,7 +190,8 @@ def _settings(model: Mapping[str, Any], network: base.BackboneConfig) -> Setting
     """Of a network without exits, with rows that it has positions for."""
     longest = getattr(network, "context_length", None) or DataSettings.sequence_length
     length = min(longest, DataSettings.sequence_length)
-    return read({"model": model, "data": {**_NO_DATA, "sequence_length": length}})
+    found = read({"model": model, "data": {**_NO_DATA, "sequence_length": length}})
+    return images.settled(found) if network.reads == "images" else found
 
 
 def of_run(tuned: assemble.Tuned, policy: ExitPolicy | None) -> Model:

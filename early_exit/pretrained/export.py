@@ -4,13 +4,15 @@ The one idea: the table that imports a family exports it too, so that a family w
 tensors come in also goes out, value for value. Tensors are written one at a time.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from early_exit import tree
 from early_exit.backbones import base
-from early_exit.pretrained import families, generation, table
+from early_exit.pretrained import families, generation, preprocessor, table
 from early_exit.pretrained.generation import Generation
 from early_exit.storage import files
 
@@ -24,6 +26,7 @@ def export_backbone(
     params: base.Params,
     tokenizer=None,
     writes: Generation = generation.SILENT,
+    images: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a new folder; it appears whole or not at all.
 
@@ -31,6 +34,7 @@ def export_backbone(
       params: the backbone's parameters, arrays of one floating-point type, which is kept.
       tokenizer: a `transformers` fast tokenizer to go with it.
       writes: how the model is to write, for `generation_config.json`.
+      images: how images are made ready, for `preprocessor_config.json`.
 
     Raises:
       FileExistsError: there is something under that name.
@@ -38,7 +42,7 @@ def export_backbone(
       OSError: the folder cannot be written.
     """
     with files.new_folder(folder) as inside:
-        write_backbone(inside, config, params, tokenizer, writes)
+        write_backbone(inside, config, params, tokenizer, writes, images)
 
 
 def write_backbone(
@@ -47,6 +51,7 @@ def write_backbone(
     params: base.Params,
     tokenizer=None,
     writes: Generation = generation.SILENT,
+    images: Mapping[str, Any] | None = None,
 ) -> None:
     """Like `export_backbone`, into a folder that is there."""
     family, hf = families.writing(config)
@@ -73,3 +78,5 @@ def write_backbone(
     files.write_json(folder / "config.json", hf | {"dtype": dtype})
     if said := writes.as_json():
         files.write_json(folder / generation.FILE, said)
+    if images is not None:
+        files.write_json(folder / preprocessor.FILE, dict(images))

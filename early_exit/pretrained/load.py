@@ -6,7 +6,7 @@ The one idea: everything that can be wrong with names, shapes and types is found
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 
 from early_exit import sharding, tree
 from early_exit.backbones import base, identity
-from early_exit.pretrained import generation, table, tensors
+from early_exit.pretrained import generation, preprocessor, table, tensors
 from early_exit.pretrained.describe import describe
 from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.tokenizer import load_tokenizer
@@ -32,6 +32,7 @@ class Pretrained:
       source: the string it was loaded from.
       generation: how it is to write; which tokens end an answer.
       known: its identity, where somebody has worked it out already.
+      preprocessor: what its `preprocessor_config.json` holds, if it reads images and has one.
     """
 
     config: base.BackboneConfig
@@ -40,6 +41,7 @@ class Pretrained:
     source: str
     generation: Generation = generation.SILENT
     known: identity.Identity | None = None
+    preprocessor: Mapping[str, Any] | None = None
 
     @functools.cached_property
     def identity(self) -> identity.Identity:
@@ -84,7 +86,10 @@ def load(
     for entry in found.entries:
         if entry.optional and entry.name in checkpoint.shapes:
             _check_equal(checkpoint, entry, params, dtype)
-    return Pretrained(found.config, tree.unflatten(params), tokenizer, source, writes)
+    said = preprocessor.read(checkpoint.path) if found.config.reads == "images" else None
+    return Pretrained(
+        found.config, tree.unflatten(params), tokenizer, source, writes, preprocessor=said
+    )
 
 
 def _whole(array: jax.Array) -> np.ndarray:

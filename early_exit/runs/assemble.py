@@ -65,6 +65,7 @@ class Tuned:
     data: dict[str, Any] | None
     identity: Identity
     metadata: dict[str, Any]
+    preprocessor: Mapping[str, Any] | None = None
 
     @functools.cached_property
     def feed(self) -> feeds.Feed:
@@ -83,6 +84,7 @@ class Tuned:
             str(self.workdir),
             self.generation,
             self.identity,
+            self.preprocessor,
         )
 
     @property
@@ -236,6 +238,7 @@ def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
         params=params,
         tokenizer=pretrained.tokenizer,
         generation=pretrained.generation,
+        preprocessor=pretrained.preprocessor,
         config=config,
         workdir=workdir,
         data=data,
@@ -374,7 +377,7 @@ def write_model(
             save_policy(inside / layout.POLICY)
         if not exits_only:
             parts = model.config, params["backbone"], backbone.tokenizer, backbone.generation
-            write_backbone(inside, *parts)
+            write_backbone(inside, *parts, backbone.preprocessor)
         described = read.as_dict(config)
         artefact.write(inside, model, params, backbone.identity, described, step, data)
 

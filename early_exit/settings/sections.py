@@ -15,6 +15,7 @@ from early_exit.settings.fields import Section, setting
 
 # Of an int32, which counts the steps.
 _MOST_STEPS = 2**31 - 1
+RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as Pillow counts them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,14 +119,23 @@ class DataSettings(Section):
         64, "Batches of training text in which the most frequent tokens are counted.", least=1
     )
     mean: tuple[float, ...] = setting(
-        (0.0,), "Of each channel of an image, where white is 1; subtracted from it."
+        (),
+        "Of each channel of an image, where white is 1; subtracted from it. () for what the "
+        "weights came with, and 0 for new ones.",
     )
     std: tuple[float, ...] = setting(
-        (1.0,), "Of each channel, which is divided by it after that.", above=0
+        (), "Of each channel, which is divided by it after that; () likewise, and 1.", above=0
     )
     image_size: tuple[int, ...] = setting(
-        (), "Height and width to bring images to; () if they agree.", least=1
+        (), "Height and width to bring images to; () likewise, or if they agree.", least=1
     )
+    resize: tuple[int, ...] = setting(
+        (),
+        "Height and width, or the shorter side, that images are resized to before their middle, of "
+        "image_size, is cut out; () to cut out its shape first.",
+        least=1,
+    )
+    resample: str = setting("bilinear", "How images are resized.", choices=RESAMPLE)
     augment: str = setting(
         "",
         "What is done at random to training images; '' for nothing.",
@@ -135,13 +145,25 @@ class DataSettings(Section):
     def conflicts(self) -> Iterator[str]:
         if not self.source:
             yield "data.source names no data; give a folder, a file or a data set"
-        if not self.mean or len(self.mean) != len(self.std):
+        if self.mean and self.std and len(self.mean) != len(self.std):
             yield (
                 f"data.mean={self.mean} and data.std={self.std} must hold one number each for "
                 "every channel"
             )
         if len(self.image_size) not in (0, 2):
             yield f"data.image_size={self.image_size} must be (height, width), or ()"
+        yield from self._resizes()
+
+    def _resizes(self) -> Iterator[str]:
+        if not self.resize:
+            return
+        if len(self.resize) > 2 or len(self.image_size) != 2:
+            yield (
+                f"data.resize={self.resize} must be (height, width) or (shorter side,), and needs "
+                "data.image_size, which is cut out after that"
+            )
+        elif any(a < b for a, b in zip(self.resize * 2, self.image_size, strict=False)):
+            yield f"data.image_size={self.image_size} does not fit into data.resize={self.resize}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

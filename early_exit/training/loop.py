@@ -26,7 +26,7 @@ from early_exit.evaluation import drafts
 from early_exit.evaluation import exits as evaluation
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.pretrained.load import Pretrained
-from early_exit.runs import assemble, checkpoint, layout, lock
+from early_exit.runs import assemble, checkpoint, images, layout, lock
 from early_exit.runs.layout import CHECKPOINTS
 from early_exit.runs.metrics import progress
 from early_exit.settings.sections import Settings
@@ -79,6 +79,7 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
       preemption.Preempted: asked to leave by SIGTERM; saved after the step that was running, or
         nothing to save yet.
     """
+    config = images.settled(config)
     with preemption.watch() as leaving, lock.held(workdir) as own:
         _, rows = _tune(config, workdir, keeping.InFolder(workdir, own), leaving, profile)
     return rows

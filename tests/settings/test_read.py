@@ -183,7 +183,7 @@ def test_seeds(seed):
         ({"model": {"source": ""}}, "model.source, where weights are, or model.new"),
         ({"model": {"new": {"family": "decoder"}}}, "and not both"),
         ({"data": {"source": ""}}, "names no data"),
-        ({"data": {"mean": (0.1, 0.2)}}, "one number each"),
+        ({"data": {"mean": (0.1, 0.2), "std": (0.5,)}}, "one number each"),
         ({"data": {"image_size": (8,)}}, r"\(height, width\)"),
         ({"mesh": {"data": 0}}, "mesh.data=0 leaves no device"),
         ({"mesh": {"fsdp": -1}}, "only one of"),
