@@ -46,7 +46,7 @@ def plain(
     if causal:
         seen &= (behind >= 0)[None]
     if window is not None:
-        seen &= (behind < window)[None]
+        seen &= (np.abs(behind) < window)[None]
     if documents is not None:
         seen &= np.asarray(documents)[:, :, None] == np.asarray(documents)[:, None]
     if real is not None:
@@ -89,6 +89,8 @@ def agree(got, want, atol=1e-5):
         (50, ("documents",)),
         (50, ("real",)),
         (64, ("causal", "real")),
+        (70, (("window", SMALL),)),
+        (61, ("documents", ("window", 40))),
     ],
 )
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
@@ -173,12 +175,18 @@ def test_half_precision_is_summed_in_float32(monkeypatch):
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-7 * np.abs(b).max())
 
 
-@pytest.mark.parametrize(("window", "pairs"), [(None, 36), (1, 8), (2, 15), (512, 15), (514, 21)])
-def test_chunks_that_cannot_see_each_other_are_not_computed(window, pairs):
+@pytest.mark.parametrize(
+    ("window", "causal", "pairs"),
+    [
+        *((None, True, 36), (1, True, 8), (2, True, 15), (512, True, 15), (514, True, 21)),
+        *((1, False, 8), (2, False, 22), (512, False, 22), (514, False, 34)),
+    ],
+)
+def test_chunks_that_cannot_see_each_other_are_not_computed(window, causal, pairs):
     """Products of n chunks, forwards: two of each pair that is left of n²."""
     length, width = 8 * layers.CHUNK, 4
     array = jax.ShapeDtypeStruct((1, length, 1, width), jnp.float32)
-    visibility = Visibility(causal=True, window=window)
+    visibility = Visibility(causal=causal, window=window)
     attention = functools.partial(layers.attend, visibility=visibility)
     one = layers.CHUNK**2 * width
     assert multiply_adds.multiply_adds(attention, array, array, array) == 2 * pairs * one

@@ -427,6 +427,15 @@ def test_who_it_is_follows_from_weights_and_places_not_from_where_its_code_is():
     assert identity.of(changed(config, pooling=corner), params) != named
 
 
+def test_what_is_made_of_no_text_and_no_image_comes_in_batches():
+    config = CASES["bridged"]
+    model = ee.Model.of(config, base.init(config, jax.random.key(0)))
+    rows = {"rows": GIVEN["rows"]}
+    assert ee.classify(model, rows).labels.shape == (2,)
+    with pytest.raises(ValueError, match="reads rows, .* give batches, with rows and labels"):
+        ee.classify(model, [GIVEN["rows"][0]])
+
+
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setattr(families, "_known", list(families.every()))
