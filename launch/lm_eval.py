@@ -18,7 +18,7 @@ from absl import flags
 
 from early_exit.calibration import promise
 from early_exit.runs import assemble
-from early_exit.storage import files
+from early_exit.storage import buckets, files
 from launch import common, decoding_flags
 
 TASKS = flags.DEFINE_list("tasks", None, "Names of tasks (`lm-eval ls tasks`).", required=True)
@@ -81,7 +81,7 @@ def main(argv):
     )
     print("\n\n".join(tasks.tables(results)))
     if OUTPUT.value:
-        files.write_json(Path(OUTPUT.value), results)
+        files.write_json(buckets.place(OUTPUT.value), results)
         print(OUTPUT.value)
 
 

@@ -16,6 +16,8 @@ import jax
 from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
 
+from early_exit.storage import buckets, files
+
 Tree = Any
 
 
@@ -41,11 +43,11 @@ class Saver:
         """Raises OSError where the folder cannot be written to."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        self._folder = epath.Path(folder).absolute()
+        self._folder = _absolute(folder)
         self._pending = None
         self._failed = False
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self._folder)
             if jax.process_index() == 0:
                 probe = self._folder / ".writable"
                 probe.write_text("")
@@ -114,7 +116,7 @@ class Saver:
 
 def steps(folder: epath.PathLike) -> list[int]:
     """Of all whole checkpoints in `folder`, rising."""
-    folder = epath.Path(folder)
+    folder = epath.Path(buckets.place(folder))
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.name.isdecimal()]
@@ -172,7 +174,12 @@ def _path(folder: epath.PathLike, step: int | None) -> epath.Path:
         raise FileNotFoundError(
             f"no checkpoint of step {step} in {folder}; it has {', '.join(map(str, found))}"
         )
-    return epath.Path(folder).absolute() / str(found[-1] if step is None else step)
+    return _absolute(folder) / str(found[-1] if step is None else step)
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    folder = epath.Path(buckets.place(folder))
+    return folder if buckets.is_remote(folder) else folder.absolute()
 
 
 def _check(path: epath.Path, saved: dict[str, Any], like: dict[str, Any]) -> None:
