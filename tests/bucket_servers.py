@@ -1,8 +1,8 @@
 """Servers of buckets, started for a test, and a proxy before them in which things go wrong.
 
 The one idea: what a client library does when an answer does not come, or is a lie, cannot be seen
-from a stand-in for that library. So the servers are real ones, and faults happen on the wire. (The emulator
-of GCS knows no preconditions; the proxy answers those of a write for it.)
+from a stand-in for that library. So the servers are real ones, and faults happen on the wire. (The
+emulator of GCS knows no preconditions; the proxy answers those of a write for it.)
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def _handler(port: int, faults: Faults):
 
         def _forward(self):
             body = self._body()
-            fault = faults.of(self.command, self.path)
+            fault = faults.of(self.command, f"{self.path} {_object(self.path, body)}")
             if fault == "503":
                 return self._answer(503, {}, b"slow down")
             if fault == "drop":
@@ -128,7 +128,8 @@ def _object(path: str, body: bytes) -> str:
     if not parsed.path.startswith("/upload/"):
         return parsed.path
     asked = urllib.parse.parse_qs(parsed.query).get("name")
-    name = asked[0] if asked else json.loads(re.search(rb'"name": *("[^"]*")', body)[1])
+    told = re.search(rb'"name": *("[^"]*")', body)
+    name = asked[0] if asked else json.loads(told[1]) if told else ""
     return f"{parsed.path.removeprefix('/upload')}/{urllib.parse.quote(name, safe='')}"
 
 
