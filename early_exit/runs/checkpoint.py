@@ -116,12 +116,12 @@ class Saver:
 
 
 def check_place(folder: epath.PathLike) -> None:
-    """Raises ValueError where no checkpoints can be kept: Orbax writes to disks and gs:// only."""
+    """Raises ValueError where no checkpoints can be kept: Orbax has disks and gs:// only."""
     if buckets.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
         raise ValueError(
-    """Raises ValueError where no checkpoints can be kept: Orbax has disks and gs:// only."""
-            "Tune into a folder here or in gs://; weights, text and tokens may be there, and "
-            "launch.export may write there"
+            f"checkpoints cannot be kept in {folder}: Orbax writes them to disks and to "
+            "gs:// only. Tune into a folder here or in gs://; weights, text and tokens may be "
+            "there, and launch.export may write there"
         )
 
 
