@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 # Every test that takes less than minutes, and then those that read what XLA optimised.
 test: $(VENV)/.test
 	@$(PYTEST) -n auto --dist worksteal --durations=15 \
-	    -m "not (processes or slurm or studies or parity or tpu_compile or lm_eval or production)"
+	    -m "not (processes or slurm or studies or parity or tpu_compile or lm_eval or corpus or storage or production)"
 	@$(PYTEST) -n auto --dist worksteal -m production
 
 # One of everything.
@@ -47,9 +47,9 @@ test-studies: $(VENV)/.test
 test-processes: $(VENV)/.test
 	@$(PYTEST) --durations=5 -m "processes or slurm"
 
-# Beside transformers on torch, with the TPU's compiler, and with lm-evaluation-harness.
+# Beside transformers on torch, with the TPU's compiler, lm-evaluation-harness, datasets, Beam, and buckets.
 test-extras: $(EXTRAS)/.done
-	@$(EXTRAS)/bin/python -m pytest -q --durations=5 -m "parity or tpu_compile or lm_eval"
+	@$(EXTRAS)/bin/python -m pytest -q --durations=5 -m "parity or tpu_compile or lm_eval or corpus or storage"
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -74,5 +74,5 @@ $(EXTRAS)/.done: $(VENV)/.test
 	@$(BIN)/python -c $(SITE) > "$$($(EXTRAS)/bin/python -c $(SITE))/lean.pth"
 	@echo "Installing into $(EXTRAS) …"
 	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    --editable '.[parity,tpu-compile,lm-eval]'
+	    --editable '.[parity,tpu-compile,lm-eval,corpus,beam,storage]'
 	@touch $@

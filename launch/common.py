@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from early_exit.runs import lock
 from early_exit.settings.read import read
 from early_exit.settings.sections import Settings
-from early_exit.storage import programs
+from early_exit.storage import buckets, programs
 from early_exit.training import preemption
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -29,7 +29,7 @@ CONFIG = config_flags.DEFINE_config_file(
 # Of all --seed flags; larger ones are no seeds for JAX.
 SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, here or in a bucket (gs://…).")
 DEBUG = flags.DEFINE_bool("debug", False, "Show the whole stack of an error.")
 
 # What users meet: bad settings, missing files, damaged weights, a full disk, a diverged run.
@@ -40,7 +40,7 @@ _until_the_end = contextlib.ExitStack()
 
 
 def workdir() -> Path:
-    return Path(WORKDIR.value)
+    return buckets.place(WORKDIR.value)
 
 
 def settings() -> Settings | None:

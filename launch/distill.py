@@ -10,8 +10,6 @@ kept of it, see `data.conversations`. Killed, it goes on after the last finished
 processes share the work (see `launch.processes`). At the end, prints what became of all questions.
 """
 
-from pathlib import Path
-
 import jax
 from absl import flags
 
@@ -20,6 +18,7 @@ from early_exit.data.stream import Rank
 from early_exit.decoding.sampling import Sampling
 from early_exit.distillation.converse import Settings, Speaker, converse
 from early_exit.runs import assemble, metrics
+from early_exit.storage import buckets, copies
 from early_exit.training import preemption
 from launch import common, processes
 
@@ -72,10 +71,10 @@ def main(argv):
         seed=SEED.value,
         per_shard=PER_SHARD.value,
     )
-    folder = Path(MADE.value)
+    folder = buckets.place(MADE.value)
     common.own(folder)
     common.tell_devices()
-    prompts = text_files.listed(Path(INPUT.value), "prompt") if INPUT.value else None
+    prompts = text_files.listed(copies.fetched(INPUT.value), "prompt") if INPUT.value else None
     made = converse(
         _speaker(),
         folder,

@@ -8,12 +8,11 @@ for each of evaluate.epsilons, beside the full model. The baselines are runs of 
 without exits. Writes evaluation.json, from which `launch.report` makes a page.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from early_exit.evaluation import run_classifier, run_decoder
 from early_exit.runs import assemble
+from early_exit.storage import buckets
 from launch import common
 
 BASELINE = flags.DEFINE_list(
@@ -27,7 +26,9 @@ def main(argv):
     common.tell_devices()
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     if tuned.model.config.classifies:
-        results = run_classifier.evaluate(tuned, [Path(folder) for folder in BASELINE.value])
+        results = run_classifier.evaluate(
+            tuned, [buckets.place(folder) for folder in BASELINE.value]
+        )
         print("\n\n".join(run_classifier.tables(results)))
         return
     if BASELINE.value:

@@ -7,12 +7,11 @@ Every command takes the new folder for --workdir. The first loads with transform
 second needs the backbone that the run's config names.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
+from early_exit.storage import buckets, files
 from launch import common
 
 TO = flags.DEFINE_string("to", None, "The folder to write; there must be nothing of that name.")
@@ -21,12 +20,12 @@ EXITS_ONLY = flags.DEFINE_bool("exits_only", False, "Leave the backbone out.")
 
 def main(argv):
     common.no_arguments(argv)
-    folder = Path(TO.value)
+    folder = buckets.place(TO.value)
     if folder.exists():  # before a model is loaded for nothing
         raise FileExistsError(f"{folder} exists already; name a new folder")
     tuned = assemble.load_tuned(common.workdir(), common.settings())
     assemble.export(tuned, folder, exits_only=EXITS_ONLY.value)
-    sizes = [(path.name, f"{path.stat().st_size / 1e6:.3f}") for path in sorted(folder.iterdir())]
+    sizes = [(path.name, f"{files.size(path) / 1e6:.3f}") for path in sorted(folder.iterdir())]
     print(table(sizes, header=("file", "MB")))
     print(f"exported to {folder}")
 

@@ -32,7 +32,7 @@ from early_exit.library.model import Model, of_run
 from early_exit.report import tokens as token_colours
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
-from early_exit.storage import files
+from early_exit.storage import buckets, copies, files
 from launch import common, decoding_flags
 
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer, or - for standard input.")
@@ -69,7 +69,7 @@ def main(argv):
         raise ValueError("give one of --prompt, --input and --costs")
     if (INPUT.value is None) != (OUTPUT.value is None):
         raise ValueError("--input and --output go together")
-    texts = text_files.listed(Path(INPUT.value), "prompt") if INPUT.value else None
+    texts = text_files.listed(copies.fetched(INPUT.value), "prompt") if INPUT.value else None
     mode = dataclasses.replace(decoding_flags.mode(), pending=PENDING.value)
     _sampling()  # what cannot be is said before anything is loaded
     common.tell_devices()
@@ -91,7 +91,7 @@ def main(argv):
             text = text_files.decode(sys.stdin.buffer.read(), "the standard input")
         _show(model, text, mode)
     else:
-        _answer_all(model, texts, mode, Path(OUTPUT.value))
+        _answer_all(model, texts, mode, buckets.place(OUTPUT.value))
 
 
 def _tell_costs(model: Model, batch: int, mode: Mode) -> None:
@@ -162,7 +162,7 @@ def _show(model: Model, text: str, mode: Mode) -> None:
 
 def _answer_all(model: Model, texts: list[str], mode: Mode, path: Path) -> None:
     """Answers a file of prompts and writes them whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     found = answers.generate(model, texts, batch=BATCH.value, **_how(mode))
     rows = [_statistics(answer, model, mode) for answer in found]
     with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:

@@ -11,7 +11,6 @@ of the parameters that are read; each also as so many mean blocks and as a share
 import dataclasses
 import itertools
 import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
 from absl import app, flags
@@ -27,7 +26,7 @@ from early_exit.runs import assemble, checkpoint, layout
 from early_exit.runs.metrics import table
 from early_exit.settings.listing import listing
 from early_exit.settings.sections import Settings
-from early_exit.storage import files
+from early_exit.storage import buckets, files
 from launch import common
 
 SETTINGS = flags.DEFINE_bool("settings", False, "List every setting: default, range and meaning.")
@@ -73,7 +72,7 @@ def main(argv):
 
 
 def _subject(name: str) -> Subject:
-    folder = Path(name)
+    folder = buckets.place(name)
     if artefact.is_in(folder):
         described = artefact.describe(folder)
         beside = (folder / "config.json").exists()
@@ -112,8 +111,8 @@ def _of_config(config: Settings) -> Subject:
     model = config.model
     if model.new:
         subject = Subject("made anew", model.new["family"], assemble.abstract_model(config).config)
-    elif checkpoint.latest_step(Path(model.source) / layout.CHECKPOINTS) is not None:
-        before = _of_config(layout.load_config(Path(model.source)))
+    elif checkpoint.latest_step(buckets.place(model.source) / layout.CHECKPOINTS) is not None:
+        before = _of_config(layout.load_config(buckets.place(model.source)))
         subject = dataclasses.replace(before, source=f"the run in {model.source}", stored=())
     else:
         subject = _of_weights(model.source)

@@ -12,13 +12,12 @@ first token of a given text, as of an answer, runs every block; where a task com
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from early_exit.calibration import promise
 from early_exit.runs import assemble
-from early_exit.storage import files
+from early_exit.storage import buckets, files
 from launch import common, decoding_flags
 
 TASKS = flags.DEFINE_list("tasks", None, "Names of tasks (`lm-eval ls tasks`).", required=True)
@@ -73,7 +72,7 @@ def main(argv):
     results = tasks.evaluate(
         model,
         TASKS.value,
-        include=INCLUDE.value and Path(INCLUDE.value),
+        include=INCLUDE.value and buckets.here(INCLUDE.value, "a folder of tasks"),
         limit=LIMIT.value,
         num_fewshot=FEWSHOT.value,
         chat=CHAT.value,
@@ -81,7 +80,7 @@ def main(argv):
     )
     print("\n\n".join(tasks.tables(results)))
     if OUTPUT.value:
-        files.write_json(Path(OUTPUT.value), results)
+        files.write_json(buckets.place(OUTPUT.value), results)
         print(OUTPUT.value)
 
 

@@ -8,12 +8,11 @@ loss of every exit, the norm of each part's gradient, and what is not finite; ch
 other devices than the run's, name its --config, with another mesh.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from early_exit.runs import layout
 from early_exit.runs.metrics import table
+from early_exit.storage import buckets
 from early_exit.training import bad_batch, replay
 from launch import common
 
@@ -26,7 +25,7 @@ def main(argv):
     common.no_arguments(argv)
     workdir = common.workdir()
     config = common.settings() or layout.load_config(workdir)
-    path = Path(BATCH.value) if BATCH.value else bad_batch.newest(workdir)
+    path = buckets.place(BATCH.value) if BATCH.value else bad_batch.newest(workdir)
     found = replay.replay(config, workdir, path)
     print(f"the batch of step {found.step}, on the parameters of step {found.checkpoint}\n")
     print(table(found.losses.items(), header=("loss", "")))

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from early_exit.runs.metrics import table
 from early_exit.settings.overrides import Overrides
-from early_exit.storage import files
+from early_exit.storage import buckets, files
 from launch import common, jobs
 from launch.slurm import submit
 from launch.tpu import jobset
@@ -40,7 +40,8 @@ def main(argv):
     flag = flags.FLAGS["config"]
     config_file = config_flags.get_config_filename(flag)
     fixed = config_flags.get_override_values(flag)
-    runs = jobs.expand(_sweep_of(config_file), common.CONFIG.value, common.workdir())
+    folder = buckets.here(common.WORKDIR.value, "the folder of a sweep")
+    runs = jobs.expand(_sweep_of(config_file), common.CONFIG.value, folder)
     if twice := sorted(fixed.keys() & {key for run in runs for key in run.overrides}):
         raise ValueError(f"the sweep itself sets {', '.join(twice)}; leave it out of the flags")
 

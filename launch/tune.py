@@ -15,6 +15,7 @@ import jax
 from absl import flags
 
 from early_exit.runs.metrics import table
+from early_exit.storage import buckets
 from early_exit.training.loop import tune
 from launch import common, processes
 
@@ -26,6 +27,8 @@ PROFILE = flags.DEFINE_string(
 def main(argv):
     common.no_arguments(argv)
     config, profile = common.settings(), steps_of(PROFILE.value)
+    if profile:
+        buckets.here(common.WORKDIR.value, "the folder of a run that is traced")
     processes.initialize()
     common.tell_devices()
     rows = tune(config, common.workdir(), profile)

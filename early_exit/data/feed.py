@@ -5,15 +5,26 @@ and evaluation ask for batches of a split and never for what is in them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from absl import logging
 
-from early_exit.data import examples, excerpts, inputs, labelled, pipeline, sources, tokenising
+from early_exit.data import (
+    examples,
+    excerpts,
+    inputs,
+    labelled,
+    packed,
+    pipeline,
+    sources,
+    tokenising,
+)
 from early_exit.data.stream import ALONE, Rank, TrainingBatches
 from early_exit.data.transforms import Batch
 from early_exit.settings.sections import DataSettings, Settings
+from early_exit.storage import buckets
 
 
 class Network(Protocol):
@@ -72,7 +83,8 @@ def make(config: Settings, network: Network, tokenizer: Any, known: About | None
     """
     check_length(config.data, network)
     if not network.classifies:
-        return TextFeed(config.data, tokenizer, known or {})
+        kind = PackedFeed if config.data.source.startswith(packed.PACKED) else TextFeed
+        return kind(config.data, tokenizer, known or {})
     return ExampleFeed(config.data, network, tokenizer, known or {})
 
 
@@ -117,6 +129,11 @@ class TextFeed:
             return self.given[split]
         return sources.documents(self.data.source, split)
 
+    @property
+    def encode(self) -> tokenising.Encode:
+        """What makes tokens of a document, without the one that ends it."""
+        return tokenising.encoder(self.tokenizer, self.data.source)
+
     def training(self, seed, rank=ALONE):
         return pipeline.training_batches(
             self.documents("train"),
@@ -153,11 +170,56 @@ class TextFeed:
 
     def _packing(self) -> dict[str, Any]:
         return {
-            "tokenise": tokenising.encoder(self.tokenizer, self.data.source),
+            "tokenise": self.encode,
             "end_of_text": tokenising.end_of_text(self.tokenizer),
             "sequence_length": self.data.sequence_length,
             "batch_size": self.data.batch_size,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedFeed(TextFeed):
+    """Text that `launch.tokenize` has made tokens of, `packed:FOLDER` (`data.packed`).
+
+    Raises:
+      FileNotFoundError: no such folder, or it is not finished.
+      ValueError: tokens of another tokenizer, rows of another length, or a shard that is missing
+        or cut short.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._packed.check(self.tokenizer, self.data.sequence_length)
+        self._packed.store(packed.TRAIN)
+
+    @functools.cached_property
+    def _packed(self) -> packed.Packed:
+        folder = self.data.source.removeprefix(packed.PACKED)
+        return packed.Packed(buckets.place(folder).expanduser())
+
+    def documents(self, split):
+        return self._packed.documents(split)
+
+    @property
+    def encode(self):
+        return list  # they are tokens
+
+    def training(self, seed, rank=ALONE):
+        return self._packed.training(
+            batch_size=self.data.batch_size,
+            seed=seed,
+            num_threads=self.data.num_threads,
+            rank=rank,
+        )
+
+    def held_out(self, split, num_batches, rank=ALONE):
+        if split != packed.TRAIN:
+            return super().held_out(split, num_batches, rank)
+        size, threads = self.data.batch_size, self.data.num_threads
+        return self._packed.first_rows(size, num_batches, threads, rank)
+
+    def data_hash(self, split):
+        return self._packed.data_hash(split)
 
 
 @dataclasses.dataclass(frozen=True)

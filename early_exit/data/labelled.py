@@ -10,32 +10,14 @@ A batch holds what `inputs` made (`images`, or `tokens` and `mask`), `labels`, i
 `valid`, bool [B], false for rows that only fill the batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from early_exit.data.inputs import CHANCES, Prepare
 from early_exit.data.parts import Example
-from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead
+from early_exit.data.stream import ALONE, EvaluationBatches, Rank, TrainingBatches, read_ahead
 from early_exit.data.transforms import Batch
-
-if TYPE_CHECKING:
-    import grain
-
-
-class EvaluationBatches:
-    """Batches to go through as often as wanted, each time the same, with threads working ahead."""
-
-    def __init__(self, dataset: "grain.MapDataset", read: "grain.ReadOptions"):
-        self._dataset = dataset
-        self._read = read
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._dataset.to_iter_dataset(self._read))
 
 
 def training_batches(

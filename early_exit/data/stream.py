@@ -1,5 +1,6 @@
 """What every pipeline of batches has: a state to resume from, and rows shared over processes."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from early_exit.data.transforms import Batch
@@ -58,6 +59,42 @@ class TrainingBatches:
     def close(self) -> None:
         """Ends the threads."""
         self._iterator.close()
+
+
+class EvaluationBatches:
+    """Batches to go through as often as wanted, each time the same, with threads working ahead."""
+
+    def __init__(self, dataset: "grain.MapDataset", read: "grain.ReadOptions"):
+        self._dataset = dataset
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._dataset.to_iter_dataset(self._read))
+
+
+def shuffled(count: int, batch_size: int, seed: int, rank: Rank) -> "grain.MapDataset":
+    """Which of `count` rows each batch has, without end: `rows`, int [B ÷ processes].
+
+    Each pass over the rows has an order of its own. No list of them is made: where a row comes in
+    the order is worked out, so the billionth batch is there as soon as the first.
+
+    Args:
+      batch_size: B, rows over all processes together.
+      rank: whose of them to give.
+
+    Raises:
+      ValueError: sizes that make no batches, or more rows than can be shuffled.
+    """
+    import grain
+
+    rank.check(batch_size)
+    if not 0 < count < 2**32:
+        raise ValueError(f"{count} rows cannot be shuffled; there may be 1 to {2**32 - 1}")
+    dataset = grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(batch_size)
+    return dataset.map(lambda rows: {"rows": rows}).map(rank.rows)
 
 
 def read_ahead(num_threads: int) -> "grain.ReadOptions":

@@ -1,5 +1,9 @@
 """Labelled images and texts of TensorFlow Datasets, read at random without TensorFlow."""
 
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from early_exit.data.parts import HELD_OUT, Example, Found, Part
@@ -16,29 +20,14 @@ def tfds_set(name: str) -> Found:
       ModuleNotFoundError: tensorflow-datasets, or what preparing this set needs, is not installed.
       ValueError: no such set, or none of labelled 8-bit images or texts.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`tfds:` needs TensorFlow Datasets; pip install tensorflow-datasets importlib-resources"
-        ) from error
-    builder = tfds.builder(name, file_format="array_record")
+    builder = _builder(name)
     features = builder.info.features
+    tfds = library()
     inputs, label = _input_names(tfds, name, features), _label_name(tfds, name, features)
-    try:
-        builder.download_and_prepare()
-    except ImportError as error:
-        cause = error
-        while cause.__cause__:  # what TFDS wraps it in shows whole examples
-            cause = cause.__cause__
-        raise ModuleNotFoundError(
-            f"preparing {name} for its first use failed: {cause}. Install it, or prepare the set "
-            "with file_format='array_record' where it is installed, and copy its folder to "
-            f"{builder.data_dir}"
-        ) from error
+    _prepare(builder, name)
 
     def part(split: str) -> Part:
-        found = builder.as_data_source(split)
+        found = data_source(builder, name, split)
 
         def read(index: int) -> Example:
             row = found[index]
@@ -51,6 +40,68 @@ def tfds_set(name: str) -> Found:
 
     held_out = next((split for split in HELD_OUT if split in builder.info.splits), None)
     return Found(tuple(features[label].names), part("train"), part(held_out) if held_out else None)
+
+
+def library() -> Any:
+    """TensorFlow Datasets.
+
+    Raises:
+      ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import tensorflow_datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "`tfds:` needs TensorFlow Datasets; pip install tensorflow-datasets importlib-resources"
+        ) from error
+    return tensorflow_datasets
+
+
+def prepared(name: str) -> Any:
+    """The builder of a set of the catalogue, or of a folder that one has prepared; it is prepared.
+
+    Raises:
+      as `tfds_set`.
+    """
+    builder = _builder(name)
+    _prepare(builder, name)
+    return builder
+
+
+def data_source(builder: Any, name: str, split: str) -> Sequence[dict[str, Any]]:
+    """Random access to the examples of a split.
+
+    Raises:
+      ValueError: files that are not read so.
+    """
+    try:
+        return builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{name} lies there as {builder.info.file_format.value} files; prepare it again with "
+            "file_format='array_record', which can be read at random"
+        ) from error
+
+
+def _builder(name: str) -> Any:
+    folder = pathlib.Path(name).expanduser()
+    if (folder / "dataset_info.json").exists():
+        return library().builder_from_directory(folder)
+    return library().builder(name, file_format="array_record")
+
+
+def _prepare(builder: Any, name: str) -> None:
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        cause = error
+        while cause.__cause__:  # what TFDS wraps it in shows whole examples
+            cause = cause.__cause__
+        raise ModuleNotFoundError(
+            f"preparing {name} for its first use failed: {cause}. Install it, or prepare the set "
+            "with file_format='array_record' where it is installed, and copy its folder to "
+            f"{builder.data_dir}"
+        ) from error
 
 
 def _input(row: dict, names: list[str]) -> Example:

@@ -34,11 +34,12 @@ from early_exit.backbones import base
 from early_exit.backbones.identity import Identity
 from early_exit.data import feed as feeds
 from early_exit.data import shards
-from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead
+from early_exit.data.stream import ALONE, Rank, TrainingBatches, read_ahead, shuffled
 from early_exit.data.transforms import Batch
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.runs import assemble, lock
 from early_exit.settings.sections import Settings
+from early_exit.storage import buckets
 
 # Beside the hidden states.
 ALWAYS = ("tokens", "documents", "positions", "teacher_ids", "teacher_log_probs")
@@ -213,12 +214,11 @@ def size(folder: Path) -> dict[str, float]:
     """
     store = shards.Store(folder)
     tokens = sum(shard["tokens"] for shard in store.shards.values())
-    on_disk = sum(path.stat().st_size for path in folder.glob("*.array_record"))
     return {
         "rows": len(store),
         "tokens": tokens,
-        "bytes": on_disk,
-        "bytes_per_token": on_disk / tokens,
+        "bytes": store.bytes,
+        "bytes_per_token": store.bytes / tokens,
     }
 
 
@@ -236,7 +236,7 @@ def opened(config: Settings) -> shards.Store | None:
     folder = config.tune.hidden_states
     if not folder:
         return None
-    store = shards.Store(Path(folder))
+    store = shards.Store(buckets.place(folder))
     cached = store.about["points"]
     read = assemble.exit_config(config).observed
     if lacking := [point for point in read if point not in cached]:
@@ -292,18 +292,13 @@ def training_batches(
     Raises:
       ValueError: sizes that make no batches; later, a damaged record.
     """
-    import grain
 
-    rank.check(batch_size)
-
-    def read(indices: Batch) -> Batch:
-        rows = [unpack(store[index], points) for index in indices["rows"]]
+    def read(chosen: Batch) -> Batch:
+        rows = [unpack(store[index], points) for index in chosen["rows"]]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    dataset = grain.MapDataset.range(len(store)).seed(seed).shuffle().repeat().batch(batch_size)
-    dataset = dataset.map(lambda indices: {"rows": indices})
-    dataset = dataset.map(rank.rows).map(read)
-    return TrainingBatches(dataset.to_iter_dataset(read_ahead(num_threads)))
+    chosen = shuffled(len(store), batch_size, seed, rank)
+    return TrainingBatches(chosen.map(read).to_iter_dataset(read_ahead(num_threads)))
 
 
 def without_blocks(params: base.Params) -> base.Params:

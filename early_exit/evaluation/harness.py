@@ -11,7 +11,6 @@ whole text is, and what it writes until it stops. The first two are `scoring.sco
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -36,6 +35,7 @@ from early_exit.evaluation.requests import Asked, grouped, task_of
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
 from early_exit.runs.assemble import Tuned
+from early_exit.storage import buckets
 
 # Steps of decoding between two looks for a stop string.
 PORTION = 8
@@ -329,7 +329,7 @@ class EarlyExitLM(RunLM):
           mode: `lossy`, `deferred` or `verified`, with `drafters`, joined by +.
           pending: see `Mode`.
         """
-        tuned = assemble.load_tuned(Path(workdir))
+        tuned = assemble.load_tuned(buckets.place(workdir))
         super().__init__(
             tuned,
             **how_of(tuned, policy=policy, exit_after=exit, mode=named(mode, drafters, pending)),
@@ -368,7 +368,7 @@ def how_of(
     mode = modes.served(mode, tuned.model)
     if policy in (None, "none") or not mode.asks_policy:
         return {"policy": None, "mode": mode}
-    own = None if policy == "own" else Path(policy)
+    own = None if policy == "own" else buckets.place(policy)
     return {"policy": assemble.load_policy(tuned, own), "mode": mode}
 
 

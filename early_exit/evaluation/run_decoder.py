@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 from early_exit import policy as policies
 from early_exit import tree
-from early_exit.data import sources, tokenising
 from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import DEFERRED, LOSSY, VERIFIED, Mode, served, verified
@@ -124,9 +123,8 @@ def cut_prompts(tuned: Tuned, count: int, length: int) -> list[list[int]]:
       ValueError: too few documents long enough.
     """
     prompts = []
-    encode = tokenising.encoder(tuned.tokenizer, tuned.config.data.source)
-    for _, text in sources.documents(tuned.config.data.source, "test"):
-        tokens = encode(text)
+    for _, document in tuned.feed.documents("test"):
+        tokens = tuned.feed.encode(document)
         if len(tokens) >= 3 * length:
             prompts.append(tokens[length : 2 * length])
         if len(prompts) == count:

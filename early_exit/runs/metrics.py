@@ -1,7 +1,8 @@
 """What a run says while it runs: metrics files, TensorBoard, a progress bar, tables.
 
 The one idea: every write is one whole line that a killed run cannot lose, and a run that goes on
-from an earlier step first takes back the lines written after it.
+from an earlier step first takes back the lines written after it. In a bucket, where nothing can be
+appended to, lines are there with the checkpoint that stands for them.
 """
 
 import json
@@ -9,13 +10,14 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import tensorboardX
 import tqdm
 
-from early_exit.storage import files
+from early_exit.storage import buckets, files
 
 # What follows from config, data and weights; a run that was interrupted has the same lines.
 FILE = "metrics.jsonl"
@@ -38,14 +40,19 @@ class MetricsWriter:
 
         Raises OSError where the folder cannot be written to.
         """
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = buckets.place(folder)
+        self._bucket = folder if buckets.is_remote(folder) else None
+        self._scratch = tempfile.TemporaryDirectory(prefix="early_exit-") if self._bucket else None
+        self._folder = pathlib.Path(self._scratch.name) if self._scratch else folder
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._files = {}
         for name in (FILE, SPEED):
-            _drop_later_lines(folder / name, resumed_step)
-            self._files[name] = (folder / name).open("a")
+            kept = _lines_until(folder / name, resumed_step)
+            files.write_text(self._folder / name, "".join(kept))
+            self._files[name] = (self._folder / name).open("a")
         self._events = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"), purge_step=0 if resumed_step is None else resumed_step + 1
+            str(self._folder / "tensorboard"),
+            purge_step=0 if resumed_step is None else resumed_step + 1,
         )
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -63,10 +70,22 @@ class MetricsWriter:
         for name, value in scalars.items():
             self._events.add_scalar(name, float(value), int(step))
 
+    def sync(self) -> None:
+        """Returns when all that was written is where it is kept."""
+        if self._bucket is None:
+            return
+        self._events.flush()
+        for path in sorted(self._folder.rglob("*")):
+            if path.is_file():
+                buckets.put(path, self._bucket / str(path.relative_to(self._folder)))
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
         self._events.close()
+        if self._scratch is not None:
+            self.sync()
+            self._scratch.cleanup()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -77,7 +96,7 @@ class MetricsWriter:
 
 def read_metrics(folder: str | os.PathLike, file: str = FILE) -> list[dict[str, Any]]:
     """The lines of a run's file; a last line that a killed run left unfinished is left out."""
-    return [json.loads(line) for line in _whole_lines(pathlib.Path(folder) / file)]
+    return [json.loads(line) for line in _whole_lines(buckets.place(folder) / file)]
 
 
 def _whole_lines(path: pathlib.Path) -> list[str]:
@@ -86,13 +105,13 @@ def _whole_lines(path: pathlib.Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _drop_later_lines(path: pathlib.Path, last_step: int | None) -> None:
-    kept = [
+def _lines_until(path: pathlib.Path, last_step: int | None) -> list[str]:
+    """The lines of a file up to a step; none without one."""
+    return [
         line
         for line in _whole_lines(path)
         if last_step is not None and json.loads(line)["step"] <= last_step
     ]
-    files.write_text(path, "".join(kept))
 
 
 def _number(value: Any) -> int | float | None:

@@ -26,6 +26,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from early_exit.storage import buckets
+
 # Of arrays; the format has more, which this project neither reads nor writes.
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -187,8 +189,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that replaces the one at `path`, if any, when all has gone well.
 
     Who reads `path` meanwhile, or after a kill or a power cut, finds one of the two, and whole.
-    Nobody else writes at the place given, be it on another host of a shared disk.
+    Nobody else writes at the place given, be it on another host of a shared disk. For a path in a
+    bucket that place is on this machine, and its file is then put into the bucket in one piece.
     """
+    if buckets.is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="early_exit-") as scratch:
+            partial = Path(scratch) / path.name
+            yield partial
+            buckets.put(partial, path)
+        return
     partial = path.with_name(f"{path.name}{_PARTIAL}{uuid.uuid4().hex[:12]}")
     try:
         yield partial
@@ -204,6 +213,8 @@ _PARTIAL = ".partial-"
 
 def remove_partial(path: Path) -> None:
     """Removes what killed processes left of `path`; only for who is alone in writing it."""
+    if buckets.is_remote(path):  # where nothing is ever partial
+        return
     for left in path.parent.glob(f"{glob.escape(path.name)}{_PARTIAL}*"):
         left.unlink(missing_ok=True)
 
@@ -267,15 +278,39 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def size(path: Path) -> int:
+    """Bytes of a file."""
+    found = path.stat()
+    return found.length if buckets.is_remote(path) else found.st_size
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, with those around it, if it is not there; in a bucket there are none."""
+    if not buckets.is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, last: str = "") -> Iterator[Path]:
     """An empty folder to write into, which gets the name `folder` when all has gone well.
+
+    Args:
+      last: name of the file without which the others say nothing. In a bucket, where nothing can be
+        given another name, it is put there behind them.
 
     Raises:
       FileExistsError: there is something under that name, be it a link to nothing.
     """
-    if os.path.lexists(folder):
+    remote = buckets.is_remote(folder)
+    if folder.exists() if remote else os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists already; name a new folder")
+    if remote:
+        with tempfile.TemporaryDirectory(prefix="early_exit-") as scratch:
+            yield Path(scratch)
+            new = [path.relative_to(scratch) for path in Path(scratch).rglob("*") if path.is_file()]
+            for path in sorted(new, key=lambda path: (str(path) == last, path)):
+                buckets.put(scratch / path, folder / str(path))
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         inside = Path(scratch) / "new"

@@ -86,6 +86,8 @@ class InFolder(Nothing):
 
     def save(self, step, state, batches, metadata):
         self._own.check()
+        if self._writer:
+            self._writer.sync()
         self._saver.save(step, state, batches.get_state(), metadata)
 
     def keep(self, step, batch):
