@@ -28,7 +28,7 @@ from launch import common, decoding_flags
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of a TPU slice, as v5p:4x4x8.")
 WHAT = flags.DEFINE_enum("what", "tune", ("tune", "calibrate", "decode"), "The program to compile.")
 ROWS = flags.DEFINE_integer(
-    "rows", 1, "Rows decoded on each share of the mesh's data × fsdp.", lower_bound=1
+    "rows", 1, "Rows decoded together, on all chips (`--batch` of launch.generate).", lower_bound=1
 )
 POSITIONS = flags.DEFINE_integer(
     "positions", 2048, "Positions of each row that is decoded.", lower_bound=1
@@ -55,10 +55,9 @@ def main(argv):
         estimate = ahead.calibrating(config, model, mesh, chip)
         tokens, unit = config.data.batch_size * config.data.sequence_length, "batch"
     else:
-        rows = ROWS.value * mesh.shape["data"] * mesh.shape["fsdp"]
         mode = decoding_flags.mode()
-        estimate = ahead.decoding(config, model, mesh, chip, rows, POSITIONS.value, mode)
-        tokens, unit = rows, "step at full depth"
+        estimate = ahead.decoding(config, model, mesh, chip, ROWS.value, POSITIONS.value, mode)
+        tokens, unit = ROWS.value, "step at full depth"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = TOPOLOGY.value or "this host"
     print(f"{WHAT.value} on {where}: {mesh.size} chips ({axes}), {model.config.depth} blocks\n")
