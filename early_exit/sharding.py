@@ -1,11 +1,14 @@
 """Where arrays live: a declared mesh and one ordered regex table from path to axes.
 
 The one idea: the same step runs on one CPU and on a pod. Parameters are placed by the rules,
-batches are split over `data` and `fsdp`, and the compiler derives the rest. With several
-processes, each has its share of a batch's rows.
+batches are split over `data` and `fsdp`, and the compiler derives the rest. Where parameters are,
+their arrays say (`mesh_of`), so a program that is given them (`laid_out`) needs no mesh beside
+them. With several processes, each has its share of a batch's rows, and what one of them alone can
+know, it tells the others (`agreed`).
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +23,8 @@ from early_exit import tree
 from early_exit.settings.sections import MeshSettings
 
 AXES = ("data", "fsdp", "tensor", "expert")
-_ROWS = P(("data", "fsdp"))
+_BY_ROW = ("data", "fsdp")
+_ROWS = P(_BY_ROW)
 
 # First match wins. Kernels are [in, out]: the wide side of each pair is split over `tensor`, so
 # that a block needs one reduction after attention and one after the feed-forward part. Those of
@@ -54,7 +58,10 @@ def make_mesh(axes: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = count // known
     if math.prod(sizes) != count or min(sizes) < 1:
         given = ", ".join(f"{axis}={getattr(axes, axis)}" for axis in AXES)
-        raise ValueError(f"mesh {given} does not use exactly the {count} devices there are")
+        raise ValueError(
+            f"mesh {given} does not use exactly the {count} devices there are; set other sizes "
+            "(-1 takes what is left)"
+        )
     kinds = (AxisType.Auto,) * len(AXES)
     slices, by_process = _checked_slices(axes.slices, sizes[0], devices)
     if slices == 1:
@@ -68,6 +75,21 @@ def make_mesh(axes: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
         allow_split_physical_axes=devices[0].device_kind in ("TPU v5 lite", "TPU v5e"),
     )
     return Mesh(arranged, AXES, axis_types=kinds)
+
+
+def own_mesh(axes: MeshSettings) -> tuple[Mesh, bool]:
+    """(a mesh, whether it is of all processes): of this one's devices if the sizes fit them.
+
+    For work that processes can share out: each does a part of its own, or, where one has too few
+    devices for the model, all do all of it together.
+
+    Raises:
+      ValueError: the sizes fit neither these devices nor all; says so of all.
+    """
+    try:
+        return make_mesh(axes, jax.local_devices()), False
+    except ValueError:
+        return make_mesh(axes), jax.process_count() > 1
 
 
 def _checked_slices(asked: int, data: int, devices: Sequence[Any]) -> tuple[int, bool]:
@@ -119,15 +141,59 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _ROWS)
 
 
+def row_spec(mesh: Any, rows: int) -> P:
+    """How so many rows are split: over `data` and `fsdp`, over the one that divides them, or not.
+
+    Rows that are not split are on every device: decoding one prompt on many is no error.
+    """
+    for axes in (_BY_ROW, _BY_ROW[:1], _BY_ROW[1:]):
+        if rows % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            return P(axes)
+    return P(None)
+
+
 def by_row(x: jax.Array) -> jax.Array:
-    """Keeps a value whose first axis is that of a batch's rows where its rows are.
+    """Keeps a value whose first axis is that of a batch's rows where its rows are (`row_spec`).
 
     Left free, the compiler moves it to where a matrix that it meets has its columns. Outside
     `under`, nothing is done.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _ROWS)
+    return jax.lax.with_sharding_constraint(x, row_spec(mesh, x.shape[0]))
+
+
+def everywhere(arrays: Any) -> Any:
+    """Keeps values whole on every device. Outside `under`, nothing is done."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return arrays
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), arrays)
+
+
+def map_rows(function: Callable, arrays: Any, chunk: int) -> Any:
+    """`jax.lax.map` over the first axis, so many at a time, of which each device has its own.
+
+    Taken as they come, a chunk would be of one device's rows, and all others would wait, or do the
+    same.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    count = len(jax.tree.leaves(arrays)[0])
+    rows = P(None) if mesh.empty else row_spec(mesh, count)
+    if rows == P(None):
+        return jax.lax.map(function, arrays, batch_size=chunk)
+    parts = math.prod(mesh.shape[axis] for axis in rows[0])
+
+    def cut(x):
+        x = x.reshape(parts, count // parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, P(None, *rows))
+
+    def joined(x):
+        return by_row(x.swapaxes(0, 1).reshape(count, *x.shape[2:]))
+
+    cuts = jax.tree.map(cut, arrays)
+    found = jax.lax.map(jax.vmap(function), cuts, batch_size=max(chunk // parts, 1))
+    return jax.tree.map(joined, found)
 
 
 def is_known() -> bool:
@@ -147,12 +213,13 @@ def by_row_and_head(function: Callable, heads: int) -> Callable:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
-    split = P(*_ROWS, None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
 
     def run(*args):
+        rows = row_spec(mesh, args[0].shape[0])
+        split = P(*rows, None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
         return jax.shard_map(
             function,
-            in_specs=(*[split] * (len(args) - 1), _ROWS),
+            in_specs=(*[split] * (len(args) - 1), rows),
             out_specs=split,
             check_vma=False,  # kernels do not say over which axes their results vary
         )(*args)
@@ -175,32 +242,78 @@ def by_expert(function: Callable, experts: int, inner: int) -> Callable:
     expert = "expert" if experts % mesh.shape["expert"] == 0 else None
     tensor = "tensor" if inner % mesh.shape["tensor"] == 0 else None
 
-    def run(x, ids, weights, gate, up, down):
+    def local(x, ids, weights, gate, up, down):
         first = 0 if expert is None else jax.lax.axis_index(expert) * gate.shape[0]
         partial = function(first, x, ids, weights, gate, up, down)
         return jax.lax.psum(partial, tuple(axis for axis in (expert, tensor) if axis))
 
     wide, back = P(expert, None, tensor), P(expert, tensor, None)
-    return jax.shard_map(
-        run, in_specs=(_ROWS, _ROWS, _ROWS, wide, wide, back), out_specs=_ROWS, check_vma=False
-    )
+
+    def run(x, *rest):
+        rows = row_spec(mesh, x.shape[0])
+        return jax.shard_map(
+            local,
+            in_specs=(rows, rows, rows, wide, wide, back),
+            out_specs=rows,
+            check_vma=False,
+        )(x, *rest)
+
+    return run
 
 
-def under(mesh: Mesh, function: Callable) -> Callable:
-    """The function with its values laid out on the mesh (`by_row`); to be jitted."""
+def under(mesh: Any, function: Callable) -> Callable:
+    """The function with its values laid out on the mesh (`by_row`); to be jitted.
+
+    Args:
+      mesh: a `Mesh`, or the abstract one of it.
+    """
 
     @functools.wraps(function)
-    def wrapped(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+    def wrapped(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+            return function(*args, **kwargs)
 
     return wrapped
 
 
-def cache_sharding(mesh: Mesh, heads: int) -> NamedSharding:
-    """Of keys and values [B, K, S, d] in a cache: rows like a batch's, heads over `tensor`."""
+def mesh_of(arrays: Any) -> Mesh | None:
+    """The mesh that arrays, or shapes with shardings, lie on; None for those of one device.
+
+    Of values inside a program, it is the abstract one.
+    """
+    for leaf in jax.tree.leaves(arrays):
+        if isinstance(leaf, jax.core.Tracer):
+            where = jax.typeof(leaf).sharding
+        else:
+            where = getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding) and not where.mesh.empty and where.mesh.size > 1:
+            return where.mesh
+    return None
+
+
+def laid_out(program: Callable) -> Callable:
+    """A program whose values lie where its parameters are (`under`); to be jitted.
+
+    Args:
+      program: its first argument is the parameters, a tree of arrays.
+    """
+
+    @functools.wraps(program)
+    def wrapped(params, *args, **kwargs):
+        mesh = mesh_of(params)
+        run = program if mesh is None else under(mesh, program)
+        return run(params, *args, **kwargs)
+
+    return wrapped
+
+
+def cache_spec(mesh: Any, rows: int, heads: int) -> P:
+    """Of keys and values [B, K, S, d] in a cache: rows like a batch's, heads over `tensor`.
+
+    Heads that `tensor` does not divide are on all of its devices.
+    """
     split = "tensor" if heads % mesh.shape["tensor"] == 0 else None
-    return NamedSharding(mesh, P(*_ROWS, split))
+    return P(*row_spec(mesh, rows), split)
 
 
 def place(params: Any, placed: Any, donate: bool = False) -> Any:
@@ -224,10 +337,38 @@ def place(params: Any, placed: Any, donate: bool = False) -> Any:
 
 
 def fetch(arrays: Any) -> Any:
-    """A tree of whole numpy arrays, in every process, of arrays that may lie in several."""
+    """A tree of whole numpy arrays, in every process, of arrays that may lie in several.
+
+    Unlike `np.asarray`, it leaves no copy with the arrays.
+    """
+    return jax.tree.map(whole, arrays)
+
+
+def whole(array: Any) -> np.ndarray:
+    """`fetch` of one array."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    # Of an array that is split, JAX keeps the whole that it was asked for, as long as the array
+    # lives: every weight would be there twice. This one lives as long as it takes.
+    parts = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts))
+
+
+def agreed(value: Any) -> Any:
+    """What the first of several processes has, in all of them: JSON-able, and the same elsewhere.
+
+    What is looked up on a disk, or measured, can differ from one to the other, and processes that
+    run different programs wait for each other for ever.
+    """
     if jax.process_count() == 1:
-        return jax.device_get(arrays)
-    return multihost_utils.process_allgather(arrays, tiled=True)
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(text)] = text[:size]
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
 
 
 def row_rank(mesh: Mesh, rows: int) -> tuple[int, int]:
@@ -251,6 +392,20 @@ def row_rank(mesh: Mesh, rows: int) -> tuple[int, int]:
     if size != sum(end - start for start, end in edges) or first % size:
         return 0, 1  # rows from here and there: all of them
     return first // size, rows // size
+
+
+def place_rows(batch: Any, mesh: Mesh | None) -> Any:
+    """A tree of arrays [B, …] that every process has whole, split by row (`row_spec`).
+
+    Without a mesh, or where they lie on it already, they stay as they are.
+    """
+
+    def put(x):
+        if mesh is None or isinstance(x, jax.Array) and mesh_of(x) is not None:
+            return x
+        return place(x, NamedSharding(mesh, row_spec(mesh, len(x))))
+
+    return jax.tree.map(put, batch)
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:

@@ -6,7 +6,8 @@
 
 Stores the hidden states at the config's exit points and the full model's most probable tokens.
 Interrupted, the same command goes on where it was; on a finished cache it checks every shard.
-Alone, or as one process of several (see `launch.processes`), each with shards of its own.
+Alone, or as one process of several (see `launch.processes`): each makes shards of its own, or all
+make all of them, where the model needs the devices of several (`mesh.*`).
 """
 
 import math
@@ -16,8 +17,9 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
+from early_exit import sharding
 from early_exit.data import shards
-from early_exit.data.stream import Rank
+from early_exit.data.stream import ALONE, Rank
 from early_exit.distillation import hidden_states
 from early_exit.runs.metrics import progress, table
 from early_exit.storage import buckets
@@ -44,7 +46,8 @@ def main(argv):
     common.own(folder)
     common.tell_devices()
     batches = config.tune.steps if BATCHES.value is None else BATCHES.value
-    rank = Rank(jax.process_index(), jax.process_count())
+    _, together = sharding.own_mesh(config.mesh)
+    rank = ALONE if together else Rank(jax.process_index(), jax.process_count())
     numbers = range(math.ceil(batches / hidden_states.BATCHES_IN_SHARD))
     finished = sum(shards.is_finished(folder, number) for number in numbers)
     began, made = time.perf_counter(), 0
@@ -58,9 +61,9 @@ def main(argv):
 
         hidden_states.fill(config, folder, batches=batches, top_k=TOP_K.value, done=done, rank=rank)
     seconds = time.perf_counter() - began
-    if rank.count > 1:
+    if jax.process_count() > 1:
         multihost_utils.sync_global_devices("filled")
-    if rank.index:
+    if jax.process_index():
         return
     store = shards.Store(folder)
     store.verify()

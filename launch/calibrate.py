@@ -24,10 +24,10 @@ from early_exit.calibration import answers, certify, methods, risk
 from early_exit.data import text_files
 from early_exit.evaluation import answers as of_answers
 from early_exit.evaluation import exits, run
-from early_exit.runs import assemble, layout
+from early_exit.runs import layout
 from early_exit.runs.metrics import table
 from early_exit.storage import copies
-from launch import common, decoding_flags
+from launch import common, decoding_flags, on_mesh
 
 SETTINGS = (
     flags.DEFINE_enum("method", None, methods.NAMES, "What is asked for; see calibration.methods."),
@@ -55,15 +55,16 @@ NEW = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an answer.", lo
 BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
 RAW = flags.DEFINE_bool("raw", False, "Continue prompts as they are, without the chat template.")
 
-flags.adopt_module_key_flags(decoding_flags)  # what --help lists
+for _module in (decoding_flags, on_mesh):  # what --help lists
+    flags.adopt_module_key_flags(_module)
 
 
 def main(argv):
-    common.no_arguments(argv)
+    on_mesh.begin(argv)
     common.own(common.workdir())
     common.tell_devices()
     texts = text_files.listed(copies.fetched(PROMPTS.value), "prompt") if PROMPTS.value else None
-    tuned = assemble.load_tuned(common.workdir(), common.settings())
+    tuned = on_mesh.load_tuned()
     given = {flag.name: flag.value for flag in SETTINGS if flag.value is not None}
     asked = dataclasses.replace(tuned.config.calibrate, **given)
     if texts is not None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -29,7 +30,7 @@ from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from early_exit.storage import buckets, copies, files
-from launch import common
+from launch import common, on_mesh
 
 INPUT = flags.DEFINE_string("input", None, "Folder of images, an image, or a file of texts.")
 SPLIT = flags.DEFINE_enum(
@@ -44,6 +45,8 @@ FULL = flags.DEFINE_bool("full", False, "Consult no exit.")
 BUDGET = flags.DEFINE_float("budget", None, "Blocks that an answer may take at most in the mean.")
 BATCH = flags.DEFINE_integer("batch", 64, "Examples classified together.", lower_bound=1)
 
+flags.adopt_module_key_flags(on_mesh)  # what --help lists
+
 _SHOWN = 60  # characters of a text
 
 
@@ -53,11 +56,11 @@ Work = tuple[Sequence[str], Sequence[Example]]
 
 
 def main(argv):
-    common.no_arguments(argv)
+    on_mesh.begin(argv)
     if (INPUT.value is None) == (SPLIT.value is None):
         raise ValueError("give either --input or --split")
     common.tell_devices()
-    tuned = assemble.load_tuned(common.workdir(), common.settings())
+    tuned = on_mesh.load_tuned()
     model = tuned.model
     if not model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a language model; use launch.generate")
@@ -171,6 +174,8 @@ def _write(
     classes: Sequence[str],
 ) -> None:
     """All answers, whole or not at all."""
+    if jax.process_index():
+        return
     files.make_folder(path.parent)
     with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for i, name in enumerate(names):

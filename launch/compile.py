@@ -4,10 +4,11 @@
     python -m launch.compile --config=configs/llama2_7b.py --topology=v5e:2x4 --what=decode
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m launch.compile --config=…
 
-Nothing is loaded and nothing runs: the tuning step, or the decoding loop, is lowered from shapes
-and compiled by the TPU's own compiler (`pip install 'early_exit[tpu-compile]'`), which works on any
-host: Llama-2 70B takes one to two minutes. Without --topology it is compiled for the devices that
-are here. Exits with status 1 if it does not fit, saying by how much and what to change.
+Nothing is loaded and nothing runs: the tuning step, calibration's pass over a batch, or the
+decoding loop is lowered from shapes and compiled by the TPU's own compiler (`pip install
+'early_exit[tpu-compile]'`), which works on any host: Llama-2 70B takes one to two minutes. Without
+--topology it is compiled for the devices that are here. Exits with status 1 if it does not fit,
+saying by how much and what to change.
 
 With mesh.slices, there are so many slices like the one named. Times are estimates by the compiler,
 which has never seen the chip wait; what goes between slices is timed as if it stayed inside one.
@@ -25,9 +26,9 @@ from early_exit.training import ahead
 from launch import common, decoding_flags
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of a TPU slice, as v5p:4x4x8.")
-WHAT = flags.DEFINE_enum("what", "tune", ("tune", "decode"), "The program to compile.")
+WHAT = flags.DEFINE_enum("what", "tune", ("tune", "calibrate", "decode"), "The program to compile.")
 ROWS = flags.DEFINE_integer(
-    "rows", 1, "Rows decoded on each share of the mesh's data × fsdp.", lower_bound=1
+    "rows", 1, "Rows decoded together, on all chips (`--batch` of launch.generate).", lower_bound=1
 )
 POSITIONS = flags.DEFINE_integer(
     "positions", 2048, "Positions of each row that is decoded.", lower_bound=1
@@ -50,11 +51,13 @@ def main(argv):
     if WHAT.value == "tune":
         estimate = ahead.tuning(config, model, mesh, chip)
         tokens, unit = config.data.batch_size * config.data.sequence_length, "step"
+    elif WHAT.value == "calibrate":
+        estimate = ahead.calibrating(config, model, mesh, chip)
+        tokens, unit = config.data.batch_size * config.data.sequence_length, "batch"
     else:
-        rows = ROWS.value * mesh.shape["data"] * mesh.shape["fsdp"]
         mode = decoding_flags.mode()
-        estimate = ahead.decoding(config, model, mesh, chip, rows, POSITIONS.value, mode)
-        tokens, unit = rows, "step at full depth"
+        estimate = ahead.decoding(config, model, mesh, chip, ROWS.value, POSITIONS.value, mode)
+        tokens, unit = ROWS.value, "step at full depth"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = TOPOLOGY.value or "this host"
     print(f"{WHAT.value} on {where}: {mesh.size} chips ({axes}), {model.config.depth} blocks\n")

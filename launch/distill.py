@@ -6,21 +6,26 @@
 
 Questions are the model's, from the user's turn of its chat template, or those of a file (a prompt
 on each line, as text, or in `.jsonl` as an object with a "prompt"). The full model answers; what is
-kept of it, see `data.conversations`. Killed, it goes on after the last finished shard; several
-processes share the work (see `launch.processes`). At the end, prints what became of all questions.
+kept of it, see `data.conversations`. Killed, it goes on after the last finished shard. Several
+processes share the shards out, or make each together, where the model needs the devices of several
+(see `launch.processes` and `mesh.*`). At the end, prints what became of all questions.
 """
+
+import functools
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
+from early_exit import sharding
 from early_exit.data import conversations, text_files
-from early_exit.data.stream import Rank
+from early_exit.data.stream import ALONE, Rank
 from early_exit.decoding.sampling import Sampling
 from early_exit.distillation.converse import Settings, Speaker, converse
 from early_exit.runs import assemble, metrics
+from early_exit.settings import sections
 from early_exit.storage import buckets, copies
-from early_exit.training import preemption
-from launch import common, processes
+from launch import common, on_mesh
 
 DEFAULT = Settings()
 
@@ -56,11 +61,11 @@ UNFINISHED = flags.DEFINE_bool(
 )
 SEED = flags.DEFINE_integer("seed", DEFAULT.seed, "Of everything that is drawn.", **common.SEEDS)
 
+flags.adopt_module_key_flags(on_mesh)  # what --help lists
+
 
 def main(argv):
-    common.no_arguments(argv)
-    processes.initialize()
-    preemption.leave_at_once()
+    on_mesh.begin(argv)
     settings = Settings(
         question=Sampling(QUESTION_TEMPERATURE.value),
         answer=Sampling(TEMPERATURE.value, top_p=TOP_P.value),
@@ -72,17 +77,20 @@ def main(argv):
         per_shard=PER_SHARD.value,
     )
     folder = buckets.place(MADE.value)
+    config = on_mesh.settings()
+    mesh, together = sharding.own_mesh(config.mesh)
     common.own(folder)
     common.tell_devices()
     prompts = text_files.listed(copies.fetched(INPUT.value), "prompt") if INPUT.value else None
     made = converse(
-        _speaker(),
+        _speaker(config, mesh),
         folder,
         settings,
         prompts=prompts,
         tokens=TOKENS.value,
         batch=BATCH.value,
-        rank=Rank(jax.process_index(), jax.process_count()),
+        together=together,
+        rank=ALONE if together else Rank(jax.process_index(), jax.process_count()),
     )
     with metrics.progress(TOKENS.value) as bar:
         for shard in made:
@@ -97,11 +105,13 @@ def main(argv):
     print(f"{tokens} tokens in {folder}; to use them, --config.data.source=made:{folder}")
 
 
-def _speaker() -> Speaker:
+def _speaker(config: sections.Settings, mesh: Mesh) -> Speaker:
+    on = None if mesh.size == 1 else mesh
+    where = on and functools.partial(sharding.shardings, mesh=on)
     if common.WORKDIR.value is None:
-        pretrained, _ = assemble.load_backbone(common.settings())
+        pretrained, _ = assemble.load_backbone(config, where)
         return Speaker(pretrained)
-    return Speaker(assemble.load_tuned(common.workdir()).backbone)
+    return Speaker(assemble.load_tuned(common.workdir(), config, on).backbone)
 
 
 if __name__ == "__main__":

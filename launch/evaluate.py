@@ -11,20 +11,21 @@ without exits. Writes evaluation.json, from which `launch.report` makes a page.
 from absl import flags
 
 from early_exit.evaluation import run_classifier, run_decoder
-from early_exit.runs import assemble
 from early_exit.storage import buckets
-from launch import common
+from launch import common, on_mesh
 
 BASELINE = flags.DEFINE_list(
     "baseline", [], "Folders of runs of networks without exits, to measure beside a classifier."
 )
 
+flags.adopt_module_key_flags(on_mesh)  # what --help lists
+
 
 def main(argv):
-    common.no_arguments(argv)
+    on_mesh.begin(argv)
     common.own(common.workdir())
     common.tell_devices()
-    tuned = assemble.load_tuned(common.workdir(), common.settings())
+    tuned = on_mesh.load_tuned()
     if tuned.model.config.classifies:
         results = run_classifier.evaluate(
             tuned, [buckets.place(folder) for folder in BASELINE.value]

@@ -7,23 +7,28 @@ Every command takes the new folder for --workdir. The first loads with transform
 second needs the backbone that the run's config names.
 """
 
+import jax
 from absl import flags
 
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from early_exit.storage import buckets, files
-from launch import common
+from launch import common, on_mesh
 
 TO = flags.DEFINE_string("to", None, "The folder to write; there must be nothing of that name.")
 EXITS_ONLY = flags.DEFINE_bool("exits_only", False, "Leave the backbone out.")
 
+flags.adopt_module_key_flags(on_mesh)  # what --help lists
+
 
 def main(argv):
-    common.no_arguments(argv)
+    on_mesh.begin(argv)
+    if jax.process_count() > 1:
+        raise ValueError("launch.export writes from one process; start it on one host alone")
     folder = buckets.place(TO.value)
     if folder.exists():  # before a model is loaded for nothing
         raise FileExistsError(f"{folder} exists already; name a new folder")
-    tuned = assemble.load_tuned(common.workdir(), common.settings())
+    tuned = on_mesh.load_tuned()
     assemble.export(tuned, folder, exits_only=EXITS_ONLY.value)
     sizes = [(path.name, f"{files.size(path) / 1e6:.3f}") for path in sorted(folder.iterdir())]
     print(table(sizes, header=("file", "MB")))

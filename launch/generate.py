@@ -17,9 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
+from early_exit import sharding
 from early_exit.calibration import drift, promise, rejection
 from early_exit.data import text_files
 from early_exit.decoding import drafters, measure
@@ -33,7 +35,7 @@ from early_exit.report import tokens as token_colours
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from early_exit.storage import buckets, copies, files
-from launch import common, decoding_flags
+from launch import common, decoding_flags, on_mesh
 
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer, or - for standard input.")
 INPUT = flags.DEFINE_string("input", None, "File of prompts, instead of --prompt.")
@@ -60,11 +62,12 @@ COSTS = flags.DEFINE_integer(
     lower_bound=0,
 )
 
-flags.adopt_module_key_flags(decoding_flags)  # what --help lists
+for _module in (decoding_flags, on_mesh):  # what --help lists
+    flags.adopt_module_key_flags(_module)
 
 
 def main(argv):
-    common.no_arguments(argv)
+    on_mesh.begin(argv)
     if [PROMPT.value, INPUT.value, COSTS.value or None].count(None) != 2:
         raise ValueError("give one of --prompt, --input and --costs")
     if (INPUT.value is None) != (OUTPUT.value is None):
@@ -73,7 +76,7 @@ def main(argv):
     mode = dataclasses.replace(decoding_flags.mode(), pending=PENDING.value)
     _sampling()  # what cannot be is said before anything is loaded
     common.tell_devices()
-    tuned = assemble.load_tuned(common.workdir(), common.settings())
+    tuned = on_mesh.load_tuned()
     if tuned.model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
     mode = modes.served(mode, tuned.model)
@@ -87,8 +90,9 @@ def main(argv):
         print(f"warning: {warning}", file=sys.stderr)
     if texts is None:
         text = text_files.unicode(PROMPT.value, "--prompt")
-        if text == "-":
-            text = text_files.decode(sys.stdin.buffer.read(), "the standard input")
+        if text == "-":  # of several processes, the first is asked
+            given = b"" if jax.process_index() else sys.stdin.buffer.read()
+            text = sharding.agreed(text_files.decode(given, "the standard input"))
         _show(model, text, mode)
     else:
         _answer_all(model, texts, mode, buckets.place(OUTPUT.value))
@@ -162,8 +166,10 @@ def _show(model: Model, text: str, mode: Mode) -> None:
 
 def _answer_all(model: Model, texts: list[str], mode: Mode, path: Path) -> None:
     """Answers a file of prompts and writes them whole or not at all."""
-    files.make_folder(path.parent)
     found = answers.generate(model, texts, batch=BATCH.value, **_how(mode))
+    if jax.process_index():
+        return
+    files.make_folder(path.parent)
     rows = [_statistics(answer, model, mode) for answer in found]
     with files.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for text, answer, facts in zip(texts, found, rows, strict=True):

@@ -13,12 +13,12 @@ first token of a given text, as of an answer, runs every block; where a task com
 
 import sys
 
+import jax
 from absl import flags
 
 from early_exit.calibration import promise
-from early_exit.runs import assemble
 from early_exit.storage import buckets, files
-from launch import common, decoding_flags
+from launch import common, decoding_flags, on_mesh
 
 TASKS = flags.DEFINE_list("tasks", None, "Names of tasks (`lm-eval ls tasks`).", required=True)
 INCLUDE = flags.DEFINE_string("include", None, "Folder with further task files.")
@@ -38,11 +38,12 @@ FIRST = flags.DEFINE_bool(
 UNSAFE = flags.DEFINE_bool("run_code", False, "Tasks may run what the model has written.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file for all that is found.")
 
-flags.adopt_module_key_flags(decoding_flags)  # what --help lists
+for _module in (decoding_flags, on_mesh):  # what --help lists
+    flags.adopt_module_key_flags(_module)
 
 
 def main(argv):
-    common.no_arguments(argv)
+    on_mesh.begin(argv)
     try:
         from early_exit.evaluation import harness, tasks
     except ModuleNotFoundError as error:
@@ -52,7 +53,7 @@ def main(argv):
     if FULL.value and EXIT.value is not None:
         raise ValueError("give one of --full and --exit")
     common.tell_devices()
-    tuned = assemble.load_tuned(common.workdir(), common.settings())
+    tuned = on_mesh.load_tuned()
     how = harness.how_of(
         tuned,
         policy="none" if FULL.value else POLICY.value,
@@ -79,7 +80,7 @@ def main(argv):
         unsafe=UNSAFE.value,
     )
     print("\n\n".join(tasks.tables(results)))
-    if OUTPUT.value:
+    if OUTPUT.value and not jax.process_index():
         files.write_json(buckets.place(OUTPUT.value), results)
         print(OUTPUT.value)
 

@@ -17,7 +17,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 # They, or what they import, define flags when they are imported, which happens once.
-for _name in ("common", "decoding_flags", "processes", "slurm.submit", "tpu.jobset"):
+for _name in ("common", "decoding_flags", "processes", "on_mesh", "slurm.submit", "tpu.jobset"):
     importlib.import_module(f"launch.{_name}")
 for _name in ("training.loop", "evaluation.run_decoder", "data.labelled", "report.page"):
     importlib.import_module(f"early_exit.{_name}")

@@ -87,6 +87,27 @@ def test_meshes_that_do_not_fit(axes, message):
         sharding.make_mesh(MeshSettings(**axes))
 
 
+@pytest.mark.parametrize(
+    ("rows", "spec"),
+    [
+        (8, P(("data", "fsdp"))),
+        (6, P(("data",))),
+        (9, P(("fsdp",))),
+        (5, P(None)),  # on every device
+        (1, P(None)),
+    ],
+)
+def test_rows_are_split_over_what_divides_them(rows, spec):
+    mesh = AbstractMesh((2, 3 if rows == 9 else 4, 1, 1), sharding.AXES)
+    assert sharding.row_spec(mesh, rows) == spec
+
+
+def test_heads_that_do_not_divide_are_on_all_devices():
+    mesh = AbstractMesh((2, 2, 8, 1), sharding.AXES)
+    assert sharding.cache_spec(mesh, 1, 8) == P(None, "tensor")
+    assert sharding.cache_spec(mesh, 1, 4) == P(None, None)
+
+
 class Chip:
     """What a layout is made of."""
 

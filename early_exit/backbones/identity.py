@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from early_exit import tree
+from early_exit import sharding, tree
 from early_exit.backbones import base
 
 # What names begin with. Those of the first form, without one, are of the weights alone.
@@ -47,7 +47,9 @@ class Identity:
 
 
 def of(
-    config: base.BackboneConfig, params: base.Params, read: Callable[[Any], np.ndarray] = np.asarray
+    config: base.BackboneConfig,
+    params: base.Params,
+    read: Callable[[Any], np.ndarray] = sharding.whole,
 ) -> Identity:
     """The identity of a network; reads every weight once.
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from early_exit import tree
+from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.classifying.rows import (
     Answers,
@@ -48,7 +48,8 @@ class Programs:
         self.consults = [bool(policy.consults(e)) for e in range(len(model.exits.points))]
         self.used: set[tuple] = set()
         self._pools: dict[tuple, list[list[Rows | None]]] = {}
-        self._constant = tree.size_in_bytes(params) <= CONSTANTS
+        on_mesh = sharding.mesh_of(params) is not None
+        self._constant = not on_mesh and tree.size_in_bytes(params) <= CONSTANTS
         self._alone: Callable | None = None
 
     def call(self, program, kind: tuple, bucket: int, *args, **static) -> Any:
@@ -99,7 +100,7 @@ def read(inputs: Inputs) -> tuple[Inputs, int, tuple]:
 def fetched(answers: Answers, count: int = 1) -> Answers:
     """The answers to the first rows, in numpy."""
     leaves, structure = jax.tree.flatten(answers)
-    return jax.tree.unflatten(structure, [np.asarray(x)[:count] for x in leaves])
+    return jax.tree.unflatten(structure, [sharding.whole(x)[:count] for x in leaves])
 
 
 @functools.lru_cache(maxsize=4096)

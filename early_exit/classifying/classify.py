@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import policy as policies
+from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.classifying.batch import Batch, Inputs, Programs, read
 from early_exit.classifying.rows import Answers, unpacked
@@ -90,7 +91,9 @@ class Classifier:
             _check(policy, model)
         self._early = policy is not None
         policy = _uniform(policy or policies.never(len(model.exits.points)))
-        self._programs = Programs(model, jax.device_put(params), policy, largest)
+        if sharding.mesh_of(params) is None:
+            params = jax.device_put(params)
+        self._programs = Programs(model, params, policy, largest)
 
     @property
     def programs(self) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import consult, precision
+from early_exit import consult, precision, sharding
 from early_exit.backbones import base
 from early_exit.consult import Said
 from early_exit.exits.multi_exit import Bound, MultiExit
@@ -147,6 +147,7 @@ class _Network:
 
 @functools.partial(jax.jit, static_argnames=("model", "segment"), donate_argnames="beyond")
 @precision.exact
+@sharding.laid_out
 def run_segment(
     params, policy, source, chosen, beyond, places, everyone, *, model: MultiExit, segment: int
 ) -> tuple[Rows | None, Answers]:
@@ -164,18 +165,20 @@ def run_segment(
     """
     network = _Network.of(model, params, policy)
     if segment == 0:
-        rows = network.start(source)
+        rows = network.start(jax.tree.map(sharding.by_row, source))
     else:
         rows = jax.tree.map(lambda x: x.at[chosen].get(mode="promise_in_bounds"), source)
-    rows = network.advance(rows, segment)
+    rows = network.advance(jax.tree.map(sharding.by_row, rows), segment)
     if segment == network.final:
         return None, network.conclude(rows)
     rows, answers = network.consult(rows, segment, everyone)
-    return jax.tree.map(lambda x, new: x.at[places].set(new, mode="drop"), beyond, rows), answers
+    beyond = jax.tree.map(lambda x, new: x.at[places].set(new, mode="drop"), beyond, rows)
+    return sharding.everywhere(beyond), answers
 
 
 @functools.partial(jax.jit, static_argnames=("model", "early"))
 @precision.exact
+@sharding.laid_out
 def run_alone(params, policy, inputs, *, model: MultiExit, early: bool) -> jax.Array:
     """One row to its exit without asking the host: float32 [C + 4], for `unpacked`.
 
@@ -205,7 +208,7 @@ def run_alone(params, policy, inputs, *, model: MultiExit, early: bool) -> jax.A
             lambda: onwards(rows, segment + 1),
         )
 
-    return onwards(network.start(inputs), 0)
+    return sharding.everywhere(onwards(network.start(inputs), 0))
 
 
 def unpacked(packed: jax.Array) -> tuple[np.ndarray, Answers]:
@@ -223,19 +226,29 @@ def unpacked(packed: jax.Array) -> tuple[np.ndarray, Answers]:
 
 @functools.partial(jax.jit, static_argnames="model")
 @precision.exact
+@sharding.laid_out
 def run_whole(params, policy, inputs, *, model: MultiExit) -> Answers:
     """All rows to the final exit, no other being consulted."""
     network = _Network.of(model, params, policy)
-    rows = network.start(inputs)
+    rows = network.start(jax.tree.map(sharding.by_row, inputs))
     for segment in range(network.final + 1):
         rows = network.advance(rows, segment)
     return network.conclude(rows)
 
 
+def _of_pools(params) -> jax.sharding.Sharding:
+    mesh = sharding.mesh_of(params)
+    if mesh is not None:
+        return sharding.replicated(mesh)
+    return jax.sharding.SingleDeviceSharding(*jax.tree.leaves(params)[0].devices())
+
+
 def empty_pools(params, policy, inputs, *, model: MultiExit, size: int) -> list[Rows | None]:
     """Empty pools of so many rows in front of all segments; None for the first.
 
-    They are committed to a device, as the programs return them: else each would compile twice.
+    They are committed to a device, as the programs return them: else each would compile twice. On a
+    mesh, each device has all of them, and buckets are split (`sharding.by_row`): who is in the next
+    bucket is not known before.
     """
 
     def between(params, inputs):
@@ -246,8 +259,8 @@ def empty_pools(params, policy, inputs, *, model: MultiExit, size: int) -> list[
             found.append(rows)
         return found
 
-    (device,) = jax.tree.leaves(params)[0].devices()
+    where = _of_pools(params)
     return jax.tree.map(
-        lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype, device=device),
+        lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype, device=where),
         jax.eval_shape(between, params, inputs),
     )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.cost.traffic import traffic
 from early_exit.decoding import drafters
@@ -28,6 +29,8 @@ from early_exit.policy import ExitPolicy
 FOREVER = np.int32(2**31 - 1)
 # When this part of a batch's rows is left, they go on alone.
 FEWER = 4
+# What a state says of its answers; the rest stays on the devices.
+_TOLD = ("tokens_BS", "exit_BS", "log_prob_BS", "newest_B", "prompt_B", "filled_BE", "counts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Decoder:
             key=keys,
             dtype=jax.tree.leaves(self.params["backbone"])[0].dtype,
             slots=slots,
+            mesh=sharding.mesh_of(self.params),
         )
 
     def read(self, state: DecodeState, rules: Rules | None = None, *, chunks=FOREVER):
@@ -172,7 +176,7 @@ class Decoder:
             began = time.perf_counter()
             state = self.run(state, finishing=size - fewer)
             seconds += time.perf_counter() - began
-            finished = np.asarray(state.finished_B)
+            finished = sharding.fetch(state.finished_B)
             found = self.generations(state, [0.0] * size)
             ended = [(rows[row], found[row]) for row in np.flatnonzero(finished)]
             answers |= {place: answer for place, answer in ended if place is not None}
@@ -198,8 +202,7 @@ class Decoder:
         """
         if prefill_seconds is None:
             prefill_seconds = [0.0] * len(seconds)
-        large = {"cache": {}, "kept": {}, "taps": {}, "hidden_BWD": None, "keys_B": None}
-        state = jax.device_get(state.change(**large))
+        state = state.change(**sharding.fetch({name: getattr(state, name) for name in _TOLD}))
         settled_B = state.filled_BE[:, -1] if self.mode.verified else state.newest_B
         others = 1 - np.arange(1, len(drafters.BY_NAME))
         depths = np.append(self.model.exit_depths, others)

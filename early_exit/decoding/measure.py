@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import policy as policies
+from early_exit import sharding
 from early_exit.cost.traffic import traffic
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.decoder import Decoder
@@ -59,10 +60,13 @@ def measured(decoder: Decoder, slots: int | None = None) -> Decoder:
 def known_seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
     """What `seconds` found; kept beside the compiled programs (`storage.programs`)."""
     path = programs.folder() / "costs" / f"{_name(decoder, batch)}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, seconds(decoder, batch, slots))
-    return files.read_json(path)
+    known = sharding.agreed(files.read_json(path) if path.exists() else None)
+    if known is None:
+        known = sharding.agreed(seconds(decoder, batch, slots))
+        if not jax.process_index():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, known)
+    return known
 
 
 def _name(decoder: Decoder, batch: int) -> str:
@@ -72,6 +76,8 @@ def _name(decoder: Decoder, batch: int) -> str:
     score = decoder.policy and decoder.policy.confidence
     draws = decoder.sampling.temperature > 0
     told = device, flags, decoder.model, mode.widths, mode.drafters, score, str(dtype), batch, draws
+    if (mesh := sharding.mesh_of(decoder.params)) is not None:
+        told = *told, tuple(mesh.shape.items())
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 

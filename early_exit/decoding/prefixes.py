@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from early_exit import sharding
 from early_exit.decoding import drafters
 from early_exit.decoding.mode import Mode
-from early_exit.decoding.state import DecodeState
+from early_exit.decoding.state import DecodeState, in_place
 from early_exit.exits.multi_exit import MultiExit
 
 # By how many positions of prompts had been read: by tap, that of the last of them, [B, D].
@@ -116,6 +117,7 @@ class Prefixes:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mode"), donate_argnames="state")
+@sharding.laid_out
 def _begun(
     state: DecodeState, rows: list, taps: dict, read: jax.Array, *, model: MultiExit, mode: Mode
 ) -> DecodeState:
@@ -133,9 +135,10 @@ def _begun(
         for drafter in drafters.of(model, mode)
     }
     slot = state.pending_slots(read - 1)
-    return state.change(
+    state = state.change(
         cache=cache,
         kept=begun,
         filled_BE=jnp.broadcast_to(read, state.filled_BE.shape),
         taps={name: x.at[:, slot].set(taps[name]) for name, x in state.taps.items()},
     )
+    return in_place(state)

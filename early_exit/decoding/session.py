@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import policy as policies
+from early_exit import sharding
 from early_exit.decoding import cache as caches
 from early_exit.decoding.decode import chunk_size
 from early_exit.decoding.decoder import FOREVER, Decoder, Generation
@@ -29,7 +30,9 @@ from early_exit.decoding.state import (
     DecodeState,
     check_ids,
     check_prompts,
+    in_place,
     initial_state,
+    placed,
     rows_of,
 )
 
@@ -366,7 +369,9 @@ class Session:
         shapes = jax.eval_shape(
             lambda key: initial_state(decoder.model, prompts, 1, key=key, **how), jax.random.key(0)
         )
-        return jax.tree.map(lambda x, shape: _cut_or_filled(x, shape.shape), state, shapes)
+        mesh = sharding.mesh_of(state)
+        state = jax.tree.map(lambda x, shape: _cut_or_filled(x, shape.shape), state, shapes)
+        return state if mesh is None else sharding.place(state, placed(state, mesh))
 
     def _rules_of(self, tickets: Sequence[_Ticket | None]) -> Rules:
         """What rows go by; those without a ticket by nothing that takes time."""
@@ -409,7 +414,7 @@ class Session:
 
     def _tell(self) -> list[Event]:
         """What rows have got; those that have ended give their place away."""
-        finished_B = np.asarray(self._state.finished_B)
+        finished_B = sharding.fetch(self._state.finished_B)
         seconds = np.array([(t.seconds, t.prefill_seconds) if t else (0, 0) for t in self._places])
         answers = self._decoder.generations(self._state, *seconds.T)
         events = []
@@ -425,9 +430,11 @@ class Session:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
+@sharding.laid_out
 def _insert(state: DecodeState, part: DecodeState, rows: jax.Array) -> DecodeState:
     """The batch with some rows replaced; those beyond it are left out."""
-    return jax.tree.map(lambda whole, new: whole.at[rows].set(new, mode="drop"), state, part)
+    put = functools.partial(jax.tree.map, lambda whole, new: whole.at[rows].set(new, mode="drop"))
+    return in_place(put(state, part))
 
 
 def _cut_or_filled(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from early_exit import sharding
 from early_exit.backbones.cached_attention import CACHE_CHUNK
 from early_exit.consult import Said
 from early_exit.decoding import cache as caches
@@ -138,10 +140,12 @@ class DecodeState:
 
 
 @jax.jit
+@sharding.laid_out
 def rows_of(state: DecodeState, index: jax.Array, running: jax.Array) -> DecodeState:
     """Some rows of a state, in another order; those from `running` on have ended."""
     state = jax.tree.map(lambda x: x[index], state)
-    return state.change(finished_B=state.finished_B | (jnp.arange(len(index)) >= running))
+    finished_B = state.finished_B | (jnp.arange(len(index)) >= running)
+    return in_place(state.change(finished_B=finished_B))
 
 
 def check_ids(model: MultiExit, ids: Sequence[int], name: str) -> None:
@@ -200,6 +204,7 @@ def initial_state(
     key: jax.Array,
     dtype=jnp.float32,
     slots: int | None = None,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """State for prompts of any lengths, nothing run yet.
 
@@ -207,12 +212,13 @@ def initial_state(
       max_new_tokens: at least 1; one number, or one per prompt.
       key: a PRNG key, split over the rows, or one key per row [B].
       slots: cache slots to allocate; by default the smallest bucket that holds the longest row.
+      mesh: where the parameters lie, and so the state (`placed`); one device if not given.
 
     Raises:
       ValueError: no prompt, an empty one, a token outside the vocabulary, no new tokens, more
         positions than the context, or slots that do not fit.
     """
-    batch, segments = len(prompts), len(model.segments)
+    batch = len(prompts)
     max_new_tokens = check_prompts(model, prompts, max_new_tokens)
     limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
     # A pass writes as many rows as it is wide, the last of them behind the newest token.
@@ -223,11 +229,20 @@ def initial_state(
             f"slots={slots} must be a multiple of {CACHE_CHUNK} that holds the longest row's "
             f"{needed} positions"
         )
-    points = model.exits.points if model.exits.head == "layer" else ()
     tokens = np.zeros((batch, slots), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    given = tokens, lengths, np.array(limits, np.int32), key
+    # Made in one program on a mesh, so that no device has a whole cache, even for a moment.
+    make = _begun if mesh is None else _begun_on_mesh
+    where = {} if mesh is None else {"mesh": mesh}
+    return make(*given, model=model, mode=mode, dtype=jnp.dtype(dtype), **where)
+
+
+def _begun(tokens, lengths, limits, key, *, model: MultiExit, mode: Mode, dtype) -> DecodeState:
+    (batch, slots), segments = tokens.shape, len(model.segments)
+    points = model.exits.points if model.exits.head == "layer" else ()
 
     def pending():
         return jnp.zeros((batch, mode.capacity, model.config.width), dtype)
@@ -237,9 +252,9 @@ def initial_state(
 
     return DecodeState(
         tokens_BS=jnp.array(tokens),
-        newest_B=lengths - 1,
-        prompt_B=jnp.copy(lengths),
-        limit_B=jnp.array(limits, jnp.int32),
+        newest_B=jnp.array(lengths) - 1,
+        prompt_B=jnp.array(lengths),
+        limit_B=jnp.array(limits),
         finished_B=jnp.zeros(batch, bool),
         exit_BS=jnp.full((batch, slots), -1, jnp.int32),
         log_prob_BS=jnp.zeros((batch, slots), jnp.float32),
@@ -258,3 +273,31 @@ def initial_state(
         cache=caches.empty(model.config, points, batch, slots, dtype),
         keys_B=key if key.shape == (batch,) else jax.random.split(key, batch),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mode", "dtype", "mesh"))
+def _begun_on_mesh(*given, mesh: Mesh, **how) -> DecodeState:
+    state = _begun(*given, **how)
+    return jax.lax.with_sharding_constraint(state, placed(state, mesh))
+
+
+def placed(state: DecodeState, mesh: Any) -> DecodeState:
+    """The shardings of a state: its rows as those of a batch, the heads of caches over `tensor`.
+
+    Args:
+      state: arrays, or shapes.
+      mesh: a `Mesh`, or the abstract one of it.
+    """
+
+    def of(x) -> NamedSharding:
+        if x.ndim == 4:  # caches, and nothing else
+            return NamedSharding(mesh, sharding.cache_spec(mesh, *x.shape[:2]))
+        return NamedSharding(mesh, sharding.row_spec(mesh, x.shape[0]))
+
+    return jax.tree.map(of, state)
+
+
+def in_place(state: DecodeState) -> DecodeState:
+    """Keeps a state where it lies (`placed`), inside a program; on one device nothing is done."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return state if mesh.empty else jax.lax.with_sharding_constraint(state, placed(state, mesh))

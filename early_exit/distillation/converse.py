@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from early_exit import sharding
 from early_exit.data import conversations, shards, tokenising
 from early_exit.data.conversations import Conversation, Fault, Words
 from early_exit.data.stream import ALONE, Rank
@@ -71,8 +72,10 @@ class Speaker:
             raise ValueError("this model reads text or images but writes no text")
         self.network = network
         self.model = MultiExit(network.config, ExitConfig(points=()))
-        # Committed to the device: a mixture would compile every program twice.
-        self.params = jax.device_put({"backbone": network.params}, jax.local_devices()[0])
+        self.params = {"backbone": network.params}
+        if sharding.mesh_of(self.params) is None:
+            # Committed to the device: a mixture would compile every program twice.
+            self.params = jax.device_put(self.params, jax.local_devices()[0])
         self.tokenizer = tokenising.needed(network.tokenizer)
         self.special = tokenising.special_ids(self.tokenizer)
         self.stop_ids = list(network.generation.stop_ids)
@@ -116,6 +119,7 @@ def converse(
     tokens: int | None = None,
     batch: int = 32,
     rank: Rank = ALONE,
+    together: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Makes the shards that are missing, and yields the description of each when it is written.
 
@@ -125,6 +129,8 @@ def converse(
       prompts: questions; without them, the model thinks of its own.
       tokens: stop when so many have been kept, by whatever processes; else at the last prompt.
       batch: conversations at a time.
+      together: whether all processes make each shard together, with a model that lies in all of
+        them; the first one writes it.
 
     Raises:
       ValueError: neither prompts nor tokens, a model that cannot think of questions, a first shard
@@ -132,7 +138,7 @@ def converse(
       RuntimeError: another command is at work in the folder.
     """
     with lock.held(folder):
-        yield from _converse(speaker, folder, settings, prompts, tokens, batch, rank)
+        yield from _converse(speaker, folder, settings, prompts, tokens, batch, rank, together)
 
 
 def _converse(
@@ -143,7 +149,12 @@ def _converse(
     tokens: int | None,
     batch: int,
     rank: Rank,
+    together: bool,
 ) -> Iterator[dict[str, Any]]:
+    def known() -> dict[int, dict[str, Any]]:
+        found = shards.finished(folder)
+        return dict(sharding.agreed([*found.items()])) if together else found
+
     if prompts is None:
         if tokens is None:
             raise ValueError("say how many tokens to make, or give prompts to answer")
@@ -158,7 +169,7 @@ def _converse(
         start = number * settings.per_shard
         if prompts is not None and start >= len(prompts):
             return
-        finished = shards.finished(folder)
+        finished = known()
         so_far = sum(shard["tokens"] for shard in finished.values())
         if tokens is not None and so_far >= tokens:
             return
@@ -169,8 +180,9 @@ def _converse(
         if prompts is None and not kept and not so_far:  # it would go on for ever
             raise ValueError(conversations.none_kept(dropped))
         counted = {"tokens": sum(c.tokens for c in kept), "dropped": dropped}
-        shards.write(folder, number, [c.pack() for c in kept], counted)
-        yield shards.finished(folder)[number]
+        if not (together and jax.process_index()):
+            shards.write(folder, number, [c.pack() for c in kept], counted)
+        yield known()[number]
 
 
 def _about(backbone: str, settings: Settings, prompts: Sequence[str] | None) -> dict[str, Any]:

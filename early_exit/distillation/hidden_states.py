@@ -14,6 +14,7 @@ A row holds, for T tokens, `tokens`, `documents` and `positions`, int32 [T]; for
 uint16 or int32 [T, K], the most probable first, and `teacher_log_probs`, float16 [T, K].
 """
 
+import collections
 import functools
 import hashlib
 import itertools
@@ -84,8 +85,8 @@ def fill(
 ) -> None:
     """Runs the config's backbone over the first batches of its training stream, and keeps the rows.
 
-    Makes those shards that are not there yet; of several processes each makes its own, on a mesh of
-    its own devices.
+    Makes those shards that are not there yet; of several processes each makes its own, on its own
+    devices, or all make all of them together (`sharding.own_mesh`).
 
     Args:
       config: a run's. Of its exits only the points matter.
@@ -112,11 +113,13 @@ def _fill(
 ) -> None:
     if batches < 1:
         raise ValueError(f"batches must be at least 1, not {batches}")
-    mesh = sharding.make_mesh(config.mesh, jax.local_devices())
+    mesh, together = sharding.own_mesh(config.mesh)
+    rank = ALONE if together else rank
     size = config.data.batch_size
     sharding.row_rank(mesh, size)
     feeds.check_length(config.data, assemble.abstract_model(config).config)
-    pretrained, model = assemble.load_backbone(config)
+    where = functools.partial(sharding.shardings, mesh=mesh)
+    pretrained, model = assemble.load_backbone(config, where)
     if model.config.classifies:
         raise ValueError("hidden states are cached for language models; this is a classifier")
     if not model.exits.observed:
@@ -141,22 +144,28 @@ def _fill(
     }
     shards.begin(folder, about)
 
-    params = base.stack_blocks(pretrained.params) if model.config.scan else pretrained.params
-    params = {"backbone": params}
-    params = sharding.place(params, sharding.shardings(params, mesh))
+    params = {"backbone": pretrained.params}
+    if model.config.scan:
+        _, shapes = base.described(model.config)
+        params = {"backbone": base.stack_blocks(pretrained.params, where(shapes))}
     kept = functools.partial(_kept, model=model, top_k=top_k)
     run = jax.jit(sharding.under(mesh, kept))
 
-    place = functools.partial(sharding.place_batch, mesh=mesh, rows=size)
+    place = functools.partial(sharding.place_rows, mesh=mesh)
     tokens = size * config.data.sequence_length
     stream = feed.training(config.seed)
     try:
         for number in range(math.ceil(batches / BATCHES_IN_SHARD)):
             given = list(itertools.islice(stream, BATCHES_IN_SHARD))
-            if number % rank.count != rank.index or shards.is_finished(folder, number):
+            finished = shards.is_finished(folder, number)
+            finished = sharding.agreed(finished) if together else finished
+            if number % rank.count != rank.index or finished:
                 continue
             made = _ahead(lambda batch: batch | run(params, place(batch)), given)
             records = _records(made, lambda: done(tokens))
+            if together and jax.process_index():  # which only does its part of the work
+                collections.deque(records, maxlen=0)
+                continue
             shards.write(folder, number, records, {"tokens": tokens * len(given)})
     finally:
         stream.close()
@@ -178,7 +187,7 @@ def _kept(params: base.Params, batch: dict, *, model: MultiExit, top_k: int) -> 
         return ids, best - jax.nn.logsumexp(values)
 
     flat = sharding.by_row(final.reshape(-1, final.shape[-1]))
-    found = jax.lax.map(teacher, flat, batch_size=_ROWS)
+    found = sharding.map_rows(teacher, flat, _ROWS)
     ids, log_probs = (x.reshape(*final.shape[:2], top_k) for x in found)
     narrow = jnp.uint16 if model.config.vocab_size <= 2**16 else jnp.int32
     kept = {"teacher_ids": ids.astype(narrow), "teacher_log_probs": log_probs.astype(jnp.float16)}
@@ -200,7 +209,7 @@ def _ahead(function: Callable, items: Sequence) -> Iterator[Any]:
 
 def _records(made: Iterator[dict], done: Callable[[], None]) -> Iterator[bytes]:
     for batch in made:
-        batch = {name: np.asarray(array) for name, array in batch.items()}
+        batch = sharding.fetch(batch)
         for row in range(len(batch["tokens"])):
             yield pack({name: array[row] for name, array in batch.items()})
         done()

@@ -9,6 +9,7 @@ at which token the answer goes its own way.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from early_exit import policy as policies
@@ -195,7 +196,8 @@ def calibrate(
             policy = policies.make(rows[passed[-1]], settings.confidence)
         policy = dataclasses.replace(policy, provenance=stated)
         policy = risk.with_evidence(policy, records)
-        policies.save(policy, tuned.workdir / layout.POLICY)
+        if not jax.process_index():
+            policies.save(policy, tuned.workdir / layout.POLICY)
     return policy
 
 

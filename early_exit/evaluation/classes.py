@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from early_exit import confidence as confidences
-from early_exit import consult, precision
+from early_exit import consult, precision, sharding
 from early_exit.backbones import base
 from early_exit.exits.multi_exit import MultiExit
 
 
 @functools.partial(jax.jit, static_argnames=("model", "soften"))
 @precision.exact
+@sharding.laid_out
 def score_batch(
     params: base.Params, batch: dict, *, model: MultiExit, soften: bool = False
 ) -> dict:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import consult, precision
+from early_exit import consult, precision, sharding
 from early_exit.backbones import base
 from early_exit.calibration.chains import SCORES, Chains
 from early_exit.data.transforms import next_token_targets
@@ -22,6 +22,7 @@ STEPS = LOSSY.pending - 1
 
 @functools.partial(jax.jit, static_argnames=("model", "steps"))
 @precision.exact
+@sharding.laid_out
 def score_batch(params: base.Params, batch: dict, *, model: MultiExit, steps: int) -> dict:
     """Scores and outcomes [K, N] of the chains that begin at each position of a packed batch.
 
@@ -93,7 +94,12 @@ def record(
     Raises:
       ValueError: there is none.
     """
-    found = scored(lambda batch: score_batch(params, batch, model=model, steps=steps), batches)
+    mesh = sharding.mesh_of(params)
+
+    def score(batch: dict) -> dict:
+        return score_batch(params, sharding.place_rows(batch, mesh), model=model, steps=steps)
+
+    found = scored(score, batches)
     if not found["groups"].size:
         raise ValueError(
             f"no text to record chains of {steps} drafts on; give more, or longer, held-out text"

@@ -77,7 +77,7 @@ def said_of(
         return summary, jax.nn.logsumexp(values) - values[label_class], softer
 
     flat = features.reshape(-1, features.shape[-1])
-    summary, loss, softer = jax.lax.map(one, (flat, classes), batch_size=ROWS)
+    summary, loss, softer = sharding.map_rows(one, (flat, classes), ROWS)
     if reduced:
         summary = dataclasses.replace(summary, prediction=token_ids[summary.prediction])
     return summary, loss, jax.tree.map(jnp.transpose, softer)
@@ -85,6 +85,7 @@ def said_of(
 
 @functools.partial(jax.jit, static_argnames=("model", "soften"))
 @precision.exact
+@sharding.laid_out
 def score_batch(
     params: base.Params, batch: dict, *, model: MultiExit, soften: bool = False
 ) -> dict:
@@ -199,11 +200,11 @@ def record(
       metadata: of the records.
     """
     score = classes.score_batch if model.config.classifies else score_batch
-    last: dict = {}
+    mesh, last = sharding.mesh_of(params), {}
 
     def of(batch: dict) -> dict:
         last.update(batch)
-        return score(params, batch, model=model, soften=soften)
+        return score(params, sharding.place_rows(batch, mesh), model=model, soften=soften)
 
     whole = scored(of, batches)
     softened = whole.pop("softened")

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from early_exit import policy as policies
+from early_exit import sharding
 from early_exit.calibration import chains, methods, promise
 from early_exit.calibration.chains import Chains
 from early_exit.calibration.records import Records
@@ -68,13 +69,14 @@ def _kept(tuned: Tuned, name: str, kind, record: Callable, serves: Callable):
         "data": feed.data_hash("calibration"),
         "num_batches": tuned.config.calibrate.batches,
     }
-    if path.exists():
-        found = kind.load(path)
-        if found.metadata == metadata and serves(found):
-            return found
+    found = kind.load(path) if path.exists() else None
+    suits = found is not None and found.metadata == metadata and serves(found)
+    if sharding.agreed(suits):
+        return found or kind.load(path)
     batches = feed.calibration(metadata["num_batches"])
     found = record(tuned.model, tuned.params, batches, **metadata)
-    found.save(path)
+    if not jax.process_index():
+        found.save(path)
     return found
 
 
@@ -104,7 +106,8 @@ def calibrate(
             chain=lambda: chains_of(tuned),
             tell=tell,
         )
-        policies.save(policy, tuned.workdir / layout.POLICY)
+        if not jax.process_index():
+            policies.save(policy, tuned.workdir / layout.POLICY)
     return policy, records
 
 

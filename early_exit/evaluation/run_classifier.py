@@ -46,8 +46,10 @@ def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
     """
     with lock.held(tuned.workdir):
         found = run.policies_of(tuned, run.records_of(tuned)) if tuned.model.exits.points else {}
-        results = measure(tuned, found, [assemble.load_tuned(folder) for folder in baselines])
-        files.write_json(tuned.workdir / "evaluation.json", results)
+        beside = [assemble.load_tuned(folder, mesh=tuned.mesh) for folder in baselines]
+        results = measure(tuned, found, beside)
+        if not jax.process_index():
+            files.write_json(tuned.workdir / "evaluation.json", results)
     return results
 
 

@@ -7,6 +7,8 @@ beside the full model, and its thresholds are kept with the figures that they ga
 import textwrap
 from collections.abc import Iterator, Sequence
 
+import jax
+
 from early_exit import policy as policies
 from early_exit import tree
 from early_exit.decoding import detokenize
@@ -41,7 +43,8 @@ def evaluate(tuned: Tuned) -> dict:
     """
     with lock.held(tuned.workdir):
         results = _measured(tuned)
-        files.write_json(tuned.workdir / "evaluation.json", results)
+        if not jax.process_index():
+            files.write_json(tuned.workdir / "evaluation.json", results)
     return results
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import confidence as confidences
-from early_exit import consult, precision
+from early_exit import consult, precision, sharding
 from early_exit.backbones import base
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.decoding.state import check_ids
@@ -105,15 +105,16 @@ def score(
             )
     shortest_first = sorted(range(len(texts)), key=lambda i: (_length(texts[i]), i))
     found: dict[int, Scores] = {}
+    mesh = sharding.mesh_of(params)
     for start in range(0, len(texts), batch):
         rows = shortest_first[start : start + batch]
         padded = _padded([texts[i] for i in rows], min(batch, len(texts)))
         most = [len(texts[i][1]) if limits is None else limits[i] for i in rows]
         padded["limit"] = np.array(most + [1] * (len(padded["count"]) - len(rows)), np.int32)
-        out = jax.device_get(
+        out = sharding.fetch(
             score_batch(
                 params,
-                padded,
+                sharding.place_rows(padded, mesh),
                 policy,
                 first_leaves,
                 model=model,
@@ -146,6 +147,7 @@ def rolling(tokens: Sequence[int], prefix: int, context: int) -> Iterator[Pair]:
 
 @functools.partial(jax.jit, static_argnames=("model", "width", "propagates", "pending"))
 @precision.exact
+@sharding.laid_out
 def score_batch(
     params: base.Params,
     batch: dict,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import precision
+from early_exit import precision, sharding
 from early_exit.backbones import base
 from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters, measure
@@ -41,6 +41,7 @@ class Case:
 
 @functools.partial(jax.jit, static_argnames="model")
 @precision.exact
+@sharding.laid_out
 def full_choices(params: base.Params, tokens_BT: jax.Array, *, model: MultiExit) -> jax.Array:
     """The full model's greedy next token after every position, int32 [B, T]."""
     bound = model.bind(params)
@@ -53,7 +54,8 @@ def full_choices(params: base.Params, tokens_BT: jax.Array, *, model: MultiExit)
         return jnp.argmax(base.logits(feature, table, rule=model.config.logit_rule))
 
     # Few positions at a time: full-vocabulary logits of a whole text are gigabytes.
-    return jax.lax.map(choose, features, batch_size=64).reshape(tokens_BT.shape).astype(jnp.int32)
+    found = sharding.map_rows(choose, features, 64)
+    return found.reshape(tokens_BT.shape).astype(jnp.int32)
 
 
 def agreement(
@@ -62,7 +64,7 @@ def agreement(
     """Per new token: is it what the full model would say after the same text? bool [n]."""
     text = np.array([*prompt, *generation.tokens], np.int32)
     padded = np.pad(text, (0, -len(text) % 64))  # few programs
-    choices = np.asarray(full_choices(params, jnp.array(padded[None]), model=model))[0]
+    choices = sharding.fetch(full_choices(params, padded[None], model=model))[0]
     return choices[len(prompt) - 1 : len(text) - 1] == generation.tokens
 
 

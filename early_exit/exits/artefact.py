@@ -11,14 +11,14 @@ artefact names them by fingerprint; and names itself by one, so that damage does
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from early_exit import tree
+from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.backbones.identity import Identity
 from early_exit.exits.heads import ExitConfig
@@ -79,7 +79,7 @@ def write(
         "format": FORMAT,
         "exits": dataclasses.asdict(model.exits),
         "backbone": str(backbone),
-        "arrays": tree.fingerprint(_own(params)),
+        "arrays": tree.fingerprint(_own(params), sharding.whole),
         # Some heads have no parameters at all.
         "dtype": str(jax.tree.leaves((params["exits"], params["backbone"]))[0].dtype),
         "config": config,
@@ -91,7 +91,7 @@ def write(
     files.write_tensors(
         folder / WEIGHTS,
         [(name, leaf.shape, leaf.dtype) for name, leaf in flat.items()],
-        lambda name: np.asarray(flat[name]),
+        lambda name: sharding.whole(flat[name]),
     )
     files.write_json(folder / DESCRIPTION, described)
 
@@ -134,12 +134,18 @@ def describe(folder: Path) -> Artefact:
 
 
 def attach(
-    folder: Path, config: base.BackboneConfig, backbone: base.Params, identity: Identity
+    folder: Path,
+    config: base.BackboneConfig,
+    backbone: base.Params,
+    identity: Identity,
+    shardings: Callable[[base.Params], Any] | None = None,
 ) -> tuple[MultiExit, base.Params]:
     """The heads in `folder` on the backbone they belong to: (model, params).
 
     Args:
       identity: of the backbone that `config` and `backbone` are.
+      shardings: the parameters' shapes → a tree of shardings like them; each array is read straight
+        to its devices. Without it, one device has them all.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -165,7 +171,11 @@ def attach(
         ids = jax.ShapeDtypeStruct((model.exits.classes,), jnp.int32)
         wanted = wanted | {_TOKEN_IDS: ids}
     _check(path, wanted)
-    arrays = {name: jnp.array(files.read_tensor(path, name)) for name in wanted}
+    places = {} if shardings is None else shardings(wanted)
+    arrays = {}
+    for name in wanted:
+        array = files.read_tensor(path, name)
+        arrays[name] = sharding.place(array, places[name]) if places else jnp.array(array)
     params = {
         "backbone": backbone,
         "exits": jax.tree.unflatten(
@@ -173,7 +183,7 @@ def attach(
         ),
         **arrays,
     }
-    if (found := tree.fingerprint(_own(params))) != described.arrays:
+    if (found := tree.fingerprint(_own(params), sharding.whole)) != described.arrays:
         raise ValueError(
             f"{path} holds arrays with fingerprint {found[:12]}…, but {DESCRIPTION} describes "
             f"{described.arrays[:12]}…; the file is damaged, or of another artefact"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from early_exit import confidence
+from early_exit import confidence, sharding
 from early_exit.backbones import base
 from early_exit.exits import heads, init
 from early_exit.exits.recurrent import Recurrent
@@ -116,21 +116,29 @@ class MultiExit:
         given = 0 if token_ids is None else len(token_ids)
         if given != self.exits.classes:
             raise ValueError(f"exits.classes={self.exits.classes} but {given} token ids were given")
-        dtype = jax.tree.leaves(backbone)[0].dtype
-
-        params, depth = {}, self.config.depth
-        for name in self.head_names:
-            # No block has the number 0.
-            rngs = nnx.Rngs(jax.random.fold_in(key, 0 if name == RECURRENT else name))
-            _, drawn = base.split(_head(self, name, rngs))
-            drawn = jax.tree.map(lambda x: x.astype(dtype), drawn)
-            if source == "copy" and name == RECURRENT:
-                drawn = init.copied_recurrent(drawn, backbone, depth, token_ids)
-            elif source == "copy":
-                like = {part: x for part, x in drawn.items() if part not in init.DRAWN}
-                drawn |= init.copied(like, backbone, name, depth, token_ids)
-            params[str(name)] = drawn
+        params, mesh = {}, sharding.mesh_of(backbone)
+        for name, shapes in self.abstract_exits().items():
+            make = functools.partial(self._first_exit, name, source)
+            if mesh is not None:  # as one program, so that no device has a whole head
+                make = jax.jit(make, out_shardings=sharding.shardings(shapes, mesh))
+            params[name] = make(key, backbone, token_ids)
         return params
+
+    def _first_exit(
+        self, name: str, source: str, key: jax.Array, backbone: Params, token_ids: jax.Array | None
+    ) -> Params:
+        """The parameters of one head, of the backbone's type."""
+        dtype, recurrent = jax.tree.leaves(backbone)[0].dtype, name == RECURRENT
+        # No block has the number 0.
+        rngs = nnx.Rngs(jax.random.fold_in(key, 0 if recurrent else int(name)))
+        _, drawn = base.split(_head(self, name if recurrent else int(name), rngs))
+        drawn = jax.tree.map(lambda x: x.astype(dtype), drawn)
+        if source == "random":
+            return drawn
+        if recurrent:
+            return init.copied_recurrent(drawn, backbone, self.config.depth, token_ids)
+        like = {part: x for part, x in drawn.items() if part not in init.DRAWN}
+        return drawn | init.copied(like, backbone, int(name), self.config.depth, token_ids)
 
 
 def _head(model: MultiExit, name: int | str, rngs: nnx.Rngs) -> nnx.Module:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import policy as policies
-from early_exit import tree
+from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.classifying.classify import Classifier
 from early_exit.data import tokenising, transforms
@@ -28,7 +28,7 @@ from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.load import Pretrained
 from early_exit.runs import assemble, checkpoint, images, layout
 from early_exit.settings.read import changed, read
-from early_exit.settings.sections import DataSettings, Settings, TuneSettings
+from early_exit.settings.sections import DataSettings, MeshSettings, Settings, TuneSettings
 from early_exit.storage import buckets
 
 # Of a network that was not tuned.
@@ -143,7 +143,7 @@ class Model:
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
         """What anything derived from it is marked with; reads every weight, the first time."""
-        heads = tree.fingerprint(self.heads)
+        heads = tree.fingerprint(self.heads, sharding.whole)
         return {"backbone": str(self.backbone.identity), "heads": heads, "step": self.step}
 
     @functools.cached_property
@@ -153,7 +153,11 @@ class Model:
 
 
 def load(
-    source: str | Path, *, dtype: str = "float32", changes: Mapping[str, Any] | None = None
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    changes: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """A model from a run's folder, from what was exported or saved, or a pretrained network.
 
@@ -164,27 +168,48 @@ def load(
       dtype: what pretrained weights are computed in: `float32`, `bfloat16` or `float16`.
       changes: what pretrained weights leave open, such as `{"num_classes": 5}` of an encoder; what
         that adds is drawn at random.
+      mesh: how all devices share the model, as `{"tensor": 8}` (`launch.inspect --settings`,
+        section `mesh`): weights are read straight to their shards, and all that is done with the
+        model is done there. None for one device.
 
     Raises:
       FileNotFoundError, RuntimeError: the source cannot be had.
-      ValueError: it is damaged, of a kind that is not known, or its parts do not belong together.
+      ValueError: it is damaged, of a kind that is not known, its parts do not belong together, or a
+        mesh that does not use exactly the devices that there are.
 
     Example:
       >>> model = ee.load(folder)
       >>> model.depth, model.points
       (6, ())
     """
-    folder = buckets.place(source)
+    folder, axes = buckets.place(source), MeshSettings(**mesh or {})
+    on = None if mesh is None else sharding.make_mesh(axes)
     if artefact.is_in(folder) or checkpoint.latest_step(folder / layout.CHECKPOINTS) is not None:
-        tuned = assemble.load_tuned(folder)
+        tuned = assemble.load_tuned(folder, mesh=on)
         calibrated = (folder / layout.POLICY).exists()
-        return of_run(tuned, assemble.load_policy(tuned) if calibrated else None)
+        model = of_run(tuned, assemble.load_policy(tuned) if calibrated else None)
+        if mesh is None:
+            return model
+        return dataclasses.replace(model, settings=dataclasses.replace(model.settings, mesh=axes))
     given = {"source": str(source), "dtype": dtype, "changes": dict(changes or {})}
-    pretrained, static = assemble.load_backbone(read({"model": given, "data": _NO_DATA}))
-    # All on one device, and committed to it: a mixture makes programs compile twice.
-    params = jax.device_put(pretrained.params, jax.local_devices()[0])
-    pretrained = dataclasses.replace(pretrained, params=params)
-    return Model(static, pretrained, {}, None, None, _settings(given, static.config))
+    where = None if on is None else functools.partial(sharding.shardings, mesh=on)
+    pretrained, static = assemble.load_backbone(read({"model": given, "data": _NO_DATA}), where)
+    if on is None:
+        params = beside(pretrained.params, pretrained.params)
+        pretrained = dataclasses.replace(pretrained, params=params)
+    settings = dataclasses.replace(_settings(given, static.config), mesh=axes)
+    return Model(static, pretrained, {}, None, None, settings)
+
+
+def beside(model: base.Params, arrays: Any) -> Any:
+    """A tree of arrays where a model's parameters are: on their mesh, or their one device.
+
+    Committed to it: a mixture makes programs compile twice.
+    """
+    mesh = sharding.mesh_of(model)
+    if mesh is None:
+        return jax.device_put(arrays, jax.local_devices()[0])
+    return sharding.place(arrays, sharding.shardings(arrays, mesh))
 
 
 def _settings(model: Mapping[str, Any], network: base.BackboneConfig) -> Settings:
@@ -245,7 +270,7 @@ def attach(
         )
     ids = None if token_ids is None else jnp.asarray(token_ids, jnp.int32)
     heads = static.first_exits(seed, model.backbone.params, init, ids)
-    heads, ids = jax.device_put((heads, ids), jax.local_devices()[0])
+    heads, ids = (beside(model.backbone.params, x) for x in (heads, ids))
     named = {f"exits.{name}": value for name, value in dataclasses.asdict(exits).items()}
     fresh = dataclasses.replace(model.settings, tune=TuneSettings())  # its weights were of others
     return Model(

@@ -9,15 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from early_exit.calibration.records import Records
 from early_exit.data import feed as feeds
 from early_exit.data import given
 from early_exit.data.parts import GIVEN
 from early_exit.data.transforms import Batch
 from early_exit.evaluation import drafts, exits, run
-from early_exit.library.model import Model
+from early_exit.library.model import Model, beside
 from early_exit.settings.read import changed
 from early_exit.settings.sections import Settings, TuneSettings
 from early_exit.storage import buckets
@@ -118,7 +116,7 @@ def tune(
     )
     folder = None if workdir is None else buckets.place(workdir)
     trained = loop.tune_given(config, material, folder)
-    trained = jax.device_put(trained, jax.local_devices()[0])
+    trained = beside(model.backbone.params, trained)
     network = model.backbone
     if "backbone" in trained:  # it is another one since
         network = dataclasses.replace(network, params=trained["backbone"], known=None)

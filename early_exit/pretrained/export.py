@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from early_exit import tree
+from early_exit import sharding, tree
 from early_exit.backbones import base
 from early_exit.pretrained import families, generation, preprocessor, table
 from early_exit.pretrained.generation import Generation
@@ -65,7 +65,7 @@ def write_backbone(
 
     def tensor(name: str) -> np.ndarray:
         entry = entries[name]
-        return entry.layout.join([np.asarray(entry.of(flat[path])) for path in entry.paths])
+        return entry.layout.join([sharding.whole(entry.of(flat[path])) for path in entry.paths])
 
     files.write_tensors(folder / "model.safetensors", described, tensor, {"format": "pt"})
     if tokenizer is not None:

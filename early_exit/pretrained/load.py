@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import sharding, tree
+from early_exit import tree
 from early_exit.backbones import base, identity
 from early_exit.pretrained import generation, preprocessor, table, tensors
-from early_exit.pretrained.describe import describe
+from early_exit.pretrained.describe import Described, describe
 from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.tokenizer import load_tokenizer
 
@@ -46,7 +46,7 @@ class Pretrained:
     @functools.cached_property
     def identity(self) -> identity.Identity:
         """Which network it is. Reads every weight, but only the first time."""
-        return self.known or identity.of(self.config, self.params, _whole)
+        return self.known or identity.of(self.config, self.params)
 
 
 def load(
@@ -68,13 +68,7 @@ def load(
         ends an answer does not fit the embedding table, or a weight is not finite.
     """
     found = describe(source)
-    checkpoint, vocab_size = found.checkpoint, getattr(found.config, "vocab_size", 0)
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
-    if tokenizer is not None and vocab_size:
-        _check_tokenizer(tokenizer, vocab_size, checkpoint)
-    writes = generation.SILENT
-    if not found.config.classifies:
-        writes = generation.read(checkpoint.path, checkpoint.config, tokenizer, vocab_size)
+    checkpoint, bare = found.checkpoint, _announced(found, source)
     places = {} if shardings is None else tree.flatten(shardings(found.params))
     params, slices = {}, {}
     for entry in found.entries:
@@ -86,16 +80,28 @@ def load(
     for entry in found.entries:
         if entry.optional and entry.name in checkpoint.shapes:
             _check_equal(checkpoint, entry, params, dtype)
+    return dataclasses.replace(bare, params=tree.unflatten(params))
+
+
+def announced(source: str) -> Pretrained:
+    """What `load` gives, without parameters: no weight is read.
+
+    Raises:
+      as `load`, of what headers, config and tokenizer say.
+    """
+    return _announced(describe(source), source)
+
+
+def _announced(found: Described, source: str) -> Pretrained:
+    checkpoint, vocab_size = found.checkpoint, getattr(found.config, "vocab_size", 0)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
+    if tokenizer is not None and vocab_size:
+        _check_tokenizer(tokenizer, vocab_size, checkpoint)
+    writes = generation.SILENT
+    if not found.config.classifies:
+        writes = generation.read(checkpoint.path, checkpoint.config, tokenizer, vocab_size)
     said = preprocessor.read(checkpoint.path) if found.config.reads == "images" else None
-    return Pretrained(
-        found.config, tree.unflatten(params), tokenizer, source, writes, preprocessor=said
-    )
-
-
-def _whole(array: jax.Array) -> np.ndarray:
-    """All of an array, of which this process may have only a part."""
-    partial = isinstance(array, jax.Array) and not array.is_fully_addressable
-    return sharding.fetch(array) if partial else np.asarray(array)
+    return Pretrained(found.config, {}, tokenizer, source, writes, preprocessor=said)
 
 
 def _check_tokenizer(tokenizer, vocab_size: int, checkpoint: tensors.Checkpoint) -> None:

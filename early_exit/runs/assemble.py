@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from early_exit import policy as policies
 from early_exit import sharding, tree
@@ -29,12 +30,15 @@ from early_exit.pretrained import chat, families
 from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.generation import Generation
-from early_exit.pretrained.load import Pretrained, load
+from early_exit.pretrained.load import Pretrained, announced, load
 from early_exit.runs import checkpoint, layout
 from early_exit.settings import read
 from early_exit.settings.sections import Settings
 from early_exit.storage import buckets, copies, files
 from early_exit.streams import stream
+
+# Parameters' shapes → a tree of shardings like them.
+Where = Callable[[base.Params], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,11 @@ class Tuned:
         )
 
     @property
+    def mesh(self) -> Mesh | None:
+        """What its parameters lie on; None for one device."""
+        return sharding.mesh_of(self.params)
+
+    @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer."""
         return list(self.generation.stop_ids)
@@ -114,9 +123,7 @@ def exit_config(config: Settings) -> ExitConfig:
     return ExitConfig(**{name: getattr(config.exits, name) for name in names})
 
 
-def load_backbone(
-    config: Settings, shardings: Callable[[base.Params], Any] | None = None
-) -> tuple[Pretrained, MultiExit]:
+def load_backbone(config: Settings, shardings: Where | None = None) -> tuple[Pretrained, MultiExit]:
     """The network that the config's exits are attached to, and the multi-exit model of both.
 
     `model.source` names pretrained weights, or the folder of a run that trained a backbone; empty,
@@ -124,8 +131,8 @@ def load_backbone(
     the source leaves open, such as `num_classes` of an encoder; what they add is drawn at random.
 
     Args:
-      shardings: the parameters' shapes → a tree of shardings like them. Weights are read straight
-        to their devices, one after the other; what is drawn, or comes from a run, is moved there.
+      shardings: the parameters' shapes → a tree of shardings like them. Weights are read, or drawn,
+        straight to their devices, one after the other. Without it, one device has them all.
 
     Raises:
       ValueError: weights that do not load, settings that make no network, or exits that do not
@@ -135,8 +142,12 @@ def load_backbone(
     return pretrained, MultiExit(pretrained.config, exit_config(config))
 
 
-def _network(config: Settings, shardings: Callable[[base.Params], Any] | None = None) -> Pretrained:
-    """What `load_backbone` attaches exits to."""
+def _network(config: Settings, shardings: Where | None = None, weights: bool = True) -> Pretrained:
+    """What `load_backbone` attaches exits to.
+
+    Args:
+      weights: whether to read them; without, all else is there, and what would be missed is told.
+    """
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     source = model.source
     if model.new:
@@ -146,16 +157,22 @@ def _network(config: Settings, shardings: Callable[[base.Params], Any] | None = 
                 f"a {model.new['family']} reads text, and a new one has no tokenizer for it; "
                 "give model.source, where weights are"
             )
-        pretrained = _drawn(network, Pretrained(network, {}, None, source), config)
+        pretrained = Pretrained(network, {}, None, source)
+        if weights:
+            pretrained = _drawn(network, pretrained, config, shardings)
     elif checkpoint.latest_step(buckets.place(source) / layout.CHECKPOINTS) is not None:
-        pretrained = load_tuned(buckets.place(source)).backbone
+        run = layout.load_config(buckets.place(source))
+        if weights:
+            pretrained = _loaded(buckets.place(source), run, shardings).backbone
+        else:
+            pretrained = _network(run, weights=False)
     else:
-        pretrained = load(source, dtype, shardings)
+        pretrained = load(source, dtype, shardings) if weights else announced(source)
+    network = _changed(pretrained.config, model.changes)
+    if not weights:
+        return dataclasses.replace(pretrained, config=network)
     if model.changes:
-        pretrained = _drawn(_changed(pretrained.config, model.changes), pretrained, config)
-    if shardings is not None:
-        params = sharding.place(pretrained.params, shardings(pretrained.params))
-        pretrained = dataclasses.replace(pretrained, params=params)
+        pretrained = _drawn(network, pretrained, config, shardings)
     return pretrained
 
 
@@ -194,7 +211,9 @@ def _changed(network: base.BackboneConfig, changes: Mapping[str, Any]) -> base.B
         raise ValueError(f"model.changes do not fit the network: {error}") from error
 
 
-def _drawn(network: base.BackboneConfig, source: Pretrained, config: Settings) -> Pretrained:
+def _drawn(
+    network: base.BackboneConfig, source: Pretrained, config: Settings, shardings: Where | None
+) -> Pretrained:
     """`network` with those parameters of the source that it has, and the others drawn from the
     config's seed."""
     _, abstract = base.described(network)
@@ -206,15 +225,28 @@ def _drawn(network: base.BackboneConfig, source: Pretrained, config: Settings) -
     }
     if len(kept) < len(wanted):
         key, dtype = stream(config.seed, "network"), jnp.dtype(config.model.dtype)
-        kept = tree.flatten(base.init(network, key, dtype)) | kept
+        if shardings is None:
+            drawn = tree.flatten(base.init(network, key, dtype))
+        else:  # only what is wanted, and each where it is to be
+            places = tree.flatten(shardings(abstract))
+            places = {path: place for path, place in places.items() if path not in kept}
+
+            def draw(key):
+                found = tree.flatten(base.init(network, key, dtype))
+                return {path: found[path] for path in places}
+
+            drawn = jax.jit(draw, out_shardings=places)(key)
+        kept = drawn | kept
     return dataclasses.replace(source, config=network, params=tree.unflatten(kept), known=None)
 
 
-def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
+def load_tuned(workdir: Path, config: Settings | None = None, mesh: Mesh | None = None) -> Tuned:
     """The tuned model of a run, from its newest checkpoint, or of what it was exported to.
 
     Args:
       config: settings for what follows tuning (`calibrate`, `evaluate`), instead of the run's.
+      mesh: where its parameters are to lie, each read straight to its shards; all that runs the
+        model runs there. It need not be the one that it was tuned on. One device if not given.
 
     Raises:
       FileNotFoundError: no run, no checkpoint yet, or no backbone for heads exported without one.
@@ -225,13 +257,21 @@ def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
         config = layout.load_config(workdir)
     else:
         layout.check_same_run(config, workdir)
+    where = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
+    return _loaded(workdir, config, where)
+
+
+def _loaded(workdir: Path, config: Settings, where: Where | None) -> Tuned:
     load_from = _exported if artefact.is_in(workdir) else _checkpointed
-    model, params, pretrained, data, step = load_from(workdir, config)
-    # All committed to the device, as restored arrays are. A mixture makes a decode's state change
-    # from one call to the next, and every program compile twice.
-    params = jax.device_put(params, jax.local_devices()[0])
+    model, params, pretrained, data, step = load_from(workdir, config, where)
+    if where is None:
+        # All committed to the device, as restored arrays are. A mixture makes a decode's state
+        # change from one call to the next, and every program compile twice.
+        params = jax.device_put(params, jax.local_devices()[0])
+    else:  # where most are already
+        params = sharding.place(params, where(params))
     known = pretrained.identity
-    heads = tree.fingerprint(params["exits"])
+    heads = tree.fingerprint(params["exits"], sharding.whole)
     return Tuned(
         model=model,
         params=params,
@@ -251,18 +291,26 @@ def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
 _Read = tuple[MultiExit, base.Params, Pretrained, dict[str, Any] | None, int]
 
 
-def _checkpointed(workdir: Path, config: Settings) -> _Read:
+def _checkpointed(workdir: Path, config: Settings, where: Where | None) -> _Read:
     checkpoints = workdir / layout.CHECKPOINTS
     step = checkpoint.latest_step(checkpoints)
     if step is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}; let launch.tune finish a save")
     saved = checkpoint.metadata(checkpoints, step)
-    pretrained, model = load_backbone(config)
-    if config.tune.train == "exits":  # or the checkpoint has the backbone, too
+    frozen = config.tune.train == "exits"
+    pretrained = _network(config, where, weights=frozen)
+    model = MultiExit(pretrained.config, exit_config(config))
+    if frozen:  # or the checkpoint has the backbone, too
         check_backbone(saved["backbone"], pretrained.identity, workdir)
-    trained = checkpoint.restore(checkpoints, {"params": abstract_trained(config, model)}, step)
-    params = as_used(config, trained[0]["params"])
-    if "backbone" in params:  # it was trained, and is another network since
+    like = {"params": abstract_trained(config, model)}
+    if where is not None:
+        like = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            like,
+            where(like),
+        )
+    params = as_used(config, checkpoint.restore(checkpoints, like, step)[0].pop("params"))
+    if not frozen:  # it is another network since
         pretrained = dataclasses.replace(pretrained, params=params["backbone"], known=None)
     params = {"backbone": pretrained.params} | params
     if saved["token_ids"]:
@@ -296,30 +344,42 @@ def abstract_trained(config: Settings, model: MultiExit) -> base.Params:
 
 
 def as_used(config: Settings, trained: base.Params) -> base.Params:
-    """Trained parameters as the model has them: of the config's type, blocks one by one."""
-    params = jax.tree.map(lambda x: x.astype(config.model.dtype), trained)
+    """Trained parameters as the model has them: of the config's type, blocks one by one.
+
+    One parameter at a time: those that the caller does not keep are gone when the next is made.
+    """
+    leaves, structure = jax.tree.flatten(trained)
+    del trained
+    for i, leaf in enumerate(leaves):
+        leaves[i] = leaf.astype(config.model.dtype)
+    params = jax.tree.unflatten(structure, leaves)
     if "backbone" in params and config.model.scan:
-        params["backbone"] = base.unstack_blocks(params["backbone"])
+        stacks, blocks = tree.flatten(params["backbone"].pop("blocks")), {}
+        del leaf, leaves
+        while stacks:
+            name, stack = stacks.popitem()
+            blocks |= {f"{i}/{name}": stack[i] for i in range(len(stack))}
+        params["backbone"]["blocks"] = tree.unflatten(blocks)
     return params
 
 
-def _exported(workdir: Path, config: Settings) -> _Read:
+def _exported(workdir: Path, config: Settings, where: Where | None) -> _Read:
     workdir = copies.fetched(workdir)  # safetensors are read from files of this machine
     described = artefact.describe(workdir)
     beside = [workdir / name for name in ("config.json", "model.safetensors")]
     if any(path.exists() for path in beside):
-        pretrained = load(str(workdir), described.dtype)
+        pretrained = load(str(workdir), described.dtype, where)
     elif not config.model.source:
         raise ValueError(f"{workdir / artefact.DESCRIPTION} names no backbone in config.model")
     else:
-        pretrained = _network(config)
+        pretrained = _network(config, where)
     if pretrained.config.reads == "tokens" and pretrained.tokenizer is None:
         raise FileNotFoundError(
             f"{pretrained.source} has no tokenizer.json, which every run on text has; put it back "
             "beside the weights, or export the run again"
         )
     model, params = artefact.attach(
-        workdir, pretrained.config, pretrained.params, pretrained.identity
+        workdir, pretrained.config, pretrained.params, pretrained.identity, where
     )
     return model, params, pretrained, described.data, described.step
 

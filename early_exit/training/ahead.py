@@ -17,7 +17,9 @@ from early_exit.backbones import base
 from early_exit.cost import chips
 from early_exit.decoding import decode, mode
 from early_exit.decoding.costs import Costs
-from early_exit.decoding.state import initial_state
+from early_exit.decoding.rules import Rules
+from early_exit.decoding.state import initial_state, placed
+from early_exit.evaluation import exits
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
@@ -83,6 +85,25 @@ def tuning(
     return chips.estimate(traced, args, mesh, chip)
 
 
+def calibrating(
+    config: Settings, model: MultiExit, mesh: Mesh, chip: chips.Chip | None
+) -> chips.Estimate:
+    """Of one batch of calibration's pass, in which every position is scored at every exit."""
+    batch = plan.token_batch(config, mesh)
+    args = _params(config, model, mesh), batch | {"groups": batch["documents"]}
+    return chips.estimate(exits.score_batch.trace(*args, model=model), args, mesh, chip)
+
+
+def _params(config: Settings, model: MultiExit, mesh: Mesh) -> base.Params:
+    """All parameters, of the type that they are used in, as shapes with shardings."""
+    dtype = jnp.dtype(config.model.dtype)
+    _, backbone = base.described(model.config)
+    params = {"backbone": plan.typed(backbone, dtype), "exits": model.abstract_exits(dtype)}
+    if config.exits.classes:
+        params["token_ids"] = jax.ShapeDtypeStruct((config.exits.classes,), jnp.int32)
+    return plan.placed(params, sharding.shardings(params, mesh))
+
+
 def decoding(
     config: Settings,
     model: MultiExit,
@@ -92,37 +113,27 @@ def decoding(
     positions: int,
     how: mode.Mode,
 ) -> chips.Estimate:
-    """Of one sweep of the decoding loop, in which every row goes through all blocks.
+    """Of one step of the decoding loop, in which every row goes through all blocks.
 
-    Matrices are split as in tuning, rows over `data` and `fsdp`, the cache's heads over `tensor`.
+    The state lies where decoding has it (`decoding.state.placed`).
 
     Args:
       rows: of all chips together.
       positions: of each row, prompt and answer together.
     """
-    dtype = jnp.dtype(config.model.dtype)
-    _, backbone = base.described(model.config)
-    params = {
-        "backbone": plan.typed(backbone, dtype),
-        "exits": model.abstract_exits(dtype),
-    }
-    if config.exits.classes:
-        params["token_ids"] = jax.ShapeDtypeStruct((config.exits.classes,), jnp.int32)
-    params = plan.placed(params, sharding.shardings(params, mesh))
+    dtype, params = jnp.dtype(config.model.dtype), _params(config, model, mesh)
     start = functools.partial(
         initial_state, model, [[0]] * rows, positions - how.capacity, mode=how, dtype=dtype
     )
     state = jax.eval_shape(lambda: start(key=jax.random.key(0)))
-    by_row = sharding.batch_sharding(mesh)
-    heads = sharding.cache_sharding(mesh, model.config.kv_heads)
-    where = jax.tree.map(lambda _: by_row, state)
-    where = where.change(cache=jax.tree.map(lambda _: heads, state.cache))
+    state = plan.placed(state, placed(state, mesh))
     policy = ExitPolicy(
         jax.ShapeDtypeStruct((len(model.exits.points),), jnp.float32), config.calibrate.confidence
     )
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    stops = jax.ShapeDtypeStruct((1,), jnp.int32)
+    rules = jax.eval_shape(lambda: Rules.same(rows, stop_ids=[0]))
+    rules = dataclasses.replace(rules, policy=policy)
     costs = jax.eval_shape(lambda: Costs.assumed(how, rows))
-    args = (params, plan.placed(state, where), policy, stops, costs, scalar, scalar)
+    args = (params, state, rules, costs, scalar, scalar)
     traced = decode.decode.trace(*args, model=model, mode=how)
     return chips.estimate(traced, args, mesh, chip)

@@ -15,7 +15,9 @@ from slow_decoder import CLOSE, SlowDecoder, mixed_policy, softmax
 
 from conftest import build
 from early_exit import policy as policies
+from early_exit.backbones.cached_attention import CACHE_CHUNK
 from early_exit.backbones.decoder import DecoderConfig
+from early_exit.decoding import decode as decoding
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.generate import generate
@@ -386,6 +388,26 @@ def test_allocated_cache_does_not_change_the_answer(tiny, mixed):
     (small,) = run(*tiny, [PROMPT], mixed, 30)
     (large,) = run(*tiny, [PROMPT], mixed, 30, slots=512)
     np.testing.assert_array_equal(small.tokens, large.tokens)
+
+
+@pytest.mark.parametrize(
+    ("batch", "platform", "size"),
+    [(1, "cpu", 64), (1, "tpu", 128), (2, "gpu", 128), (3, "tpu", 64), (64, "cpu", 16)],
+)
+def test_chunks_fill_every_cache(batch, platform, size):
+    assert decoding.chunk_size(batch, platform) == size
+    assert CACHE_CHUNK % size == 0
+
+
+def test_wide_chunks_as_on_accelerators_change_no_answer(tiny, monkeypatch):
+    model, params = tiny
+    prompt = (np.arange(200) * 7 % 61).tolist()
+    how = {"policy": None, "max_new_tokens": 6}
+    (usual,) = generate(model, params, [prompt], slots=256, **how)
+    monkeypatch.setattr(decoding, "_MOST", 128)
+    (wide,) = generate(model, params, [prompt], slots=384, **how)  # a shape of this test alone
+    assert wide.tokens.tolist() == usual.tokens.tolist()
+    np.testing.assert_allclose(wide.log_probs, usual.log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", [LOSSY, VERIFIED], ids=["lossy", "verified"])

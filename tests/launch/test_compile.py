@@ -86,7 +86,12 @@ def test_a_frozen_backbone_has_no_gradient_to_exchange():
 
 
 @pytest.mark.parametrize(
-    ("what", "work"), [("tune", "compiled ÷ traced"), ("decode", "a step at full depth")]
+    ("what", "work"),
+    [
+        ("tune", "compiled ÷ traced"),
+        ("calibrate", "work of a batch"),
+        ("decode", "a step at full depth"),
+    ],
 )
 def test_the_command_prints_what_a_program_costs(launch, what, work):
     flags = ["--config=configs/tiny.py", "--config.model.scan", "--config.exits.head=norm"]
@@ -162,7 +167,7 @@ def test_traced_work_of_a_step_is_what_its_parts_need():
 
 @pytest.mark.tpu_compile
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed (extra `tpu-compile`)")
-@pytest.mark.parametrize("what", ["tune", "decode"])
+@pytest.mark.parametrize("what", ["tune", "calibrate", "decode"])
 def test_programs_for_a_tpu(what):
     settings = ["--config.model.scan", "--config.mesh.tensor=2", "--config.exits.points=(3,)"]
     done = command(

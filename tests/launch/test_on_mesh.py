@@ -1,0 +1,198 @@
+"""Commands on a mesh do what they do on one device; what they refuse, before work begins.
+
+Eight devices need a process of their own, in which one run is calibrated, answers and is exported
+on each mesh in turn.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import in_process
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from configs import tiny
+from early_exit.calibration.chains import Chains
+from early_exit.calibration.records import Records
+from early_exit.runs import layout
+from early_exit.settings.read import changed, read
+
+ROOT = pathlib.Path(__file__).parents[2]
+MESHES = {
+    "one": None,
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "1x1x8": {"data": 1, "fsdp": 1, "tensor": 8},
+}
+SETTINGS = {
+    "exits.head": "norm",
+    "exits.points": "(3,)",
+    "exits.recurrent_taps": "(2,6)",
+    "exits.classes": 64,
+    "data.sequence_length": 16,
+    "data.batch_size": 8,
+    "tune.steps": 2,
+    "tune.warmup_steps": 1,
+    "tune.checkpoint_every": 2,
+    "tune.validate_every": 2,
+    "tune.validation_batches": 1,
+    "calibrate.batches": 2,
+    "calibrate.epsilon": 0.3,
+}
+SCRIPT = """
+import json, pathlib, shutil, sys
+import in_process, jax, numpy.fft, scipy.optimize, transformers  # commands import them late
+from early_exit.runs import assemble
+from early_exit import sharding, tree
+from launch import on_mesh
+
+folder, meshes, settings = pathlib.Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+assert jax.device_count() == 8
+loaded, load, mesh_of = [], assemble.load_tuned, on_mesh.mesh_of
+
+def kept(*args):
+    loaded.append(load(*args))
+    return loaded[-1]
+
+assemble.load_tuned = kept
+
+def run(command, *flags):
+    done = in_process.run(command, *flags)
+    assert done.returncode == 0, (command, flags, done.stderr)
+    return done.stdout
+
+given = [f"--config.{name}={value}" for name, value in settings.items()]
+for name, changes in {"run": [], "joint": ["tune.train=all", "tune.loss=cross_entropy",
+                                           "model.scan=True", "exits.classes=0"]}.items():
+    changed = [f"--config.{change}" for change in changes]
+    run("tune", "--config=configs/tiny.py", *given, *changed, f"--workdir={folder / name}")
+(folder / "prompts.txt").write_text("word\\nthe other one\\nand\\n")
+found = {}
+for name, axes in meshes.items():
+    on_mesh.mesh_of = mesh_of if axes else (lambda config: None)
+    flags = [f"--mesh.{axis}={size}" for axis, size in (axes or {}).items()]
+    work = shutil.copytree(folder / "run", folder / name)
+    flags = [f"--workdir={work}", *flags]
+    run("calibrate", *flags)
+    asked = [f"--input={folder / 'prompts.txt'}", f"--output={work}/answers.jsonl", "--raw"]
+    run("generate", *flags, *asked, "--mode=deferred", "--max_new_tokens=6", "--batch=2")
+    run("export", *flags, f"--to={folder / name}_out")
+    run("export", f"--workdir={folder / 'joint'}", *flags[1:], f"--to={folder / name}_joint")
+    shards = [
+        {path: len({str(s.index) for s in x.addressable_shards}) for path, x in flat.items()}
+        for flat in (tree.flatten(tuned.params) for tuned in loaded)
+    ]
+    again = assemble.load_tuned(folder / f"{name}_out", None, loaded[-1].mesh)
+    assert axes is None or again.mesh is not None
+    found[name] = {"shards": shards, "identity": [str(x.identity) for x in (*loaded, again)],
+                   "heads": [x.metadata["heads"] for x in (*loaded, again)]}
+    loaded.clear()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("meshes")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    flag = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(MESHES), json.dumps(SETTINGS)],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}",
+            "EARLY_EXIT_CACHE": str(folder / "cache"),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def meshes():
+    return [name for name, axes in MESHES.items() if axes]
+
+
+@pytest.mark.studies
+@pytest.mark.parametrize("mesh", meshes())
+def test_records_and_policies_are_those_of_one_device(found, folder, mesh):
+    for kind, name in ((Records, "records.npz"), (Chains, "chains.npz")):
+        ours, theirs = (kind.load(folder / of / name) for of in (mesh, "one"))
+        assert ours.metadata == theirs.metadata
+        for score, values in theirs.scores.items():
+            np.testing.assert_allclose(ours.scores[score], values, atol=1e-5, err_msg=score)
+        np.testing.assert_allclose(ours.losses, theirs.losses, atol=1e-5)
+        np.testing.assert_array_equal(ours.groups, theirs.groups)
+    ours, theirs = (json.loads((folder / of / "policy.json").read_text()) for of in (mesh, "one"))
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(ours["thresholds"], theirs["thresholds"], atol=1e-5)
+
+
+@pytest.mark.studies
+@pytest.mark.parametrize("mesh", meshes())
+def test_answers_are_those_of_one_device(found, folder, mesh):
+    ours, theirs = (
+        [json.loads(line) for line in (folder / of / "answers.jsonl").read_text().splitlines()]
+        for of in (mesh, "one")
+    )
+    for answer, other in zip(ours, theirs, strict=True):
+        assert answer["tokens"] == other["tokens"]
+        np.testing.assert_allclose(answer["log_probs"], other["log_probs"], atol=1e-5)
+
+
+@pytest.mark.studies
+@pytest.mark.parametrize("mesh", meshes())
+def test_what_is_exported_is_the_same_bit_for_bit(found, folder, mesh):
+    for what in ("out", "joint"):
+        for name in ("model.safetensors", "exits.safetensors"):
+            ours, theirs = (
+                safetensors.load_file(folder / f"{of}_{what}" / name) for of in (mesh, "one")
+            )
+            assert ours.keys() == theirs.keys() and theirs
+            for array, values in theirs.items():
+                np.testing.assert_array_equal(ours[array], values)
+    for name in ("identity", "heads"):
+        assert found[mesh][name] == found["one"][name]
+
+
+@pytest.mark.studies
+@pytest.mark.parametrize("mesh", meshes())
+def test_every_command_has_the_weights_in_shards(found, mesh):
+    """Vectors apart, and what no axis divides."""
+    assert len(found[mesh]["shards"]) == 4
+    for shards in found[mesh]["shards"]:
+        split = {path for path, parts in shards.items() if parts > 1}
+        assert {path for path in shards if path.endswith(("embedding", "down/kernel"))} <= split
+        assert max(shards.values()) == (4 if mesh == "2x2x2" else 8)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "generate", "export", "classify"])
+def test_a_mesh_that_is_not_here_is_refused_before_work(tmp_path, command):
+    """Before anything is looked for but the settings."""
+    run, flags = tmp_path / "run", {"generate": ["--prompt=word"], "classify": ["--split=test"]}
+    layout.save_config(read(tiny.get_config()), run)
+    flags |= {"export": [f"--to={tmp_path / 'new'}"]}
+    done = in_process.run(command, f"--workdir={run}", "--mesh.tensor=3", *flags.get(command, ()))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "does not use exactly the 1 devices there are" in done.stderr
+    assert sorted(path.name for path in run.iterdir()) == ["config.json"]
+
+
+def test_one_device_has_nothing_to_share(tmp_path):
+    """A run tuned on eight devices is looked for where there is one, with no flag."""
+    run = tmp_path / "run"
+    layout.save_config(changed(read(tiny.get_config()), {"mesh.tensor": 8}), run)
+    done = in_process.run("generate", f"--workdir={run}", "--prompt=a", "--raw")
+    assert done.returncode == 1 and "no checkpoint" in done.stderr
+    done = in_process.run("generate", f"--workdir={run}", "--prompt=a", "--mesh.data=2")
+    assert "mesh data=2, fsdp=-1, tensor=8, expert=1 does not use" in done.stderr
