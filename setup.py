@@ -18,6 +18,8 @@ SERVE = [
     "starlette>=0.46,<2",
     "uvicorn>=0.34",
 ]
+# The site, and the notebooks in its tests.
+DOCS = ["ipykernel>=6", "mkdocs-material>=9.6,<10", "nbmake>=1.5"]
 # Questions for the study of recurrent exits.
 STUDIES = ["reasoning-gym>=0.1.25,<0.2"]
 TEST = [
@@ -29,6 +31,7 @@ TEST = [
     "httpx>=0.27",
     "openai>=1.60",
     "hypothesis>=6.100",
+    "mypy>=1.18,<2",
     "pytest>=8.4",
     "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",
@@ -63,6 +66,7 @@ setup(
         "absl-py>=2.1",
         "array_record>=0.8.1",
         "etils[epath]>=1.10",
+        "flatbuffers>=24",  # what jax.export writes with
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "huggingface-hub>=1,<2",
@@ -82,6 +86,7 @@ setup(
     ],
     extras_require={
         "data": DATA,
+        "docs": DOCS,
         "gguf": GGUF,
         "images": IMAGES,
         "report": REPORT,

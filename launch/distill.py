@@ -20,8 +20,9 @@ from early_exit.data.stream import Rank
 from early_exit.decoding.sampling import Sampling
 from early_exit.distillation.converse import Settings, Speaker, converse
 from early_exit.runs import assemble, metrics
+from early_exit.runs.progress import Progress
 from early_exit.training import preemption
-from launch import common, processes
+from launch import common, processes, usage
 
 DEFAULT = Settings()
 
@@ -57,6 +58,9 @@ UNFINISHED = flags.DEFINE_bool(
 )
 SEED = flags.DEFINE_integer("seed", DEFAULT.seed, "Of everything that is drawn.", **common.SEEDS)
 
+usage.group("what is kept", SHORTEST, REPEATED, UNFINISHED)
+usage.group("how tokens are drawn", QUESTION_TEMPERATURE, TEMPERATURE, TOP_P, SEED)
+
 
 def main(argv):
     common.no_arguments(argv)
@@ -85,7 +89,7 @@ def main(argv):
         batch=BATCH.value,
         rank=Rank(jax.process_index(), jax.process_count()),
     )
-    with metrics.progress(TOKENS.value) as bar:
+    with Progress(TOKENS.value, "tokens", description="answering") as bar:
         for shard in made:
             bar.update(shard["tokens"])
     first = not jax.process_index()

@@ -6,7 +6,7 @@ kept anywhere but where the caller says so.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,15 @@ def load(
         tuned = assemble.load_tuned(folder)
         calibrated = (folder / layout.POLICY).exists()
         return of_run(tuned, assemble.load_policy(tuned) if calibrated else None)
-    given = {"source": str(source), "dtype": dtype, "changes": dict(changes or {})}
+    return network({"source": str(source), "dtype": dtype, "changes": dict(changes or {})})
+
+
+def network(given: Mapping[str, Any]) -> Model:
+    """The network that settings of the section `model` name, without exits.
+
+    Raises:
+      as `load`.
+    """
     pretrained, static = assemble.load_backbone(read({"model": given, "data": _NO_DATA}))
     # All on one device, and committed to it: a mixture makes programs compile twice.
     params = jax.device_put(pretrained.params, jax.local_devices()[0])
@@ -312,20 +320,25 @@ def save(model: Model, folder: str | Path, *, exits_only: bool = False) -> Path:
         model.settings,
         model.step,
         dict(model.data) if model.data is not None else None,
-        model.policy and functools.partial(policies.save, _marked(model)),
+        None if (policy := model.policy) is None else _saving(model, policy),
         exits_only=exits_only,
     )
     return Path(folder)
 
 
-def _marked(model: Model) -> ExitPolicy:
-    """The policy, saying which heads it is for.
+def _saving(model: Model, policy: ExitPolicy) -> Callable[[Path], Any]:
+    """Writes the policy to a path."""
+    return functools.partial(policies.save, _marked(model, policy))
+
+
+def _marked(model: Model, policy: ExitPolicy) -> ExitPolicy:
+    """The model's policy, saying which heads it is for.
 
     Raises:
       ValueError: it was fitted to others.
     """
-    stated, heads = model.policy.provenance, model.metadata["heads"]
-    model.policy.check(model.static.exit_depths, model.static.confidences)
+    stated, heads = policy.provenance, model.metadata["heads"]
+    policy.check(model.static.exit_depths, model.static.confidences)
     if stated.get("heads", heads) != heads:
         raise ValueError("the policy was fitted to other heads than the model's; calibrate again")
-    return dataclasses.replace(model.policy, provenance={**stated, "heads": heads})
+    return dataclasses.replace(policy, provenance={**stated, "heads": heads})

@@ -31,7 +31,7 @@ from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.load import Pretrained, load
-from early_exit.runs import checkpoint, layout
+from early_exit.runs import checkpoint, layout, progress
 from early_exit.settings import read
 from early_exit.settings.sections import Settings
 from early_exit.storage import files
@@ -113,6 +113,7 @@ def exit_config(config: Settings) -> ExitConfig:
     return ExitConfig(**{name: getattr(config.exits, name) for name in names})
 
 
+@progress.waiting("loading the model")
 def load_backbone(
     config: Settings, shardings: Callable[[base.Params], Any] | None = None
 ) -> tuple[Pretrained, MultiExit]:
@@ -209,6 +210,7 @@ def _drawn(network: base.BackboneConfig, source: Pretrained, config: Settings) -
     return dataclasses.replace(source, config=network, params=tree.unflatten(kept), known=None)
 
 
+@progress.waiting("loading the model")
 def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
     """The tuned model of a run, from its newest checkpoint, or of what it was exported to.
 
@@ -224,6 +226,7 @@ def load_tuned(workdir: Path, config: Settings | None = None) -> Tuned:
         config = layout.load_config(workdir)
     else:
         layout.check_same_run(config, workdir)
+        config = layout.as_fitted(config, workdir) or config
     load_from = _exported if artefact.is_in(workdir) else _checkpointed
     model, params, pretrained, data, step = load_from(workdir, config)
     # All committed to the device, as restored arrays are. A mixture makes a decode's state change
