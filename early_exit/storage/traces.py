@@ -10,6 +10,7 @@ code change.
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Hashable
@@ -26,9 +27,12 @@ _loaded: dict[Hashable, Callable[..., list]] = {}
 
 
 def keep() -> None:
-    """From now on, `call` keeps what it traces. Commands do this when they start."""
+    """From now on, `call` keeps what it traces. Commands do this when they start.
+
+    Where flatbuffers is missing, which `jax.export` writes with, programs are traced as ever.
+    """
     global _on
-    _on = True
+    _on = importlib.util.find_spec("flatbuffers") is not None
 
 
 def call(function: Callable, *args: Any, like: int, **static: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +86,21 @@ def test_what_a_program_follows_from_is_in_its_name(kept, monkeypatch):
     monkeypatch.setattr(traces, "_loaded", {})
     called()
     assert len(files(kept)) == 4
+
+
+def test_what_arguments_have_beside_arrays_is_in_the_name_too():
+    """A policy's confidence decides about the program, and is no array."""
+    trees = [jax.tree.structure(ee.make_policy((0.1, 0.2), name)) for name in ("margin", "entropy")]
+    assert len({traces._name(plain, tree, (), {}) for tree in trees}) == 2
+
+
+def test_without_the_library_that_writes_them_programs_are_traced(monkeypatch):
+    monkeypatch.setattr(traces, "_on", True)
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    traces.keep()
+    assert not traces._on
+    called()
 
 
 @pytest.mark.parametrize("left", [0, 1, 100])
