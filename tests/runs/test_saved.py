@@ -35,8 +35,12 @@ def test_a_run_and_its_exits_alone_answer_as_they_did(saved):
 
 def test_records_are_read_and_not_made_anew(saved, monkeypatch):
     tuned = assemble.load_tuned(saved / "run")
-    monkeypatch.setattr(exits, "record", None)
-    monkeypatch.setattr(drafts, "record", None)
+
+    def made_anew(*_, **__):
+        raise AssertionError("the records that are there were not taken")
+
+    monkeypatch.setattr(exits, "record", made_anew)
+    monkeypatch.setattr(drafts, "record", made_anew)
     thresholds = fit(run.records_of(tuned), "max_prob", 0.5).thresholds
     expected = json.loads((saved / "expected.json").read_text())["thresholds"]
     np.testing.assert_allclose(thresholds, expected, rtol=1e-6)
