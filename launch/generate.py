@@ -190,7 +190,7 @@ def _saved(answer: Answer, model: Model, mode: Mode) -> str:
         return f"saved: {max(share, 0):.0%} of the blocks that the full model runs"
     passes = float(answer.counts.passes_BEN[-1].sum())
     said = f"saved: {decoded} tokens in {passes:.0f} passes of the full model, whose answer it is"
-    how = answers.asked(model, mode, None, SEED.value, NEW.value)
+    how = answers.asked(model, mode, _sampling(), SEED.value, NEW.value)
     if (alone := measure.pass_seconds(answers.decoder(model, how))) is None or not answer.seconds:
         return said
     return f"{said}; alone it takes about {decoded * alone / answer.seconds:.1f} times as long here"
