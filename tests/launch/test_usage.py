@@ -17,7 +17,7 @@ LINES, WIDTH = 50, 100
 
 
 def help_of(name):
-    if name == "lm_eval":  # which has a flag that Slurm's have, too; these are here already
+    if name in ("lm_eval", "serve"):  # which have flags of others, too; these are here already
         code = [sys.executable, "-m", f"launch.{name}", "--help"]
         return subprocess.run(code, cwd=ROOT, capture_output=True, text=True)
     return in_process.run(name, "--help")

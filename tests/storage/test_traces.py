@@ -1,6 +1,5 @@
 """Programs that were traced once are not traced again, and do what they did."""
 
-import dataclasses
 import functools
 import importlib.util
 import sys
@@ -15,7 +14,8 @@ from conftest import build
 from early_exit import confidence
 from early_exit.backbones.decoder import DecoderConfig
 from early_exit.decoding import engine
-from early_exit.decoding.generate import Decoder, generate
+from early_exit.decoding.decoder import Decoder
+from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import DEFERRED, verified
 from early_exit.storage import traces
 
@@ -56,7 +56,7 @@ def test_a_second_start_traces_nothing_and_answers_alike(tiny, kept, monkeypatch
     assert not files(kept)
     monkeypatch.setattr(traces, "_on", True)
     assert answers(*tiny, mode) == wanted
-    assert len(before := files(kept)) == 2  # of the prompt, and of what follows
+    assert len(before := files(kept)) == 3  # of prompts, of two rows, and of the last one alone
     another_process(monkeypatch)
     assert answers(*tiny, mode) == wanted
     assert answers(*tiny, mode, policy=(0, 0)) != wanted  # numbers are no part of a program
@@ -118,13 +118,17 @@ class Elsewhere(DecoderConfig):
 
 
 def test_code_from_elsewhere_is_traced_anew(monkeypatch):
+
+    def ours(model, params, policy=None):
+        decoder = Decoder(model, params, policy, (), DEFERRED)
+        return decoder._is_ours(decoder.rules(1))
+
     own, other = build(), build(Elsewhere(61, 24, 6, 4, 2, 6, 40, 512))
-    assert Decoder(*own, None, (), DEFERRED)._is_ours
-    assert not Decoder(*other, None, (), DEFERRED)._is_ours
-    scored = dataclasses.replace(ee.make_policy((0.1, 0.2)), confidence="max_prob")
-    assert Decoder(*own, scored, (), DEFERRED)._is_ours
+    assert ours(*own) and not ours(*other)
+    scored = ee.make_policy((0.1, 0.2), "max_prob")
+    assert ours(*own, scored)
     monkeypatch.setitem(confidence._registered, "max_prob", lambda said: said.top)
-    assert not Decoder(*own, scored, (), DEFERRED)._is_ours
+    assert not ours(*own, scored)
 
 
 def test_what_is_given_is_donated(kept):
