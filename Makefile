@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 CONFIG ?= configs/smollm2_135m.py
+# Of tuning at most: on a slower machine, fewer steps.
+MINUTES ?= 5
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 # The same packages, and the large ones that only comparisons need.
@@ -10,13 +12,15 @@ EXTRAS ?= .venv-extras
 SITE := 'import site; print(site.getsitepackages()[0])'
 PROMPT ?= Write a Python function that reverses a list.
 
-.PHONY: demo test test-quick fuzz test-studies test-processes test-extras lint clean
+.PHONY: demo test test-quick fuzz test-studies test-processes test-extras lint site clean
 
-# A real language model with three exits: tuned, calibrated, measured, shown. Runs that were
-# finished or interrupted go on where they were; remove $(RUN) to start afresh.
+# A real language model answers as it is, and then with three exits: tuned, calibrated, measured,
+# shown. Runs that were finished or interrupted go on where they were; remove $(RUN) to start afresh.
 demo: $(VENV)/.demo
-	@echo "== Tuning exits behind the frozen model (5 to 8 minutes on 2 cores, once) =="
-	@$(BIN)/python -m launch.tune --config=$(CONFIG) --workdir=$(RUN)
+	@echo "== The model as it is: earlier text proposes tokens, the full model checks them =="
+	@$(BIN)/python -m launch.generate --config=$(CONFIG) --mode=verified --prompt="$(PROMPT)"
+	@echo "== Tuning exits behind the frozen model, once: at most $(MINUTES) minutes of steps =="
+	@$(BIN)/python -m launch.tune --config=$(CONFIG) --config.tune.minutes=$(MINUTES) --workdir=$(RUN)
 	@echo "== Calibrating when to leave, on text the exits have not seen =="
 	@$(BIN)/python -m launch.calibrate --workdir=$(RUN)
 	@echo "== $(PROMPT) =="
@@ -39,8 +43,8 @@ test-quick: $(VENV)/.test
 fuzz: $(VENV)/.test
 	@$(PYTEST) -n auto --dist worksteal -m hypothesis --hypothesis-profile=fuzz
 
-# Studies and README's commands, whole, on small models.
-test-studies: $(VENV)/.test
+# Studies, the pages' commands and the notebooks, whole, on small models; and the site.
+test-studies: $(VENV)/.docs
 	@$(PYTEST) -n auto --dist loadfile --durations=15 -m "studies and not tpu_compile"
 
 # One run on several processes, and jobs on a Slurm of its own where slurm-wlm and munge are there.
@@ -52,7 +56,11 @@ test-extras: $(EXTRAS)/.done
 	@$(EXTRAS)/bin/python -m pytest -q --durations=5 -m "parity or tpu_compile or lm_eval or corpus or storage"
 
 lint: $(VENV)/.test
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The pages, in build/site.
+site: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
 	rm -rf $(VENV) $(EXTRAS) build
@@ -66,6 +74,10 @@ $(VENV)/.demo: setup.py pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 # A folder of packages is named in a .pth file: what is there already is not installed again.

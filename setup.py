@@ -22,6 +22,8 @@ SERVE = [
     "starlette>=0.46,<2",
     "uvicorn>=0.34",
 ]
+# The site, and the notebooks in its tests.
+DOCS = ["ipykernel>=6", "mkdocs-material>=9.6,<10", "nbmake>=1.5"]
 # Questions for the study of recurrent exits.
 STUDIES = ["reasoning-gym>=0.1.25,<0.2"]
 TEST = [
@@ -34,6 +36,7 @@ TEST = [
     "openai>=1.60",
     "pyarrow>=18",
     "hypothesis>=6.100",
+    "mypy>=1.18,<2",
     "pytest>=8.4",
     "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",
@@ -69,6 +72,7 @@ setup(
         "absl-py>=2.1",
         "array_record>=0.8.1",
         "etils[epath]>=1.10",
+        "flatbuffers>=24",  # what jax.export writes with
         "flax>=0.12.8,<0.13",
         "fsspec>=2025.3",
         "grain>=0.2.18,<0.3",
@@ -92,6 +96,7 @@ setup(
         "beam": ["apache-beam>=2.70,<3"],
         "corpus": CORPUS,
         "data": DATA,
+        "docs": DOCS,
         "gguf": GGUF,
         # Buckets, by the beginning of their names.
         "gs": GS,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 # Of what is in `launch`, these are no commands.
-_NONE = {"__init__", "common", "decoding_flags", "jobs", "on_mesh", "processes"}
+_NONE = {"__init__", "common", "decoding_flags", "jobs", "on_mesh", "processes", "usage"}
 
 
 def folder() -> Path:

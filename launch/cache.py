@@ -21,7 +21,8 @@ from early_exit import sharding
 from early_exit.data import shards
 from early_exit.data.stream import ALONE, Rank
 from early_exit.distillation import hidden_states
-from early_exit.runs.metrics import progress, table
+from early_exit.runs.metrics import table
+from early_exit.runs.progress import Progress
 from early_exit.storage import buckets
 from early_exit.training import preemption
 from launch import common, processes
@@ -52,7 +53,7 @@ def main(argv):
     finished = sum(shards.is_finished(folder, number) for number in numbers)
     began, made = time.perf_counter(), 0
     total, before = (hidden_states.BATCHES_IN_SHARD * count for count in (len(numbers), finished))
-    with progress(total, unit="batches", done=before) as bar:
+    with Progress(total, "batches", done=before, description="caching") as bar:
 
         def done(tokens: int) -> None:
             nonlocal made

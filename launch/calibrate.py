@@ -27,7 +27,7 @@ from early_exit.evaluation import exits, run
 from early_exit.runs import layout
 from early_exit.runs.metrics import table
 from early_exit.storage import copies
-from launch import common, decoding_flags, on_mesh
+from launch import common, decoding_flags, on_mesh, usage
 
 SETTINGS = (
     flags.DEFINE_enum("method", None, methods.NAMES, "What is asked for; see calibration.methods."),
@@ -55,6 +55,8 @@ NEW = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an answer.", lo
 BATCH = flags.DEFINE_integer("batch", 8, "Prompts decoded together.", lower_bound=1)
 RAW = flags.DEFINE_bool("raw", False, "Continue prompts as they are, without the chat template.")
 
+usage.group("promises about answers", PROMPTS, LOSS, NEW, BATCH, RAW)
+usage.group("what is asked; what is not given is the config's", *SETTINGS)
 for _module in (decoding_flags, on_mesh):  # what --help lists
     flags.adopt_module_key_flags(_module)
 

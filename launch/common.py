@@ -14,11 +14,12 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from early_exit.runs import lock
+from early_exit.runs import lock, progress
 from early_exit.settings.read import read
 from early_exit.settings.sections import Settings
-from early_exit.storage import buckets, programs
+from early_exit.storage import buckets, programs, traces
 from early_exit.training import preemption
+from launch import usage
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -31,6 +32,7 @@ SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, here or in a bucket (gs://…).")
 DEBUG = flags.DEFINE_bool("debug", False, "Show the whole stack of an error.")
+usage.group("what it works on", CONFIG, WORKDIR, DEBUG)
 
 # What users meet: bad settings, missing files, damaged weights, a full disk, a diverged run.
 EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError)
@@ -80,7 +82,7 @@ def no_arguments(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
 
 
-def run(main, *, on_run: bool = True, configured: bool = False) -> None:
+def run(main, *, on_run: bool = True, configured: bool = False, untuned: bool = False) -> None:
     """Runs an absl main, printing expected errors as one message (exit status 1).
 
     Asked to leave by SIGTERM, it does so at once with status 75, unless `main` listens by itself.
@@ -88,8 +90,13 @@ def run(main, *, on_run: bool = True, configured: bool = False) -> None:
     Args:
       on_run: the command works on a run's folder; else it has no --workdir, and --config only
         where it is `configured`. With both, either of the two says what it works on.
+      untuned: it works on a run's folder, or, without --workdir, on the network that --config
+        names, as it is before anything is tuned.
     """
-    if on_run and configured:
+    if untuned:
+        needed = "give --workdir, a run's folder, or --config, for a network without exits"
+        flags.register_multi_flags_validator(["config", "workdir"], _has_one, needed)
+    elif on_run and configured:
         flags.mark_flags_as_mutual_exclusive(["config", "workdir"], required=True)
     elif on_run:
         flags.mark_flag_as_required("workdir")
@@ -106,8 +113,9 @@ def run(main, *, on_run: bool = True, configured: bool = False) -> None:
         if not flags.FLAGS["verbosity"].present:  # Orbax tells its every step at level INFO
             absl_logging.set_verbosity(absl_logging.WARNING)
         programs.keep()
+        traces.keep()
         try:
-            with _until_the_end:
+            with progress.shown(), _until_the_end:
                 main(argv)
         except KeyboardInterrupt:
             _fail("\ninterrupted; the same command goes on from the last save", 130)
@@ -127,6 +135,10 @@ def run(main, *, on_run: bool = True, configured: bool = False) -> None:
         sys.exit(preemption.EXIT_STATUS)
 
 
+def _has_one(given: dict) -> bool:
+    return any(value is not None for value in given.values())
+
+
 def _fail(message: str, status: int) -> NoReturn:
     """Ends this process, and does not wait for others that may be waiting for it."""
     if not jax.distributed.is_initialized():
@@ -139,6 +151,9 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    if usage.ASKED & set(argv[1:]):
+        print(usage.text(sys.modules["__main__"].__doc__))
+        sys.exit()
     _refuse_numbers_beyond_use()
     try:
         return app.parse_flags_with_usage(argv)

@@ -4,22 +4,22 @@ from absl import flags
 
 from early_exit.decoding import mode as modes
 from early_exit.decoding.mode import Mode
+from launch import usage
 
 MODE = flags.DEFINE_enum(
     "mode",
     "lossy",
     list(modes.NAMES),
-    "lossy: early tokens stand, and skipped blocks get projected keys and values; deferred: they "
-    "stand, and skipped blocks are caught up with, exactly; verified: the full model checks what "
-    "--drafters propose, and the answer is its own.",
+    "lossy: early tokens stand, skipped blocks get projected keys and values; deferred: those "
+    "blocks run later; verified: the full model checks what --drafters propose.",
 )
 DRAFTERS = flags.DEFINE_multi_enum(
     "drafters",
     list(modes.DRAFTERS),
     list(modes.DRAFTERS),
-    "What proposes tokens with --mode=verified: exits, earlier text, a recurrent exit; those that "
-    "there are. Give it once for each.",
+    "What proposes tokens with --mode=verified, of what there is; once for each.",
 )
+usage.group("how to decode", MODE, DRAFTERS)
 
 
 def mode() -> Mode:

@@ -23,9 +23,10 @@ from early_exit.data.stream import ALONE, Rank
 from early_exit.decoding.sampling import Sampling
 from early_exit.distillation.converse import Settings, Speaker, converse
 from early_exit.runs import assemble, metrics
+from early_exit.runs.progress import Progress
 from early_exit.settings import sections
 from early_exit.storage import buckets, copies
-from launch import common, on_mesh
+from launch import common, on_mesh, usage
 
 DEFAULT = Settings()
 
@@ -61,6 +62,8 @@ UNFINISHED = flags.DEFINE_bool(
 )
 SEED = flags.DEFINE_integer("seed", DEFAULT.seed, "Of everything that is drawn.", **common.SEEDS)
 
+usage.group("what is kept", SHORTEST, REPEATED, UNFINISHED)
+usage.group("how tokens are drawn", QUESTION_TEMPERATURE, TEMPERATURE, TOP_P, SEED)
 flags.adopt_module_key_flags(on_mesh)  # what --help lists
 
 
@@ -92,7 +95,7 @@ def main(argv):
         together=together,
         rank=ALONE if together else Rank(jax.process_index(), jax.process_count()),
     )
-    with metrics.progress(TOKENS.value) as bar:
+    with Progress(TOKENS.value, "tokens", description="answering") as bar:
         for shard in made:
             bar.update(shard["tokens"])
     first = not jax.process_index()

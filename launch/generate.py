@@ -3,15 +3,18 @@
     python -m launch.generate --workdir=runs/smollm2 --prompt="Write a haiku about time."
     python -m launch.generate --workdir=runs/smollm2 --prompt="def square(x):" --raw --mode=verified
     python -m launch.generate --workdir=runs/smollm2 --input=prompts.txt --output=answers.jsonl
+    python -m launch.generate --config=configs/smollm2_135m.py --mode=verified --prompt="Hello!"
 
 One prompt is answered as it is decoded; the last line counts the tokens that left at each exit. A
 file has a prompt on each line, as text or (`.jsonl`) as an object with a "prompt"; the answers go,
 in the same order, to a JSONL file with their statistics. Tokens that the full model is too unsure
-of, by a policy calibrated with --abstain or --reject_risk, are named. `--costs=1` says what the
-steps of the mode cost on this device, by which drafts are weighed.
+of, by a policy calibrated with --abstain or --reject_risk, are named. The fourth needs no run: it
+takes the network of a config without exits, for which earlier text still proposes tokens.
+`--costs=1` says what the steps of the mode cost on this device, by which drafts are weighed.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -30,12 +33,12 @@ from early_exit.decoding.mode import Mode
 from early_exit.decoding.sampling import Sampling
 from early_exit.library import answers
 from early_exit.library.answers import Answer
-from early_exit.library.model import Model, of_run
+from early_exit.library.model import Model, network, of_run
 from early_exit.report import tokens as token_colours
-from early_exit.runs import assemble
+from early_exit.runs import assemble, progress
 from early_exit.runs.metrics import table
 from early_exit.storage import buckets, copies, files
-from launch import common, decoding_flags, on_mesh
+from launch import common, decoding_flags, on_mesh, usage
 
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer, or - for standard input.")
 INPUT = flags.DEFINE_string("input", None, "File of prompts, instead of --prompt.")
@@ -62,6 +65,7 @@ COSTS = flags.DEFINE_integer(
     lower_bound=0,
 )
 
+usage.group("how tokens are drawn", TEMPERATURE, TOP_K, TOP_P, SEED)
 for _module in (decoding_flags, on_mesh):  # what --help lists
     flags.adopt_module_key_flags(_module)
 
@@ -76,15 +80,11 @@ def main(argv):
     mode = dataclasses.replace(decoding_flags.mode(), pending=PENDING.value)
     _sampling()  # what cannot be is said before anything is loaded
     common.tell_devices()
-    tuned = on_mesh.load_tuned()
-    if tuned.model.config.classifies:
-        raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
-    mode = modes.served(mode, tuned.model)
-    policy = assemble.load_policy(tuned) if mode.asks_policy and not FULL.value else None
-    model = of_run(tuned, policy)
+    model, mode = _model(mode)
     if COSTS.value:
         _tell_costs(model, COSTS.value, mode)
         return
+    policy = model.policy
     rejection.least_probability(policy)  # not only when all is decoded
     if policy and (warning := promise.elsewhere(policy.provenance, mode.name, NEW.value)):
         print(f"warning: {warning}", file=sys.stderr)
@@ -96,6 +96,23 @@ def main(argv):
         _show(model, text, mode)
     else:
         _answer_all(model, texts, mode, buckets.place(OUTPUT.value))
+
+
+def _model(mode: Mode) -> tuple[Model, Mode]:
+    """The model that the flags name, with the policy that they ask for, and the mode it serves."""
+    if common.WORKDIR.value is None:
+        config = on_mesh.settings()
+        tuned, model = None, network(dataclasses.asdict(config.model), on_mesh.mesh_of(config))
+    else:
+        tuned = on_mesh.load_tuned()
+        model = of_run(tuned, None)
+    if model.static.config.classifies:
+        where = common.WORKDIR.value or "this config"
+        raise ValueError(f"{where} holds a classifier; use launch.classify")
+    mode = modes.served(mode, model.static)
+    if tuned is None or FULL.value or not mode.asks_policy:
+        return model, mode
+    return dataclasses.replace(model, policy=assemble.load_policy(tuned)), mode
 
 
 def _tell_costs(model: Model, batch: int, mode: Mode) -> None:
@@ -132,7 +149,10 @@ def _show(model: Model, text: str, mode: Mode) -> None:
     coloured = COLOUR.value == "always" or (COLOUR.value == "auto" and sys.stdout.isatty())
     exit_depths = model.static.exit_depths.tolist()
     shown = 0
-    for answer in answers.stream(model, text, **_how(mode)):
+    with progress.waiting("compiling"):
+        answers_so_far = answers.stream(model, text, **_how(mode))
+        first = next(answers_so_far)
+    for answer in itertools.chain([first], answers_so_far):
         if coloured:
             depths = answer.depths[shown:].tolist()
             added = token_colours.ansi(answer.pieces[shown:], depths, exit_depths)
@@ -157,11 +177,28 @@ def _show(model: Model, text: str, mode: Mode) -> None:
         f"{facts['blocks_per_token']:.1f} blocks run per token{dropped} (the full model runs "
         f"{model.depth}); proposed after {left}"
     )
+    print(_saved(answer, model, mode))
     if facts["flagged"]:
         unsure = ", ".join(
             json.dumps(answer.pieces[i], ensure_ascii=False) for i in facts["flagged"]
         )
         print(f"less probable than {rejection.least_probability(model.policy):.2f}: {unsure}")
+
+
+def _saved(answer: Answer, model: Model, mode: Mode) -> str:
+    """What the full model alone would have done for this answer, beside what was done."""
+    decoded = len(answer.tokens) - 1
+    if not decoded:
+        return "saved: nothing, for the first token comes out of the prompt's own pass"
+    if not mode.verified:
+        share = 1 - answer.layer_tokens / (decoded * model.depth)
+        return f"saved: {max(share, 0):.0%} of the blocks that the full model runs"
+    passes = float(answer.counts.passes_BEN[-1].sum())
+    said = f"saved: {decoded} tokens in {passes:.0f} passes of the full model, whose answer it is"
+    how = answers.asked(model, mode, _sampling(), SEED.value, NEW.value)
+    if (alone := measure.pass_seconds(answers.decoder(model, how))) is None or not answer.seconds:
+        return said
+    return f"{said}; alone it takes about {decoded * alone / answer.seconds:.1f} times as long here"
 
 
 def _answer_all(model: Model, texts: list[str], mode: Mode, path: Path) -> None:
@@ -234,4 +271,4 @@ def _statistics(answer: Answer, model: Model, mode: Mode) -> dict:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, untuned=True)

@@ -54,15 +54,16 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether the folder holds the end of a run with exactly these settings."""
-        if checkpoint.latest_step(self.folder / layout.CHECKPOINTS) != self.config.tune.steps:
+        config = layout.as_fitted(self.config, self.folder) or self.config
+        if checkpoint.latest_step(self.folder / layout.CHECKPOINTS) != config.tune.steps:
             return False
-        return layout.load_config(self.folder) == self.config
+        return layout.load_config(self.folder) == config
 
     def results(self) -> list[dict[str, Any]]:
         """A row per exit on the validation text, after the last step: overrides and figures."""
         rows: dict[str, dict[str, Any]] = collections.defaultdict(dict)
         for line in read_metrics(self.folder):
-            if line["step"] == self.config.tune.steps:
+            if line["step"] == layout.load_config(self.folder).tune.steps:
                 for name, value in line.items():
                     if found := re.fullmatch(_VALIDATION, name):
                         rows[found["exit"]][found["figure"]] = value

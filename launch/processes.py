@@ -15,6 +15,8 @@ from collections.abc import Mapping
 import jax
 from absl import flags
 
+from launch import usage
+
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0, for processes started by hand."
 )
@@ -23,6 +25,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.", lowe
 MULTIHOST = flags.DEFINE_bool(
     "multihost", False, "One of the hosts of a TPU slice; under Slurm and on GKE no need to say."
 )
+
+usage.group("one of several processes", COORDINATOR, NUM_PROCESSES, PROCESS_ID, MULTIHOST)
 
 # A process that has not been heard of for so long is taken for dead, and all end.
 HEARTBEAT_SECONDS = 60

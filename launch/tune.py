@@ -10,6 +10,7 @@ a recurrent exit; the same numbers and more are in the folder's metrics.
 
 import itertools
 import re
+import sys
 
 import jax
 from absl import flags
@@ -31,12 +32,17 @@ def main(argv):
         buckets.here(common.WORKDIR.value, "the folder of a run that is traced")
     processes.initialize()
     common.tell_devices()
-    rows = tune(config, common.workdir(), profile)
+    rows = tune(config, common.workdir(), profile, tell=_tell)
     if jax.process_index():
         return
     for names, same in itertools.groupby(rows, tuple):  # exits, then a recurrent exit's drafts
         print(table([row.values() for row in same], header=names))
     print(f"tuned exits in {common.workdir()}")
+
+
+def _tell(text: str) -> None:
+    if not jax.process_index():
+        print(text, file=sys.stderr, flush=True)
 
 
 def steps_of(text: str | None) -> tuple[int, int] | None:

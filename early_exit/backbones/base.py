@@ -185,7 +185,7 @@ class BackboneConfig(abc.ABC):
       classifies: whether it tells classes apart, one prediction for a whole input; a language model
         predicts at every position.
       decodes: whether its blocks are `CachedBlock`s, so that it can be decoded from; it has a
-        `context_length` then.
+        `context_length` then, and a `vocab_size`.
       head_kinds: the exit heads that it can carry (see `exits.heads`).
       grid_width: of the features of heads of the kind `grid`.
       scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
@@ -197,6 +197,8 @@ class BackboneConfig(abc.ABC):
     depth: int
     width: int
     num_classes: int
+    context_length: int  # where it reads text, and so the next
+    vocab_size: int
     reads: ClassVar[str] = "tokens"
     classifies: ClassVar[bool]
     decodes: ClassVar[bool] = False

@@ -30,10 +30,18 @@ from early_exit.storage import buckets
 class Network(Protocol):
     """What a feed asks of a backbone's config (`backbones.base.BackboneConfig`)."""
 
-    reads: str
-    classifies: bool
-    num_classes: int
-    context_length: int  # where it reads text
+    @property
+    def reads(self) -> str: ...
+
+    @property
+    def classifies(self) -> bool: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def context_length(self) -> int:
+        """Where it reads text."""
 
 
 # JSON-able. Of text: `train`, the SHA-256 of the training split. Of labelled examples: `classes`,

@@ -8,7 +8,9 @@ import numpy as np
 Batch = dict[str, Any]
 
 
-def one_a_row(texts: Sequence[Sequence[int]], length: int, rows: int | None = None) -> Batch:
+def one_a_row(
+    texts: Sequence[Sequence[int] | np.ndarray], length: int, rows: int | None = None
+) -> Batch:
     """Texts as a batch, each alone in a row: `tokens`, `documents`, `positions`, int32 [B, length].
 
     Args:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from early_exit import sharding
+from early_exit import confidence, sharding
 from early_exit.backbones import base
 from early_exit.cost.traffic import traffic
 from early_exit.decoding import drafters
@@ -23,8 +23,10 @@ from early_exit.decoding.mode import Mode
 from early_exit.decoding.rules import Rules
 from early_exit.decoding.sampling import GREEDY, Sampling
 from early_exit.decoding.state import Counts, DecodeState, check_ids, initial_state, rows_of
+from early_exit.exits import heads
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
+from early_exit.storage import traces
 
 FOREVER = np.int32(2**31 - 1)
 # When this part of a batch's rows is left, they go on alone.
@@ -94,6 +96,21 @@ class Decoder:
     def _traffic(self):
         return traffic(self.model, self.params)
 
+    def _is_ours(self, rules: Rules) -> bool:
+        """Whether no code that was added from elsewhere has a part in the programs, and no mesh."""
+        score = rules.policy and rules.policy.confidence
+        added = self.model.exits.head in heads.registered() or score in confidence.registered()
+        if added or sharding.mesh_of(self.params) is not None:
+            return False
+        return traces.is_ours(self.model.config, *drafters.of(self.model, self.mode))
+
+    def _program(self, function: Callable, rules: Rules, *args) -> DecodeState:
+        """The state, which is the second argument, after one of the two programs."""
+        static = {"model": self.model, "mode": self.mode}
+        if not self._is_ours(rules):
+            return function(*args, **static)
+        return traces.call(function, *args, like=1, **static)
+
     def rules(self, batch: int) -> Rules:
         """What rows go by that have no rules of their own."""
         if batch not in self._rules:
@@ -127,7 +144,7 @@ class Decoder:
         """The state after so many more chunks of the prompts, by default after all of them."""
         rules = dataclasses.replace(rules or self.rules(len(state.prompt_B)), policy=None)
         chunks = jnp.int32(chunks)
-        state = prefill(self.params, state, rules, chunks, model=self.model, mode=self.mode)
+        state = self._program(prefill, rules, self.params, state, rules, chunks)
         return jax.block_until_ready(state)
 
     def start(self, prompts, max_new_tokens, keys, slots) -> DecodeState:
@@ -144,16 +161,9 @@ class Decoder:
     ) -> DecodeState:
         """The state after so many steps, or when so many rows have ended (all, if fewer)."""
         batch = len(state.finished_B)
-        state = decode(
-            self.params,
-            state,
-            rules or self.rules(batch),
-            self.costs_of(batch),
-            jnp.int32(steps),
-            jnp.int32(min(finishing, batch)),
-            model=self.model,
-            mode=self.mode,
-        )
+        rules, finishing = rules or self.rules(batch), jnp.int32(min(finishing, batch))
+        given = self.params, state, rules, self.costs_of(batch), jnp.int32(steps), finishing
+        state = self._program(decode, rules, *given)
         return jax.block_until_ready(state)
 
     def finish(

@@ -1,12 +1,13 @@
 """Which text each token adds: what streaming prints and what token colouring colours."""
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class Detokenizer:
     """Turns tokens into text as they come; each costs the same, however long the text is."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         # Decoding only [context, …) costs the same at any length. [context, start) has been given
@@ -47,6 +48,6 @@ class Detokenizer:
         )
 
 
-def pieces(tokenizer, token_ids: Iterable[int]) -> list[str]:
+def pieces(tokenizer: Any, token_ids: Iterable[int]) -> list[str]:
     """The text that each token of a whole answer adds."""
     return Detokenizer(tokenizer).add(token_ids, complete=True)

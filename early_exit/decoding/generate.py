@@ -16,7 +16,7 @@ from early_exit.decoding.decoder import FOREVER, Decoder, Generation
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.decoding.sampling import GREEDY, Sampling
 from early_exit.decoding.session import Request, Session
-from early_exit.decoding.state import check_prompts
+from early_exit.decoding.state import Ids, check_prompts
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
 
@@ -24,7 +24,7 @@ from early_exit.policy import ExitPolicy
 def stream(
     model: MultiExit,
     params: base.Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     *,
     policy: ExitPolicy | None,
     max_new_tokens: int | Sequence[int],
@@ -72,7 +72,7 @@ def stream(
 def generate(
     model: MultiExit,
     params: base.Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     *,
     policy: ExitPolicy | None,
     max_new_tokens: int | Sequence[int],

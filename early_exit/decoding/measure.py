@@ -41,7 +41,7 @@ def costs(decoder: Decoder, batch: int, slots: int | None = None) -> Costs:
     Args:
       slots: of the cache that decoding is to have, so that its program serves.
     """
-    if decoder.model.config.context_length < 8 * decoder.mode.capacity:
+    if not _has_room(decoder):
         return Costs.assumed(decoder.mode, batch)
     found = known_seconds(decoder, batch, slots)
     passes = np.array(found["passes"])
@@ -55,6 +55,15 @@ def costs(decoder: Decoder, batch: int, slots: int | None = None) -> Costs:
 def measured(decoder: Decoder, slots: int | None = None) -> Decoder:
     """The decoder, which knows what steps cost; measured when it first has so many rows."""
     return dataclasses.replace(decoder, costs=functools.cache(lambda n: costs(decoder, n, slots)))
+
+
+def _has_room(decoder: Decoder) -> bool:
+    return decoder.model.config.context_length >= 8 * decoder.mode.capacity
+
+
+def pass_seconds(decoder: Decoder) -> float | None:
+    """Seconds of the full model's pass for one token of one row; None where `costs` assumes."""
+    return known_seconds(decoder, 1)["passes"][0] if _has_room(decoder) else None
 
 
 def known_seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:

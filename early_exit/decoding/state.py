@@ -24,6 +24,9 @@ from early_exit.decoding import drafters
 from early_exit.decoding.mode import Mode
 from early_exit.exits.multi_exit import MultiExit
 
+# A prompt.
+Ids = Sequence[int] | np.ndarray
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +167,7 @@ def check_ids(model: MultiExit, ids: Sequence[int], name: str) -> None:
 
 
 def check_prompts(
-    model: MultiExit, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
+    model: MultiExit, prompts: Sequence[Ids], max_new_tokens: int | Sequence[int]
 ) -> list[int]:
     """How many new tokens each prompt asks for; see `initial_state`.
 

@@ -21,7 +21,7 @@ from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.decoding.state import check_prompts
 from early_exit.evaluation import run, scoring
 from early_exit.policy import ExitPolicy
-from early_exit.runs import layout, lock
+from early_exit.runs import layout, lock, progress
 from early_exit.runs.assemble import Tuned
 from early_exit.settings.sections import CalibrateSettings
 
@@ -60,7 +60,8 @@ class Questions:
         order = np.random.default_rng(seed).permutation(len(prompts))
         prompts = [prompts[i] for i in order]
         asked = cls(tuned, prompts, [], new_tokens, batch)
-        answered = asked.decoded(range(len(prompts)), None)
+        with progress.waiting("answering with all blocks"):
+            answered = asked.decoded(range(len(prompts)), None)
         return dataclasses.replace(asked, references=[answer.tokens for answer in answered])
 
     def changes(self, rows: Sequence[int], policy: ExitPolicy, mode: Mode) -> np.ndarray:
@@ -165,7 +166,8 @@ def calibrate(
 
         def losses(row: np.ndarray) -> Iterator[np.ndarray]:
             policy = policies.make(row, settings.confidence)
-            for start in range(0, len(prompts), PORTION):
+            starts = range(0, len(prompts), PORTION)
+            for start in progress.counted(starts, "trying a policy", "portions"):
                 part = range(start, min(start + PORTION, len(prompts)))
                 found, new = asked.losses(part, policy, mode, loss)
                 decoded.append(new)

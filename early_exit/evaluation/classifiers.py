@@ -7,6 +7,7 @@ machine's moods.
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -19,6 +20,7 @@ from early_exit.classifying.classify import Classified, Classifier
 from early_exit.cost import energy, multiply_adds
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
+from early_exit.runs import progress
 
 # Levels of ε at which the curve of a policy's confidence is drawn.
 LEVELS = (*np.linspace(0.5, 0.9, 9), *np.linspace(0.91, 1, 19))
@@ -184,7 +186,8 @@ def compare(
         name: Classifier(case.model, case.params, case.policy, largest=max(sizes))
         for name, case in cases.items()
     }
-    answers = {name: classify(inputs) for name, classify in classifiers.items()}
+    all_of_them = progress.counted(list(classifiers.items()), "answering", "policies")
+    answers = {name: classify(inputs) for name, classify in all_of_them}
     meter = energy.meter()
     amounts = {1: min(singles, len(labels))}
     # Whole batches, at least one; what is left over of a last one is left out.
@@ -236,19 +239,19 @@ def _in_turns(classifiers, inputs, amounts, rounds, meter):
     seconds = {name: {size: [] for size in amounts} for name in classifiers}
     joules = {name: {size: [] for size in amounts} for name in classifiers}
     names = list(classifiers)
-    for turn in range(rounds + 1):
-        for size, amount in amounts.items():
-            chunks = [
-                {key: value[start : start + size] for key, value in inputs.items()}
-                for start in range(0, amount, size)
-            ]
-            for name in names:
-                before = meter.read() if meter else None
-                took = [_seconds(classifiers[name], chunk) for chunk in chunks]
-                if turn:  # the first compiled
-                    seconds[name][size].append(took)
-                    joules[name][size].append(meter.between(before, meter.read()) if meter else 0)
-        names = [*names[1:], names[0]]  # no one always comes after the same
+    turns = list(itertools.product(range(rounds + 1), amounts.items()))
+    for turn, (size, amount) in progress.counted(turns, "timing", "turns"):
+        chunks = [
+            {key: value[start : start + size] for key, value in inputs.items()}
+            for start in range(0, amount, size)
+        ]
+        after = turn % len(names)  # no one always comes after the same
+        for name in names[after:] + names[:after]:
+            before = meter.read() if meter else None
+            took = [_seconds(classifiers[name], chunk) for chunk in chunks]
+            if turn:  # the first compiled
+                seconds[name][size].append(took)
+                joules[name][size].append(meter.between(before, meter.read()) if meter else 0)
     return (
         {name: {size: np.array(x) for size, x in by.items()} for name, by in found.items()}
         for found in (seconds, joules)

@@ -21,6 +21,7 @@ from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY
 from early_exit.evaluation import exits
 from early_exit.policy import NEVER, ExitPolicy
+from early_exit.runs import progress
 from early_exit.runs.assemble import Tuned
 
 EPSILONS = tuple(percent / 100 for percent in range(50, 101))
@@ -56,7 +57,8 @@ def explorer(
     if not tuned.model.exits.points or not _recorded(policy):
         return None
     records = _softened(records, policy)
-    found = [_answer(tuned, policy, *prompt) for prompt in prompts]
+    shown = progress.counted(prompts, "looking into answers", "answers")
+    found = [_answer(tuned, policy, *prompt) for prompt in shown]
     tokens = sorted({token for answer in found for said in answer["said"] for token in said})
     costs = records.costs / records.costs[-1]
     steps = thresholds.ladder(records, policy.confidence, EPSILONS)

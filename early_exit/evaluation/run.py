@@ -23,7 +23,7 @@ from early_exit.data.transforms import next_token_targets
 from early_exit.evaluation import drafts, exits
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
-from early_exit.runs import assemble, layout, lock
+from early_exit.runs import assemble, layout, lock, progress
 from early_exit.runs.assemble import Tuned
 from early_exit.settings.sections import CalibrateSettings
 
@@ -73,7 +73,8 @@ def _kept(tuned: Tuned, name: str, kind, record: Callable, serves: Callable):
     suits = found is not None and found.metadata == metadata and serves(found)
     if sharding.agreed(suits):
         return found or kind.load(path)
-    batches = feed.calibration(metadata["num_batches"])
+    count = metadata["num_batches"]
+    batches = progress.counted(feed.calibration(count), "recording", total=count)
     found = record(tuned.model, tuned.params, batches, **metadata)
     if not jax.process_index():
         found.save(path)

@@ -21,7 +21,7 @@ from early_exit.data import feed as feeds
 from early_exit.evaluation import classifiers, exits, run
 from early_exit.evaluation.classifiers import Case
 from early_exit.policy import ExitPolicy
-from early_exit.runs import assemble, lock
+from early_exit.runs import assemble, lock, progress
 from early_exit.runs.assemble import Tuned
 from early_exit.runs.metrics import table
 from early_exit.storage import extras, files
@@ -72,7 +72,8 @@ def measure(
     feed = tuned.feed
     batches = list(feed.held_out("test", settings.batches))
     inputs, labels = _joined(batches)
-    test = exits.record(model, tuned.params, batches, **tuned.metadata)
+    recorded = progress.counted(batches, "recording the test split")
+    test = exits.record(model, tuned.params, recorded, **tuned.metadata)
     row = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in inputs.items()}
 
     def case(of: Tuned, policy: ExitPolicy | None = None):

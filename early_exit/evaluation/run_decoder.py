@@ -19,7 +19,7 @@ from early_exit.evaluation import drafts, exits, explore, run, tradeoff
 from early_exit.evaluation.tradeoff import Case
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
-from early_exit.runs import lock
+from early_exit.runs import lock, progress
 from early_exit.runs.assemble import Tuned
 from early_exit.runs.metrics import table
 from early_exit.storage import files
@@ -69,6 +69,7 @@ def _measured(tuned: Tuned) -> dict:
         new_tokens=settings.new_tokens,
         rounds=settings.rounds,
     )
+    asked = progress.counted(shown, "answering for the report", "answers")
     if looked_into:
         looked_into["speed"] = explore.speed_line(rows, looked_into["costs"])
     return {
@@ -89,7 +90,7 @@ def _measured(tuned: Tuned) -> dict:
             "rounds": settings.rounds,
         },
         "text": f"{tuned.config.data.source} (test split)",
-        "samples": [_sample(tuned, prompt, chosen, policy) for prompt in shown] if policy else [],
+        "samples": [_sample(tuned, prompt, chosen, policy) for prompt in asked] if policy else [],
         "explorer": looked_into,
         "left_out": left_out,
         "machine": run.machine(),

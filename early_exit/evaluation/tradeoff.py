@@ -6,6 +6,7 @@ that what is reported is a ratio under the same conditions, not two figures from
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -22,6 +23,7 @@ from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.policy import ExitPolicy
+from early_exit.runs import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,18 +129,20 @@ def compare(
             for prompt in prompts
         ]
 
-    for i in range(len(cases)):
+    for i in progress.counted(range(len(cases)), "compiling and weighing", "modes"):
         answer(i, 1)
     rates, to_last = np.zeros((2, len(cases), rounds))
-    for turn in range(rounds):
-        answers = [answer(i, new_tokens) for i in range(len(cases))]
-        for i, of_case in enumerate(answers):
-            tokens = sum(len(g.tokens) - 1 for g in of_case)
-            rates[i, turn] = tokens / sum(g.seconds for g in of_case)
-            to_last[i, turn] = np.mean([g.prefill_seconds + g.seconds for g in of_case])
+    answers: list[list[Generation]] = [[]] * len(cases)
+    turns = list(itertools.product(range(rounds), range(len(cases))))
+    for turn, i in progress.counted(turns, "timing", "turns"):
+        answers[i] = of_case = answer(i, new_tokens)
+        tokens = sum(len(g.tokens) - 1 for g in of_case)
+        rates[i, turn] = tokens / sum(g.seconds for g in of_case)
+        to_last[i, turn] = np.mean([g.prefill_seconds + g.seconds for g in of_case])
     rows = []
     places = len(drafters.places(model.exit_depths))
-    for i, (case, of_case) in enumerate(zip(cases, answers, strict=True)):
+    both = progress.counted(list(zip(cases, answers, strict=True)), "comparing", "modes")
+    for i, (case, of_case) in enumerate(both):
         exits = np.concatenate([g.exits[1:] for g in of_case])
         agrees = np.concatenate(
             [

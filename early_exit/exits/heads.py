@@ -40,6 +40,11 @@ def register(name: str, build: Builder) -> None:
     _registered[name] = build
 
 
+def registered() -> tuple[str, ...]:
+    """The kinds that were added."""
+    return tuple(_registered)
+
+
 @dataclasses.dataclass(frozen=True)
 class ExitConfig:
     """Where the exits are and what their heads are made of.

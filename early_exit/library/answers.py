@@ -5,7 +5,7 @@ get the same tokens. Text goes in and comes out, or token ids do.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -20,12 +20,12 @@ from early_exit.decoding.decoder import Decoder, Generation
 from early_exit.decoding.detokenize import Detokenizer
 from early_exit.decoding.mode import Mode
 from early_exit.decoding.sampling import GREEDY, Sampling
-from early_exit.decoding.state import check_prompts
+from early_exit.decoding.state import Ids, check_prompts
 from early_exit.evaluation import exits
 from early_exit.library.model import Model
 from early_exit.pretrained import chat
+from early_exit.runs import progress
 
-Ids = Sequence[int] | np.ndarray
 Prompt = str | Ids
 
 
@@ -53,11 +53,31 @@ class Answer(Generation):
 
 
 @overload
-def generate(model: Model, prompts: str, **how: Any) -> Answer: ...
+def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+    model: Model,
+    prompts: str,
+    *,
+    max_new_tokens: int = ...,
+    mode: Mode | str = ...,
+    sampling: Sampling = ...,
+    raw: bool = ...,
+    seed: int = ...,
+    batch: int | None = ...,
+) -> Answer: ...
 
 
 @overload
-def generate(model: Model, prompts: Sequence[Prompt], **how: Any) -> list[Answer]: ...
+def generate(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = ...,
+    mode: Mode | str = ...,
+    sampling: Sampling = ...,
+    raw: bool = ...,
+    seed: int = ...,
+    batch: int | None = ...,
+) -> list[Answer]: ...
 
 
 def generate(
@@ -99,10 +119,12 @@ def generate(
       True
     """
     one = isinstance(prompts, str)
+    several: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
     how = asked(model, mode, sampling, seed, max_new_tokens)
-    ids = [tokens(model, prompt, raw) for prompt in ([prompts] if one else prompts)]
+    ids = [tokens(model, prompt, raw) for prompt in several]
     how |= sized(model, ids, how)
-    found = decoding.generate(model.static, model.params, ids, batch=batch, **how)
+    with progress.waiting("answering"):
+        found = decoding.generate(model.static, model.params, ids, batch=batch, **how)
     answers = [_spoken(model, generation) for generation in found]
     return answers[0] if one else answers
 
@@ -140,7 +162,7 @@ def stream(
     return _streamed(model, ids, how | sized(model, ids, how), portion)
 
 
-def _streamed(model: Model, ids: list, how: dict[str, Any], portion: int) -> Iterator[Answer]:
+def _streamed(model: Model, ids: list[Ids], how: dict[str, Any], portion: int) -> Iterator[Answer]:
     detokenizer = model.tokenizer and Detokenizer(model.tokenizer)
     pieces: list[str] = []
     for (found,) in decoding.stream(model.static, model.params, ids, portion=portion, **how):
@@ -158,7 +180,8 @@ def tokens(model: Model, prompt: Prompt, raw: bool = False) -> Ids:
         return prompt
     if not raw:
         return chat.prompt(model.tokenizer, prompt)
-    return tokenising.needed(model.tokenizer).encode(prompt)
+    ids: list[int] = tokenising.needed(model.tokenizer).encode(prompt)
+    return ids
 
 
 def asked(
@@ -183,7 +206,7 @@ def asked(
     }
 
 
-def sized(model: Model, prompts: list, how: Mapping[str, Any]) -> dict[str, Any]:
+def sized(model: Model, prompts: Sequence[Ids], how: Mapping[str, Any]) -> dict[str, Any]:
     """The cache that prompts need; and what measures what steps cost here, once, where drafts are
     weighed by it."""
     mode = how["mode"]
@@ -230,7 +253,8 @@ class Scored:
     @property
     def totals(self) -> np.ndarray:
         """float32 [E + 1], the log-likelihood of the text by every exit, in nats."""
-        return self.log_probs.sum(axis=1)
+        totals: np.ndarray = self.log_probs.sum(axis=1)
+        return totals
 
 
 def score(model: Model, texts: str | Sequence[Prompt], *, batch: int = 8) -> list[Scored]:
@@ -262,7 +286,7 @@ def score(model: Model, texts: str | Sequence[Prompt], *, batch: int = 8) -> lis
     check_prompts(model.static, [row[:-1] for row in ids], 1)
     found: list[Scored] = []
     length = min(cache.bucket(max(map(len, ids))), context)
-    for start in range(0, len(ids), batch):
+    for start in progress.counted(range(0, len(ids), batch), "scoring"):
         found += _scored(model, ids[start : start + batch], batch, length)
     return found
 
@@ -309,24 +333,26 @@ def classify(
     """
     if not model.static.config.classifies:
         raise ValueError("this is a language model; use early_exit.generate or early_exit.score")
-    if isinstance(inputs, Mapping):
-        count, prepare = len(next(iter(inputs.values()))), None
-    else:
-        count = len(inputs)
-        prepare = feeds.make(
-            model.settings, model.static.config, model.tokenizer, model.data
-        ).prepare()
+    rows = _rows_of(model, inputs)
+    count = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
     if not count:
         raise ValueError("there are no inputs; give at least one")
-    parts = []
-    for start in range(0, count, batch):
-        part = slice(start, start + batch)
-        if prepare is None:
-            rows = {name: x[part] for name, x in inputs.items()}
-        else:
-            rows = prepare([_example(one) for one in inputs[part]], None)
-        parts.append(model.classifier(rows, budget=budget))
-    return Classified.joined(parts)
+    starts = progress.counted(range(0, count, batch), "classifying")
+    parts = (slice(start, start + batch) for start in starts)
+    return Classified.joined([model.classifier(rows(part), budget=budget) for part in parts])
+
+
+def _rows_of(
+    model: Model,
+    inputs: Sequence[str] | Sequence[np.ndarray] | np.ndarray | Mapping[str, np.ndarray],
+) -> Callable[[slice], dict[str, np.ndarray]]:
+    """Which inputs → what the stem takes for them."""
+    if isinstance(inputs, Mapping):
+        return lambda part: {name: x[part] for name, x in inputs.items()}
+    feed = feeds.make(model.settings, model.static.config, model.tokenizer, model.data)
+    assert isinstance(feed, feeds.ExampleFeed)  # as classifiers have
+    prepare = feed.prepare()
+    return lambda part: prepare([_example(one) for one in inputs[part]], None)
 
 
 def _example(given: str | np.ndarray) -> dict[str, Any]:

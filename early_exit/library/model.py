@@ -6,13 +6,14 @@ kept anywhere but where the caller says so.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from early_exit import policy as policies
 from early_exit import sharding, tree
@@ -190,15 +191,27 @@ def load(
         model = of_run(tuned, assemble.load_policy(tuned) if calibrated else None)
         if mesh is None:
             return model
-        return dataclasses.replace(model, settings=dataclasses.replace(model.settings, mesh=axes))
-    given = {"source": str(source), "dtype": dtype, "changes": dict(changes or {})}
-    where = None if on is None else functools.partial(sharding.shardings, mesh=on)
+    else:
+        given = {"source": str(source), "dtype": dtype, "changes": dict(changes or {})}
+        model = network(given, on)
+    return dataclasses.replace(model, settings=dataclasses.replace(model.settings, mesh=axes))
+
+
+def network(given: Mapping[str, Any], mesh: Mesh | None = None) -> Model:
+    """The network that settings of the section `model` name, without exits.
+
+    Args:
+      mesh: where its parameters are to lie; on one device if not given.
+
+    Raises:
+      as `load`.
+    """
+    where = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
     pretrained, static = assemble.load_backbone(read({"model": given, "data": _NO_DATA}), where)
-    if on is None:
+    if mesh is None:
         params = beside(pretrained.params, pretrained.params)
         pretrained = dataclasses.replace(pretrained, params=params)
-    settings = dataclasses.replace(_settings(given, static.config), mesh=axes)
-    return Model(static, pretrained, {}, None, None, settings)
+    return Model(static, pretrained, {}, None, None, _settings(given, static.config))
 
 
 def beside(model: base.Params, arrays: Any) -> Any:
@@ -339,20 +352,25 @@ def save(model: Model, folder: str | Path, *, exits_only: bool = False) -> Path:
         model.settings,
         model.step,
         dict(model.data) if model.data is not None else None,
-        model.policy and functools.partial(policies.save, _marked(model)),
+        None if (policy := model.policy) is None else _saving(model, policy),
         exits_only=exits_only,
     )
     return buckets.place(folder)
 
 
-def _marked(model: Model) -> ExitPolicy:
-    """The policy, saying which heads it is for.
+def _saving(model: Model, policy: ExitPolicy) -> Callable[[Path], Any]:
+    """Writes the policy to a path."""
+    return functools.partial(policies.save, _marked(model, policy))
+
+
+def _marked(model: Model, policy: ExitPolicy) -> ExitPolicy:
+    """The model's policy, saying which heads it is for.
 
     Raises:
       ValueError: it was fitted to others.
     """
-    stated, heads = model.policy.provenance, model.metadata["heads"]
-    model.policy.check(model.static.exit_depths, model.static.confidences)
+    stated, heads = policy.provenance, model.metadata["heads"]
+    policy.check(model.static.exit_depths, model.static.confidences)
     if stated.get("heads", heads) != heads:
         raise ValueError("the policy was fitted to other heads than the model's; calibrate again")
-    return dataclasses.replace(model.policy, provenance={**stated, "heads": heads})
+    return dataclasses.replace(policy, provenance={**stated, "heads": heads})

@@ -63,7 +63,7 @@ def confidence(name: str, score: Callable[[Summary], jax.Array]) -> None:
     confidences.register(name, score)
     offer("calibrate.confidence", name)
     if confidences.registered() != known:
-        jax.clear_caches()  # programs that record all scores know nothing of this one
+        jax.clear_caches()  # type: ignore[no-untyped-call]  # programs that record all scores know nothing of this one
 
 
 def drafter(drafter: Drafter) -> Drafter:

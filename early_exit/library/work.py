@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from early_exit.calibration.records import Records
 from early_exit.data import feed as feeds
 from early_exit.data import given
@@ -16,6 +18,7 @@ from early_exit.data.parts import GIVEN
 from early_exit.data.transforms import Batch
 from early_exit.evaluation import drafts, exits, run
 from early_exit.library.model import Model, beside
+from early_exit.runs import progress as displays
 from early_exit.settings.read import changed
 from early_exit.settings.sections import Settings, TuneSettings
 from early_exit.storage import buckets
@@ -98,11 +101,13 @@ def tune(
     }
     fresh = dataclasses.replace(model.settings, tune=TuneSettings())
     config, kind, data = _configured(model, fresh, data, asked)
+    held_out: Any = list(validation)
+    feed: feeds.Feed
     if kind is None:
         feed = feeds.make(config, model.static.config, model.tokenizer, _classes(model))
     else:
         feed = given.feed(
-            kind, data, validation, config.data, model.static.config, model.tokenizer, model.classes
+            kind, data, held_out, config.data, model.static.config, model.tokenizer, model.classes
         )
     material = loop.Given(
         # Whose identity is known, and need not be worked out again.
@@ -110,12 +115,12 @@ def tune(
         exits=model.heads,
         token_ids=[] if model.token_ids is None else model.token_ids.tolist(),
         feed=feed,
-        validates=kind is None or bool(len(validation)),
+        validates=kind is None or bool(held_out),
         told=on_step,
         shows=progress,
     )
     folder = None if workdir is None else buckets.place(workdir)
-    trained = loop.tune_given(config, material, folder)
+    trained, config = loop.tune_given(config, material, folder)
     trained = beside(model.backbone.params, trained)
     network = model.backbone
     if "backbone" in trained:  # it is another one since
@@ -127,13 +132,14 @@ def tune(
         policy=None,
         settings=config,
         data=dict(feed.about()),
-        step=steps,
+        step=config.tune.steps,
     )
 
 
 def _classes(model: Model) -> feeds.About | None:
     """What a classifier keeps of earlier data, whatever it is tuned on next."""
-    return {"classes": model.data["classes"]} if "classes" in (model.data or {}) else None
+    known = model.data or {}
+    return {"classes": known["classes"]} if "classes" in known else None
 
 
 def _configured(
@@ -211,7 +217,8 @@ def _recorded(
     if not model.static.head_names:
         raise ValueError("this model has no exits; give it some with early_exit.attach")
     metadata = {**model.metadata, "data": identity, "num_batches": batches}
-    return exits.record(model.static, model.params, found, soften=soften, **metadata)
+    told = displays.counted(found, "recording")
+    return exits.record(model.static, model.params, told, soften=soften, **metadata)
 
 
 def calibrate(
@@ -246,29 +253,33 @@ def calibrate(
       >>> leaving.policy.thresholds.shape
       (2,)
     """
-    settings = changed(model.settings, {f"calibrate.{k}": v for k, v in asked.items()}).calibrate
+    settings = changed(model.settings, {f"calibrate.{k}": v for k, v in asked.items()})
+    asked_for = settings.calibrate
+    kept: Records | None
     if isinstance(data, Records):
         _check_records(model, data)
-        groups, recorded = lambda: data.groups, lambda: data
+        kept, identity = data, ""
         found: list[Batch] = []
     else:
+        kept = None
         found, identity = _batches(model, data, batches, batch_size, sequence_length)
 
-        def groups():
-            return exits.groups_of(model.static, found)
+    def groups() -> np.ndarray:
+        return exits.groups_of(model.static, found) if kept is None else kept.groups
 
-        def recorded():
-            return _recorded(model, found, identity, batches, settings.temperature)
+    def recorded() -> Records:
+        if kept is not None:
+            return kept
+        return _recorded(model, found, identity, batches, asked_for.temperature)
 
     policy, _ = run.fitted(
         model.static,
-        settings,
+        asked_for,
         groups=groups,
         record=recorded,
         chain=lambda: drafts.record(model.static, model.params, found),
         tell=tell,
     )
-    settings = dataclasses.replace(model.settings, calibrate=settings)
     return dataclasses.replace(model, policy=policy, settings=settings)
 
 

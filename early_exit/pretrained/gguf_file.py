@@ -10,7 +10,9 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
+import functools
 import mmap
+import os
 import pathlib
 import struct
 from collections.abc import Callable
@@ -59,6 +61,13 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     Raises:
       ValueError: not a GGUF file, or a truncated or damaged one.
     """
+    seen = os.stat(path)
+    metadata, stored = _header(path, seen.st_mtime_ns, seen.st_size)
+    return dict(metadata), dict(stored)
+
+
+@functools.lru_cache(maxsize=2)  # a network and its tokenizer both ask; a vocabulary is long
+def _header(path: pathlib.Path, *_) -> tuple[dict[str, Any], dict[str, Stored]]:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse_header(_Cursor(data))

@@ -31,7 +31,7 @@ from early_exit.pretrained.describe import describe
 from early_exit.pretrained.export import write_backbone
 from early_exit.pretrained.generation import Generation
 from early_exit.pretrained.load import Pretrained, announced, load
-from early_exit.runs import checkpoint, layout
+from early_exit.runs import checkpoint, layout, progress
 from early_exit.settings import read
 from early_exit.settings.sections import Settings
 from early_exit.storage import buckets, copies, files
@@ -123,6 +123,7 @@ def exit_config(config: Settings) -> ExitConfig:
     return ExitConfig(**{name: getattr(config.exits, name) for name in names})
 
 
+@progress.waiting("loading the model")
 def load_backbone(config: Settings, shardings: Where | None = None) -> tuple[Pretrained, MultiExit]:
     """The network that the config's exits are attached to, and the multi-exit model of both.
 
@@ -240,6 +241,7 @@ def _drawn(
     return dataclasses.replace(source, config=network, params=tree.unflatten(kept), known=None)
 
 
+@progress.waiting("loading the model")
 def load_tuned(workdir: Path, config: Settings | None = None, mesh: Mesh | None = None) -> Tuned:
     """The tuned model of a run, from its newest checkpoint, or of what it was exported to.
 
@@ -257,6 +259,7 @@ def load_tuned(workdir: Path, config: Settings | None = None, mesh: Mesh | None 
         config = layout.load_config(workdir)
     else:
         layout.check_same_run(config, workdir)
+        config = layout.as_fitted(config, workdir) or config
     where = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
     return _loaded(workdir, config, where)
 

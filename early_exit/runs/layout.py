@@ -50,17 +50,32 @@ def save_config(config: Settings, workdir: Path) -> None:
 
 def check_same_run(config: Settings, workdir: Path) -> None:
     """Raises ValueError where the folder's heads were tuned with other settings."""
-    before, after = (read.as_dict(c) for c in (load_config(workdir), config))
-    changed = [
-        difference
-        for section in TUNED_BY
-        for difference in _differences({section: before[section]}, {section: after[section]})
-    ]
-    if changed:
+    if changed := sorted(_changed(as_fitted(config, workdir) or config, workdir)):
         raise ValueError(
-            f"{workdir} holds a run with other settings ({'; '.join(sorted(changed))}); "
+            f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
             "use another --workdir, or the same settings to go on"
         )
+
+
+def as_fitted(config: Settings, workdir: Path) -> Settings | None:
+    """The settings with as many steps as the folder's run has been fitted to (`tune.minutes`).
+
+    None where there is no run with the same heads but for that.
+    """
+    if not config.tune.minutes or not (workdir / "config.json").exists():
+        return None
+    steps = load_config(workdir).tune.steps
+    if not config.tune.warmup_steps < steps <= config.tune.steps:
+        return None
+    fitted = read.changed(config, {"tune.steps": steps})
+    return None if list(_changed(fitted, workdir)) else fitted
+
+
+def _changed(config: Settings, workdir: Path):
+    """What the folder's heads were tuned with, and the settings have otherwise."""
+    before, after = (read.as_dict(c) for c in (load_config(workdir), config))
+    for section in TUNED_BY:
+        yield from _differences({section: before[section]}, {section: after[section]})
 
 
 def _differences(before: dict, after: dict, prefix: str = ""):

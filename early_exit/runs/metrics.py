@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics files, TensorBoard, a progress bar, tables.
+"""What a run says while it runs: metrics files, TensorBoard, tables.
 
 The one idea: every write is one whole line that a killed run cannot lose, and a run that goes on
 from an earlier step first takes back the lines written after it. In a bucket, where nothing can be
@@ -9,13 +9,9 @@ import json
 import math
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
-
-import tensorboardX
-import tqdm
+from typing import Any
 
 from early_exit.storage import buckets, files
 
@@ -23,8 +19,6 @@ from early_exit.storage import buckets, files
 FILE = "metrics.jsonl"
 # What depends on the machine: rates and memory.
 SPEED = "speed.jsonl"
-# Without a terminal, progress is a line at a time.
-_SECONDS_BETWEEN_LINES = 30
 
 
 class MetricsWriter:
@@ -40,6 +34,8 @@ class MetricsWriter:
 
         Raises OSError where the folder cannot be written to.
         """
+        import tensorboardX  # not at the top: most commands write no metrics
+
         folder = buckets.place(folder)
         self._bucket = folder if buckets.is_remote(folder) else None
         self._scratch = tempfile.TemporaryDirectory(prefix="early_exit-") if self._bucket else None
@@ -117,51 +113,6 @@ def _lines_until(path: pathlib.Path, last_step: int | None) -> list[str]:
 def _number(value: Any) -> int | float | None:
     value = value.item() if hasattr(value, "item") else value
     return value if math.isfinite(value) else None
-
-
-def progress(
-    total: int, unit: str = "tokens", done: int = 0, description: str = "", file: TextIO = None
-) -> tqdm.tqdm:
-    """A progress display with rate and time left: `.update(n)`, `.set_postfix_str(text)`, `with`.
-
-    On a terminal it is a bar; elsewhere (a log file, a batch job) a plain line every half minute
-    and one at the end.
-
-    Args:
-      total: of `unit`s, those already `done` by an earlier run included.
-      file: where to show it; standard error if None.
-    """
-    file = sys.stderr if file is None else file
-    common = dict(
-        total=total, initial=done, unit=f" {unit}", unit_scale=True, desc=description or None
-    )
-    if file.isatty():
-        return tqdm.tqdm(**common, file=file, dynamic_ncols=True)
-    return tqdm.tqdm(
-        **common,
-        file=_Lines(file),
-        ncols=0,  # no bar
-        mininterval=_SECONDS_BETWEEN_LINES,
-        maxinterval=math.inf,
-        miniters=1,
-    )
-
-
-class _Lines:
-    """Turns what tqdm draws over and over on one line into lines of their own."""
-
-    def __init__(self, file: TextIO):
-        self._file = file
-        self._last = ""
-
-    def write(self, text: str) -> None:
-        text = text.strip()
-        if text and text != self._last:
-            self._file.write(text + "\n")
-            self._last = text
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:

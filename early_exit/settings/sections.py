@@ -254,6 +254,11 @@ class TuneSettings(Section):
     )
     accumulate: int = setting(1, "Parts in which a batch goes through the network.", least=1)
     steps: int = setting(1000, "Steps of the whole run.", least=1, most=_MOST_STEPS)
+    minutes: float = setting(
+        0.0,
+        "For its steps at most: fewer of them where this machine is slower; 0 for any.",
+        least=0,
+    )
     optimizer: str = setting("adamw", "What makes steps of gradients.", choices=("adamw", "sgd"))
     learning_rate: float = setting(1e-3, "The highest, after the warm-up.", above=0)
     backbone_rate: float = setting(

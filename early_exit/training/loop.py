@@ -28,9 +28,10 @@ from early_exit.exits.multi_exit import MultiExit
 from early_exit.pretrained.load import Pretrained
 from early_exit.runs import assemble, checkpoint, images, layout, lock
 from early_exit.runs.layout import CHECKPOINTS
-from early_exit.runs.metrics import progress
+from early_exit.runs.progress import Progress, waiting
+from early_exit.settings.read import changed
 from early_exit.settings.sections import Settings
-from early_exit.training import keeping, pace, plan, preemption
+from early_exit.training import fitting, keeping, pace, plan, preemption
 from early_exit.training import optimizer as optimizers
 from early_exit.training import step as steps
 
@@ -58,7 +59,12 @@ class Given:
     shows: bool = True
 
 
-def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None) -> list[dict]:
+def tune(
+    config: Settings,
+    workdir: Path,
+    profile: tuple[int, int] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[dict]:
     """Tunes the exits of the config's model; returns what `Run.validate` says of them.
 
     Jointly with the backbone, or a backbone alone, where the config says so (`tune.train`). Goes
@@ -67,6 +73,7 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
 
     Args:
       profile: the first and the last step to trace with `jax.profiler`, into `tensorboard/`.
+      tell: is told how long the steps will take, where they are fitted to that (`tune.minutes`).
 
     Raises:
       ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`,
@@ -81,12 +88,17 @@ def tune(config: Settings, workdir: Path, profile: tuple[int, int] | None = None
     """
     config = images.settled(config)
     with preemption.watch() as leaving, lock.held(workdir) as own:
-        _, rows = _tune(config, workdir, keeping.InFolder(workdir, own), leaving, profile)
+        kept = keeping.InFolder(workdir, own)
+        _, _, rows = _tune(config, workdir, kept, leaving, profile, tell=tell)
     return rows
 
 
-def tune_given(config: Settings, given: Given, workdir: Path | None = None) -> base.Params:
-    """The same of a model and data in hand; returns the parameters that were trained.
+def tune_given(
+    config: Settings, given: Given, workdir: Path | None = None
+) -> tuple[base.Params, Settings]:
+    """The same of a model and data in hand; returns what was trained, and the settings of the run.
+
+    They are those given but for `tune.steps`, where `tune.minutes` leaves no time for all.
 
     Args:
       config: what `given` does not replace.
@@ -97,12 +109,12 @@ def tune_given(config: Settings, given: Given, workdir: Path | None = None) -> b
     """
     if workdir is None:
         leaving = preemption.Watch(distributed=False)  # signals are the caller's
-        params, _ = _tune(config, None, keeping.Nothing(), leaving, None, given)
+        params, config, _ = _tune(config, None, keeping.Nothing(), leaving, None, given)
     else:
         with preemption.watch() as leaving, lock.held(workdir) as own:
             kept = keeping.InFolder(workdir, own)
-            params, _ = _tune(config, workdir, kept, leaving, None, given)
-    return assemble.as_used(config, params)
+            params, config, _ = _tune(config, workdir, kept, leaving, None, given)
+    return assemble.as_used(config, params), config
 
 
 def _tune(
@@ -112,18 +124,23 @@ def _tune(
     leaving: preemption.Watch,
     profile: tuple[int, int] | None,
     given: Given | None = None,
-) -> tuple[base.Params, list[dict]]:
-    """(what was trained, what the last validation says)."""
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[base.Params, Settings, list[dict]]:
+    """(what was trained, the settings of the run, what the last validation says)."""
+    if kept.first:  # with as many steps as it began with
+        config = layout.as_fitted(config, workdir) or config
     total, first = config.tune.steps, kept.first
     if profile and not first < profile[0] <= profile[1] <= total:
         raise ValueError(
             f"the steps to profile, {profile[0]}:{profile[1]}, do not rise, or are not among those "
             f"that are to be run: {f'{first + 1} to {total}' if first < total else 'none are left'}"
         )
-    if workdir is not None:
+    fits = bool(config.tune.minutes) and not first
+    if workdir is not None and not fits:
         layout.save_config(config, workdir)
-    run = Run(config, workdir, given)
-    run.check_splits()
+    with waiting("loading the model and the data"):
+        run = Run(config, workdir, given)
+        run.check_splits()
     rows, first_process = None, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         size, batches = run.feed.per_batch, run.batches()
@@ -131,10 +148,16 @@ def _tune(
         if (state := kept.restored(run.like(), batches)) is None:
             state = run.state()
         run.loaded = None
+        if fits:
+            config = run.fit(state, tell)
+            total = config.tune.steps
+            if workdir is not None:
+                layout.save_config(config, workdir)
         kept.opened(stack, config.tune.keep_checkpoints)
         shows = first_process and (given is None or given.shows)
-        bar = progress(total * size, run.feed.unit, first * size) if shows else None
-        if bar is not None:
+        done = first * size
+        bar = Progress(total * size, run.feed.unit, done=done, description="tuning")
+        if shows:
             stack.enter_context(bar)
 
         def settle(step: int, metrics: dict, batch: dict) -> None:
@@ -155,9 +178,8 @@ def _tune(
             kept.write_speed(step, clock.lap())
             if given is not None and given.told is not None:
                 given.told(step, known)
-            if bar is not None:
-                bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
-                bar.update(size)
+            if shows:
+                bar.update(size, f"loss {scalars['loss']:.3f}")
 
         trace = stack.enter_context(contextlib.ExitStack())
         unsettled, clock = None, None
@@ -199,7 +221,7 @@ def _tune(
             if leaves:
                 raise preemption.Preempted(f"asked to leave, saved after step {step} of {total}")
         rows = run.validate(state["params"]) if rows is None else rows
-    return state["params"], rows
+    return state["params"], config, rows
 
 
 class Run:
@@ -243,6 +265,28 @@ class Run:
             self.frozen |= self._place(ids)
         self.given = hidden_states.without_blocks(self.frozen) if self._states else self.frozen
         self.step = plan.step(config, self.model, self.mesh)
+
+    def fit(self, state: steps.TuneState, tell: Callable[[str], None]) -> Settings:
+        """Leaves out the steps that `tune.minutes` has no time for; returns the settings since.
+
+        Args:
+          state: before the first step; it stays as it is.
+          tell: is told how long the steps will take.
+        """
+        tune, batches = self.config.tune, self.batches()
+        try:
+            batch = self.place_batch(next(batches))
+        finally:
+            batches.close()  # the run begins with these batches, too
+        with waiting("timing a step"):
+            seconds = fitting.seconds_of(lambda state: self.step(state, self.given, batch), state)
+        left = fitting.steps_for(tune, seconds)
+        tell(fitting.told(tune, seconds, left))
+        if left < tune.steps:  # another schedule, and so another program
+            self.config = changed(self.config, {"tune.steps": left})
+            self.schedule = optimizers.learning_rate(self.config.tune)
+            self.step = plan.step(self.config, self.model, self.mesh)
+        return self.config
 
     def _network(self) -> tuple[Pretrained, MultiExit]:
         """The network, placed on the mesh, and the multi-exit model of it."""

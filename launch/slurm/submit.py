@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from early_exit.storage import files
+from launch import usage
 from launch.jobs import Job
 
 JOB_ID = "slurm_job"
@@ -32,6 +33,7 @@ SCRIPT = flags.DEFINE_string(
     str(Path(__file__).with_name("run.sbatch")),
     "Slurm: the job; a copy may load modules.",
 )
+usage.group("Slurm", PARTITION, NODES, TASKS, TIME, OPTIONS, SCRIPT)
 
 _POLL_SECONDS = 5
 # Slurm's controller may be away for a while.

@@ -17,6 +17,7 @@ from absl import flags
 
 from early_exit.storage import files
 from early_exit.training import preemption
+from launch import usage
 from launch.jobs import Job
 
 TEMPLATE = Path(__file__).with_name("jobset.yaml")
@@ -32,6 +33,7 @@ RESTARTS = flags.DEFINE_integer(
     "restarts", 3, "GKE: after failures; preempted runs always restart."
 )
 APPLY = flags.DEFINE_bool("apply", False, "GKE: hand the manifests to kubectl.")
+usage.group("GKE", IMAGE, CLAIM, ACCELERATOR, TOPOLOGY, CHIPS, SLICES, RESTARTS, APPLY)
 
 # JobSet names its pods <name>-slice-<index>-<index>-<suffix>, all within 63 characters.
 _LONGEST_NAME = 40

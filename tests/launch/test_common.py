@@ -113,7 +113,7 @@ def test_help_names_the_list_of_all_settings(launch):
     assert configured
     for command in ("tune", *configured):
         shown = launch(command, "--help").stdout
-        assert "launch.inspect --settings" in shown.replace("\n    ", " "), command
+        assert "launch.inspect --settings" in " ".join(shown.split()), command
 
 
 def test_all_settings_are_listed(launch):

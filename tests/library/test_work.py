@@ -221,7 +221,7 @@ def test_validation_is_told_of_given_data(bare, tmp_path):
     ee.tune(
         model,
         texts[:15],
-        validation=texts[15:],
+        validation=iter(texts[15:]),
         steps=2,
         **SMALL,
         workdir=tmp_path,

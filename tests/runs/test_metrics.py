@@ -1,4 +1,3 @@
-import io
 import json
 import math
 import subprocess
@@ -19,11 +18,6 @@ def write_steps(folder, steps, resumed_step=None, value=0.5):
 
 def steps_of(folder):
     return [line["step"] for line in metrics.read_metrics(folder)]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_lines_are_json_and_keep_integers_and_precision(tmp_path):
@@ -101,43 +95,6 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         metrics.MetricsWriter(tmp_path / "file")
-
-
-def test_without_a_terminal_progress_is_few_plain_lines():
-    log = io.StringIO()
-    with metrics.progress(1000, description="tune", file=log) as shown:
-        for _ in range(100):
-            shown.update(10)
-    text = log.getvalue()
-    assert "\r" not in text and "\x1b" not in text
-    lines = text.splitlines()
-    assert len(lines) == 2  # at the start and at the end
-    assert "tune" in lines[-1] and "100%" in lines[-1] and "tokens/s" in lines[-1]
-
-
-def test_without_a_terminal_progress_speaks_every_half_minute(monkeypatch):
-    now = [1000.0]
-    log = io.StringIO()
-    shown = metrics.progress(3600, unit="steps", file=log)
-    monkeypatch.setattr(shown, "_time", lambda: now[0])
-    shown.start_t = shown.last_print_t = now[0]
-    for _ in range(300):
-        now[0] += 1.0
-        shown.update(1)
-    shown.close()
-    lines = log.getvalue().splitlines()
-    assert len(lines) == 1 + 300 // 30
-    assert "05:00<55:00" in lines[-1] and "1.00 steps/s" in lines[-1]
-
-
-def test_on_a_terminal_progress_is_one_line_and_counts_earlier_work():
-    screen = Terminal()
-    with metrics.progress(100, unit="steps", done=50, file=screen) as shown:
-        shown.update(10)
-        shown.refresh()
-    assert screen.getvalue().startswith("\r")
-    assert screen.getvalue().count("\n") == 1
-    assert "60.0/100" in screen.getvalue()
 
 
 def test_tables_align_numbers_right_and_words_left():
