@@ -8,13 +8,14 @@ import pathlib
 import shutil
 import signal
 import types
+import warnings
 
 import numpy as np
 import pytest
 
 from configs import tiny
 from early_exit.data import corpus, feed, packed, packing, shards, sources, tokenising
-from early_exit.data.stream import BATCHES_AHEAD, Rank
+from early_exit.data.stream import BATCHES_AHEAD, Rank, shuffled
 from early_exit.pretrained.tokenizer import load_tokenizer
 from early_exit.settings.read import changed, read
 
@@ -152,7 +153,10 @@ def test_a_process_reads_no_rows_but_its_own(folder, monkeypatch):
         batches = found.training(batch_size=8, seed=0, num_threads=0, rank=rank)
         list(itertools.islice(batches, 5))
         batches.close()
-    assert 2 * 5 * 2 <= len(seen) == len(set(seen)) <= 2 * (5 + BATCHES_AHEAD) * 2
+        order = shuffled(len(found.store("train")), 8, 0, rank)
+        own = {int(row) for number in range(20) for row in order[number]["rows"]}
+        assert len(seen) >= 5 * 2 and own.issuperset(seen)
+        seen.clear()
 
 
 def many_rows(folder, tokenizer, links):
@@ -187,7 +191,7 @@ def test_the_first_batch_asks_for_as_much_of_any_amount(tokenizer, tmp_path, mon
         batches.close()
         sizes[links] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert 4 <= len(reads) <= 4 * (1 + BATCHES_AHEAD)
+        assert 4 <= len(reads) <= 4 * (2 + 2 * BATCHES_AHEAD)
         reads.clear()
     assert sizes[1000] - sizes[1] < 4 << 20  # what there is to say of 999 more shards
 
@@ -202,7 +206,9 @@ def contents(folder):
 
 def killed_at(step, make):
     """Whether a copy of this process came to its step-th touch of the disk, and was killed."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX has threads, and the copy has no use for it
+        child = os.fork()
     if not child:
         try:
             touched = itertools.count(1)
