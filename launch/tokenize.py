@@ -20,7 +20,8 @@ from absl import flags
 
 from early_exit.data import corpus, packed, packing
 from early_exit.runs import packing as workers
-from early_exit.runs.metrics import progress, table
+from early_exit.runs.metrics import table
+from early_exit.runs.progress import Progress
 from early_exit.storage import buckets
 from launch import common
 
@@ -61,7 +62,8 @@ def main(argv):
         workers.by_beam(job, parts, left, argv[1:])
     else:
         processes = min(PROCESSES.value or os.cpu_count() or 1, len(left) or 1)
-        with progress(len(parts), unit="parts", done=len(parts) - len(left)) as bar:
+        done = len(parts) - len(left)
+        with Progress(len(parts), "parts", done=done, description="tokenising") as bar:
             for described in workers.here(job, parts, left, processes):
                 made += sum(split["tokens"] for split in described.values())
                 bar.update(1)
