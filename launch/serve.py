@@ -20,7 +20,7 @@ from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.session import Session
 from early_exit.library.model import Model, of_run
 from early_exit.runs import assemble, layout
-from launch import common
+from launch import common, on_mesh
 
 MODES = flags.DEFINE_multi_enum(
     "mode", ["verified"], list(modes.NAMES), "How to decode. Give it once for each that is served."
@@ -42,6 +42,8 @@ KEY = flags.DEFINE_string(
     "api_key_env", None, "Variable of the environment with the key that clients must send."
 )
 
+flags.adopt_module_key_flags(on_mesh)  # what --help lists
+
 
 def main(argv):
     common.no_arguments(argv)
@@ -57,7 +59,7 @@ def main(argv):
     if KEY.value is not None and not (key := os.environ.get(KEY.value)):
         raise ValueError(f"the environment has no {KEY.value} with the key in it")
     common.tell_devices()
-    tuned = assemble.load_tuned(common.workdir(), common.settings())
+    tuned = on_mesh.load_tuned()
     if tuned.model.config.classifies:
         raise ValueError(f"{tuned.workdir} holds a classifier; use launch.classify")
     calibrated = (tuned.workdir / layout.POLICY).exists()
