@@ -155,4 +155,4 @@ def decode(
         return in_place(engine.step(state)), step + 1
 
     state, _ = jax.lax.while_loop(going_on, step, (state, jnp.int32(0)))
-    return state
+    return in_place(state)  # or the next call may find it elsewhere, and compile anew
