@@ -12,7 +12,6 @@ first token of a given text, as of an answer, runs every block; where a task com
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -73,7 +72,7 @@ def main(argv):
     results = tasks.evaluate(
         model,
         TASKS.value,
-        include=INCLUDE.value and Path(INCLUDE.value),
+        include=INCLUDE.value and buckets.here(INCLUDE.value, "a folder of tasks"),
         limit=LIMIT.value,
         num_fewshot=FEWSHOT.value,
         chat=CHAT.value,

@@ -10,6 +10,7 @@ folder. The only room that knows Orbax.
 """
 
 import contextlib
+import os
 from typing import Any
 
 import jax
@@ -112,6 +113,16 @@ class Saver:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def check_place(folder: epath.PathLike) -> None:
+    """Raises ValueError where no checkpoints can be kept: Orbax has disks and gs:// only."""
+    if buckets.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
+        raise ValueError(
+            f"checkpoints cannot be kept in {folder}: Orbax writes them to disks and to "
+            "gs:// only. Tune into a folder here or in gs://; weights, text and tokens may be "
+            "there, and launch.export may write there"
+        )
 
 
 def steps(folder: epath.PathLike) -> list[int]:

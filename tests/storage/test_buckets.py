@@ -1,6 +1,7 @@
 """Names of buckets are never taken for those of folders; what is written is there, or told."""
 
 import pathlib
+import re
 
 import bucket_servers
 import pytest
@@ -49,6 +50,18 @@ def test_a_library_that_lacks_is_named(scheme, library, monkeypatch):
         RuntimeError, match=rf"{scheme}:// needs {library}, .*early_exit\[{scheme}\]"
     ):
         copies.fetched(f"{scheme}://bucket/x")
+
+
+def test_no_command_takes_what_it_is_given_for_a_path_of_this_machine():
+    """`Path("gs://bucket/run")` is a folder called `gs:`."""
+    launch = pathlib.Path(__file__).parents[2] / "launch"
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in launch.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"\bPath\(\w+\.value", line)
+    ]
+    assert not found
 
 
 @pytest.fixture(params=["gcs", "s3"])
