@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hmac
 import importlib.resources
-import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -29,6 +28,7 @@ from early_exit.serving.answers import Added, Answers, Limits
 from early_exit.serving.api import ApiError
 from early_exit.serving.metrics import Metrics
 from early_exit.serving.worker import Worker
+from early_exit.storage import files
 
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -261,7 +261,7 @@ async def _sent(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> A
 
 
 def _event(told: dict[str, Any]) -> str:
-    return f"data: {json.dumps(told, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {files.json_text(told, ensure_ascii=False)}\n\n"
 
 
 def _joined(parts: list[Added], name: str) -> list:
@@ -299,5 +299,5 @@ def _page(model: Model, worker: Worker, options: Options) -> str:
         "key": options.key is not None,
     }
     page = importlib.resources.files("early_exit.serving").joinpath("page.html")
-    text = json.dumps(known, ensure_ascii=False).replace("<", "\\u003c")
+    text = files.json_text(known, ensure_ascii=False).replace("<", "\\u003c")
     return page.read_text(encoding="utf-8").replace("{{known}}", text)
