@@ -4,6 +4,7 @@ The one idea: a network in Python is described by its code, so that its `config.
 than its name and the sizes by which one notices that the code has changed since.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from early_exit.backbones import base
@@ -16,11 +17,12 @@ _SIZES = ("depth", "width", "num_classes")
 class OwnFamily:
     """The family of one network, for `families.register`."""
 
-    PREFIXES, IGNORED = ("",), ()
+    PREFIXES: Collection[str] = ("",)
+    IGNORED: Collection[str] = ()
 
     def __init__(self, network: OwnConfig):
         self.network = network
-        self.MODEL_TYPES = (network.name,)
+        self.MODEL_TYPES: Collection[str] = (network.name,)
         self.__name__ = f"of {network.name}"
 
     def __eq__(self, other: object) -> bool:
@@ -52,7 +54,7 @@ class OwnFamily:
             raise ValueError(f"it is not the registered {self.network.name}")
         return {"model_type": config.name} | {name: getattr(config, name) for name in _SIZES}
 
-    def entries(self, config: OwnConfig) -> list[Entry]:
+    def entries(self, config: base.BackboneConfig) -> list[Entry]:
         """Every parameter, by its own name."""
-        paths = [leaf.ours for leaf in config.plan.leaves]
+        paths = [leaf.ours for leaf in self.network.plan.leaves]
         return [Entry(path.replace("/", "."), (path,)) for path in paths]
