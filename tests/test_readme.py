@@ -21,11 +21,12 @@ from forks import Launcher
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The pages in the order in which they are read; a command may need what one before it has made.
+GUIDES = ("settings", "tuning", "running", "serving", "files", "tasks")
 PAGES = ["README.md", "docs/index.md", "docs/idea.md"]
 PAGES += [f"docs/tutorials/{name}.md" for name in ("language_model", "classifier", "policy", "pod")]
 PAGES += ["docs/tutorials/own_network.md", "docs/tutorials/own_head.md", "docs/decoding.md"]
 PAGES += ["docs/limits.md"]
-PAGES += [f"docs/guides/{name}.md" for name in ("settings", "tuning", "running", "files", "tasks")]
+PAGES += [f"docs/guides/{name}.md" for name in GUIDES]
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INCLUDED = "--8<--"  # a whole file, which has a test of its own
 INLINE = re.compile(r"`(python -m [^`\n]+)`")
@@ -61,6 +62,7 @@ REFUSED = {"launch.replay": "no bad_batch_"}
 NOT_RUN = (
     *("--engine=slurm", "--engine=gke", "--coordinator", "--multihost", "experiments."),
     "--include=experiments/",  # asks for an extra
+    "launch.serve",  # goes on until it is asked to leave
 )
 
 
