@@ -16,6 +16,7 @@ independent. Needs records of many texts or examples, see `experiments.calibrati
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -39,6 +40,19 @@ LEAST = flags.DEFINE_float("least", 0.02, "Share that must leave early, or a pro
 PLOT = flags.DEFINE_string("plot", None, "File for the plot, as SVG.")
 
 EPSILON, BEST, TOKENS = "epsilon", "best of many", "tokens as units"
+
+
+class Row(NamedTuple):
+    """What came of a method at a level: shares of promises, risks, and the share that leaves."""
+
+    method: str
+    among: str
+    alpha: float
+    broken: float
+    over_all: float
+    risk: float
+    but_for_delta: float
+    leave_early: float
 
 
 def judged(
@@ -124,19 +138,23 @@ def main(argv):
         broken[among, alpha, method] = float(np.mean(on_others > alpha))
         shares = broken[among, alpha, method], float(np.mean(risks > alpha))
         reached = risks.mean(), np.quantile(risks, 1 - DELTA.value), leaving.mean()
-        rows.append((method, among, alpha, *shares, *reached))
+        rows.append(Row(method, among, alpha, *shares, *map(float, reached)))
     header = ("method", "among", "α", "broken", "over all", "risk", "but for δ", "leave early")
     print(table(rows, header=header))
     if PLOT.value:
         achieved = {
-            method: [(row[2], row[5], row[6]) for row in rows if row[:2] == (method, "all")]
+            method: [
+                (row.alpha, row.risk, row.but_for_delta)
+                for row in rows
+                if (row.method, row.among) == (method, "all")
+            ]
             for method in (*certify.METHODS, BEST)
         }
         files.write_text(Path(PLOT.value), plots.target_against_achieved(achieved))
         print(f"plot in {PLOT.value}")
 
     # A promise that nobody makes use of cannot be broken.
-    leaving = {row[:3]: float(row[6]) for row in rows}
+    leaving = {(row.method, row.among, row.alpha): row.leave_early for row in rows}
     vacuous = sorted(key for key, share in leaving.items() if share < LEAST.value)
     if vacuous:
         print(f"\nvacuous, for fewer than {LEAST.value:.0%} leave early:")

@@ -17,6 +17,7 @@ not decoded again.
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -49,6 +50,19 @@ METHODS = ("ucb", "ltt")
 GIVEN, BEST = "given text", "best of many"
 
 
+class Row(NamedTuple):
+    """What came of a method at a level: shares of promises, the risk, and the share that leaves."""
+
+    mode: str
+    loss: str
+    method: str
+    alpha: float
+    broken: float
+    over_all: float
+    risk: float
+    leave_early: float
+
+
 def main(argv):
     del argv
     alphas = [float(alpha) for alpha in ALPHAS.value]
@@ -67,7 +81,7 @@ def main(argv):
         on_others, overall, leaving = np.array(figures).T
         alpha = key[-1]
         broken = [float(np.mean(risks > alpha + 1e-12)) for risks in (on_others, overall)]
-        rows.append((*key, *broken, float(overall.mean()), float(leaving.mean())))
+        rows.append(Row(*key, *broken, float(overall.mean()), float(leaving.mean())))
     header = ("mode", "loss", "method", "α", "broken", "over all", "risk", "leave early")
     print(table(rows, header=header))
     bars.conclude({"rows": rows, "foreseen": float(found["foreseen"])}, _bars(rows, found, splits))
@@ -163,18 +177,18 @@ def _taken(losses: np.ndarray, method: str, alpha: float) -> int | None:
     return passed[-1] if passed else None
 
 
-def _bars(rows: list[tuple], found: dict, splits: int) -> list[bars.Bar]:
+def _bars(rows: list[Row], found: dict, splits: int) -> list[bars.Bar]:
     # By chance, the share of broken promises is further above δ in one case in a thousand.
     limit = DELTA.value + 3.1 * float(np.sqrt(DELTA.value * (1 - DELTA.value) / splits))
     kept = [bars.Bar("answers foreseen without decoding", float(found["foreseen"]), 0.99, True)]
     for mode in MODES:
         for method in METHODS:
-            own = [row for row in rows if row[0] == mode.name and row[2] == method]
+            own = [row for row in rows if (row.mode, row.method) == (mode.name, method)]
             name = f"{method}, {mode.name}"
-            kept.append(bars.Bar(f"{name}: promises broken", max(r[4] for r in own), limit))
-            leaving = max(row[7] for row in own)
+            kept.append(bars.Bar(f"{name}: promises broken", max(row.broken for row in own), limit))
+            leaving = max(row.leave_early for row in own)
             kept.append(bars.Bar(f"{name}: leave at the easiest α", leaving, LEAST.value, True))
-    control = max(row[4] for row in rows if row[2] == BEST)
+    control = max(row.broken for row in rows if row.method == BEST)
     return [*kept, bars.Bar(f"{BEST} (control): broken", control, 2 * DELTA.value, True)]
 
 
