@@ -22,7 +22,7 @@ from early_exit.runs.assemble import Tuned
 from early_exit.settings.read import changed
 from early_exit.settings.sections import MeshSettings, Settings
 from early_exit.training import preemption
-from launch import common, processes
+from launch import common, processes, usage
 
 _AXES = {
     field.name: flags.DEFINE_integer(
@@ -32,6 +32,8 @@ _AXES = {
     )
     for field in dataclasses.fields(MeshSettings)
 }
+
+usage.brief("how devices share the model", *_AXES.values())
 
 
 def begin(argv: list[str]) -> None:

@@ -26,7 +26,7 @@ MULTIHOST = flags.DEFINE_bool(
     "multihost", False, "One of the hosts of a TPU slice; under Slurm and on GKE no need to say."
 )
 
-usage.group("one of several processes", COORDINATOR, NUM_PROCESSES, PROCESS_ID, MULTIHOST)
+usage.brief("one of several processes", COORDINATOR, NUM_PROCESSES, PROCESS_ID, MULTIHOST)
 
 # A process that has not been heard of for so long is taken for dead, and all end.
 HEARTBEAT_SECONDS = 60

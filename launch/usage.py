@@ -16,12 +16,19 @@ ASKED = {"--help", "-help", "-h", "-?", "--helpshort"}
 OWN = "flags"
 _COLUMN = 26  # where sentences begin
 _headings: dict[flags.Flag, str] = {}
+_brief: set[str] = set()
 _LISTS = "; repeat this option to specify a list of values"  # absl's own words
 
 
 def group(heading: str, *defined: flags.FlagHolder) -> None:
     """Puts flags under a heading of their own."""
     _headings.update({flags.FLAGS[holder.name]: heading for holder in defined})
+
+
+def brief(heading: str, *defined: flags.FlagHolder) -> None:
+    """The same of flags that are told by their names alone: those that few need."""
+    group(heading, *defined)
+    _brief.add(heading)
 
 
 def text(doc: str, width: int | None = None) -> str:
@@ -36,6 +43,9 @@ def text(doc: str, width: int | None = None) -> str:
     shown = [paragraphs[0], *(p for p in paragraphs[1:] if p.startswith("    "))]
     for heading, members in _grouped().items():
         lines = "\n".join(_line(flag, width) for flag in members)
+        if heading in _brief:
+            names = "  ".join(_name(flag) for flag in members)
+            lines = textwrap.fill(names, width, initial_indent="  ", subsequent_indent="  ")
         shown.append(f"{heading}:\n{lines}")
     return "\n\n".join([*shown, "--helpfull says more, and lists the flags of absl, too."])
 
@@ -52,9 +62,13 @@ def _line(flag: flags.Flag, width: int) -> str:
     says = " ".join(flag.help.removesuffix(_LISTS).split())
     if flag.default not in (None, False, "", []):
         says += f" ({_default(flag)})"
-    name = f"  --{flag.name}{'' if flag.boolean else '='}"
+    name = f"  {_name(flag)}"
     first = f"{name:<{_COLUMN}}" if len(name) < _COLUMN else f"{name} "
     return textwrap.fill(says, width, initial_indent=first, subsequent_indent=" " * _COLUMN)
+
+
+def _name(flag: flags.Flag) -> str:
+    return f"--{flag.name}{'' if flag.boolean else '='}"
 
 
 def _default(flag: flags.Flag) -> str:

@@ -21,6 +21,8 @@ for _name in ("common", "decoding_flags", "processes", "on_mesh", "slurm.submit"
     importlib.import_module(f"launch.{_name}")
 for _name in ("training.loop", "evaluation.run_decoder", "data.labelled", "report.page"):
     importlib.import_module(f"early_exit.{_name}")
+# It enters what it counts into a registry in which nothing may stand twice.
+importlib.import_module("grain")
 
 
 def run(command: str, *given) -> subprocess.CompletedProcess:

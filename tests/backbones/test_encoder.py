@@ -247,7 +247,7 @@ def test_token_types_for_an_encoder_without_them_are_refused():
     [
         ({"heads": 5}, "width=24 is not a multiple of heads=5"),
         ({"activation": "mish"}, "unknown activation 'mish'; choose one of silu, "),
-        ({"pooler": "mean"}, "unknown pooler 'mean'; choose one of tanh, relu, none"),
+        ({"pooler": "mean"}, "unknown pooler 'mean'; choose one of tanh, relu, gelu, none"),
     ],
 )
 def test_configs_that_make_no_encoder(changes, message):

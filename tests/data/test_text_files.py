@@ -34,7 +34,7 @@ def table_rows(file):
 
 def tuning(file):
     """What a language model is tuned on, in the order in which it stands in the file."""
-    spans = [span for span, _ in sources._spans(str(file))]
+    spans = [span for span, _ in sources.spans(str(file))]
     return [span.read() for span in spans]
 
 

@@ -37,7 +37,8 @@ def test_it_fits_a_screen(name, monkeypatch):
 def test_flags_stand_in_their_groups_with_their_defaults():
     shown = in_process.run("generate", "--help").stdout
     groups = dict(re.findall(r"^([a-z ]+):\n((?:  .*\n)+)", shown, re.MULTILINE))
-    assert list(groups) == ["flags", "how tokens are drawn", "how to decode", "what it works on"]
+    expected = ["flags", "how tokens are drawn", "how to decode", "how devices share the model"]
+    assert list(groups) == [*expected, "what it works on"]
     assert "--prompt=" in groups["flags"] and "--workdir=" in groups["what it works on"]
     drawn = groups["how tokens are drawn"]
     assert re.findall(r"--(\w+)=", drawn) == ["temperature", "top_k", "top_p", "seed"]
@@ -48,9 +49,18 @@ def test_flags_stand_in_their_groups_with_their_defaults():
 def test_every_flag_of_a_command_is_there_once():
     """Of the one with the most."""
     shown = in_process.run("calibrate", "--help").stdout
-    names = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
+    names = re.findall(r"(?:^|  )--([\w.]+)", shown, re.MULTILINE)
     assert len(set(names)) == len(names) > 20
-    assert {"config", "workdir", "debug", "mode", "prompts", "alpha", "reject_risk"} <= set(names)
+    assert {
+        "config",
+        "mesh.tensor",
+        "workdir",
+        "debug",
+        "mode",
+        "prompts",
+        "alpha",
+        "reject_risk",
+    } <= set(names)
 
 
 def test_only_what_leads_to_the_flags_is_told(monkeypatch):

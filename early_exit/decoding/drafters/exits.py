@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from early_exit import confidence as confidences
 from early_exit import consult
+from early_exit import policy as policies
 from early_exit.backbones.base import logits
 from early_exit.decoding.drafters import base
 
@@ -101,7 +102,9 @@ def _worthwhile(engine, state, e: int, wanted_B: jax.Array):
     # Each row has a token by this step anyway. If all leave here, the pass through deeper segments
     # is saved, but for the next one's being wider; if some go on, nothing is.
     at_best = (1 - engine.depth_shares[e]) * (2 - engine.costs.passes_N[1])
-    at_best *= _ANOTHER ** jnp.maximum(wanted_B.sum() - 1, 0)
+    always = (engine.policy.thresholds[e] == policies.ALWAYS).all()
+    another = jnp.where(always, 1.0, _ANOTHER)
+    at_best *= another ** jnp.maximum(wanted_B.sum() - 1, 0)
     refused_B = wanted_B & ~(base.worthwhile(state, e) & (at_best > price))
     wanted_B &= ~refused_B
     worth_B = base.asked(state.worth_BN[:, e], wanted_B, price)
