@@ -3,8 +3,7 @@
     python -m launch.calibrate --workdir=runs/smollm2 --epsilon=0.95 --confidence=margin
     python -m launch.calibrate --workdir=runs/smollm2 --method=ltt --alpha=0.05 --delta=0.1
     python -m launch.calibrate --workdir=runs/smollm2 --method=search --budget=15
-    python -m launch.calibrate --workdir=runs/smollm2 --method=ucb --alpha=0.1 --mode=deferred \\
-        --prompts=prompts.jsonl --loss=tokens --max_new_tokens=64
+    python -m launch.calibrate --workdir=runs/smollm2 --method=ucb --alpha=0.1 --prompts=p.jsonl
 
 The first asks that of those who leave, 95 % agree with the full model on the records; the second
 promises, with a probability of 90 %, that at most 5 % of all positions of new texts will not; the

@@ -24,8 +24,8 @@ from launch import usage
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "The run's settings: a file of configs/, and --config.<section>.<setting>=… to change one of "
-    "them (`launch.inspect --settings` lists all). After tuning, the run's folder has them.",
+    "Settings: a file of configs/; --config.<section>.<setting>=… changes one (all: "
+    "`launch.inspect --settings`). After tuning, the run's folder has them.",
 )
 # Of all --seed flags; larger ones are no seeds for JAX.
 SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}

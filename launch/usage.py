@@ -59,7 +59,7 @@ def _grouped() -> dict[str, list[flags.Flag]]:
 
 
 def _line(flag: flags.Flag, width: int) -> str:
-    says = " ".join(flag.help.removesuffix(_LISTS).split())
+    says = " ".join(flag.help.split()).removesuffix(_LISTS)
     if flag.default not in (None, False, "", []):
         says += f" ({_default(flag)})"
     name = f"  {_name(flag)}"
