@@ -86,10 +86,11 @@ def tune(
       preemption.Preempted: asked to leave by SIGTERM; saved after the step that was running, or
         nothing to save yet.
     """
-    config = images.settled(config)
-    with preemption.watch() as leaving, lock.held(workdir) as own:
-        kept = keeping.InFolder(workdir, own)
-        _, _, rows = _tune(config, workdir, kept, leaving, profile, tell=tell)
+    with preemption.watch() as leaving:
+        config = images.settled(config)  # which reads files, before there is a folder
+        with lock.held(workdir) as own:
+            kept = keeping.InFolder(workdir, own)
+            _, _, rows = _tune(config, workdir, kept, leaving, profile, tell=tell)
     return rows
 
 
