@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "Settings: a file of configs/; --config.<section>.<setting>=… changes one (all: "
-    "`launch.inspect --settings`). After tuning, the run's folder has them.",
+    "`launch.inspect --settings`). After tuning, the run has them.",
 )
 # Of all --seed flags; larger ones are no seeds for JAX.
 SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}
