@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import in_process
 import numpy as np
 import pytest
+import stand_ins
 
 from early_exit.calibration.records import Records
 from early_exit.data import shards
@@ -131,16 +133,19 @@ def test_two_processes_answer_as_one(one, mesh, mode):
 
 
 def test_states_and_conversations_are_made_together_where_a_process_has_too_few_devices(one):
-    folder = one.parent / "made"
+    folder, model = one.parent / "made", one.parent / "talkative"
+    shutil.copytree(ROOT / "tests/fixtures/tiny_chat", model)
+    stand_ins.make_talkative(model)
+    config = [*CONFIG, f"--config.model.source={model}"]
     mesh = ["--config.mesh.data=1", "--config.mesh.tensor=4"]
     made = {}
     for name, run in {"alone": alone, "together": lambda *c: together(folder, *c)}.items():
         where = one.parent / name
         axes = mesh if name == "together" else []
-        run("cache", *CONFIG, *axes, f"--hidden_states={where / 'states'}", "--batches=2")
+        run("cache", *config, *axes, f"--hidden_states={where / 'states'}", "--batches=2")
         spoken = [f"--made={where / 'made'}", f"--input={one.parent / 'prompts.txt'}", "--raw"]
         rules = ["--max_new_tokens=6", "--unfinished", "--shortest=1", "--temperature=0"]
-        run("distill", *CONFIG, *axes, *spoken, *rules, "--repeated=1e9", "--batch=2")
+        run("distill", *config, *axes, *spoken, *rules, "--repeated=1", "--batch=2")
         made[name] = [shards.Store(where / what) for what in ("states", "made")]
     for ours, theirs in zip(made["together"], made["alone"], strict=True):
         assert len(ours) == len(theirs) > 0 and ours.about == theirs.about
