@@ -49,6 +49,7 @@ SMALLER_PYTHON = (
     (r"\(8, 22, 28\)", "(2, 4)"),
     (r"steps=\d+", "steps=4"),
     (r'"stdlib"', '"texts"'),
+    (r'train="all"\)', 'train="all", sequence_length=16)'),  # its encoder has few positions
 )
 MORE_FLAGS = {
     "launch.distill": (

@@ -172,7 +172,10 @@ def test_every_command_has_the_weights_in_shards(found, mesh):
     assert len(found[mesh]["shards"]) == 4
     for shards in found[mesh]["shards"]:
         split = {path for path, parts in shards.items() if parts > 1}
-        assert {path for path in shards if path.endswith(("embedding", "down/kernel"))} <= split
+        wide = {path for path in shards if path.endswith(("embedding", "down/kernel"))}
+        if mesh == "1x1x8":  # which divides no head's classes and its "none of these"
+            wide = {path for path in wide if not path.startswith("exits/") or "kernel" in path}
+        assert wide <= split
         assert max(shards.values()) == (4 if mesh == "2x2x2" else 8)
 
 
