@@ -49,7 +49,9 @@ SMALLER_PYTHON = (
     (r"\(8, 22, 28\)", "(2, 4)"),
     (r"steps=\d+", "steps=4"),
     (r'"stdlib"', '"texts"'),
-    (r'train="all"\)', 'train="all", sequence_length=16)'),  # its encoder has few positions
+    # Its encoder has few positions.
+    (r'train="all"\)', 'train="all", sequence_length=16)'),
+    (r"epsilon=0\.9\)", "epsilon=0.9, sequence_length=16)"),
 )
 MORE_FLAGS = {
     "launch.distill": (
