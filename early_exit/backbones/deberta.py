@@ -78,11 +78,7 @@ class DebertaConfig(base.BackboneConfig):
         return nnx.LayerNorm(self.width, epsilon=self.norm_eps, use_fast_variance=False, rngs=rngs)
 
     def build_mlp(self, rngs):
-        return MLP(self, rngs=rngs)
-
-
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
+        return encoder.MLP(self, rngs=rngs)
 
 
 def _rows_of_distances(length: int, buckets: int, furthest: int) -> np.ndarray:
@@ -104,7 +100,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DebertaConfig, *, rngs: nnx.Rngs):
         self.heads, self.buckets, self.furthest = config.heads, config.buckets, config.furthest
         for name in ("query", "key", "value", "output"):
-            setattr(self, name, _linear(config.width, config.width, rngs))
+            setattr(self, name, encoder.linear(config.width, config.width, rngs))
 
     def __call__(self, x_BTD: jax.Array, table_RD: jax.Array, context: Context) -> jax.Array:
         def heads(x):
@@ -132,18 +128,6 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return self.output(mixed.reshape(x_BTD.shape))
-
-
-class MLP(nnx.Module):
-    """Feed-forward with one hidden layer."""
-
-    def __init__(self, config: DebertaConfig, *, rngs: nnx.Rngs):
-        self.activation = config.activation
-        self.up = _linear(config.width, config.mlp_width, rngs)
-        self.down = _linear(config.mlp_width, config.width, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
 
 
 class Block(nnx.Module):
@@ -175,7 +159,7 @@ class Deberta(base.Backbone):
         self.distances_norm = c.build_norm(rngs)
         self.blocks = nnx.Dict({str(i): Block(c, rngs=rngs) for i in range(c.depth)})
         if c.num_classes:
-            self.pooler = _linear(c.width, c.width, rngs)
+            self.pooler = encoder.linear(c.width, c.width, rngs)
             self.output = base.Classifier(c.num_classes, c.width, rngs=rngs)
 
     def stem(self, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Context]:

@@ -117,7 +117,7 @@ class Context:
     mask: jax.Array | None
 
 
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
 
 
@@ -140,10 +140,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.query = _linear(config.width, config.width, rngs)
-        self.key = _linear(config.width, config.width, rngs)
-        self.value = _linear(config.width, config.width, rngs)
-        self.output = _linear(config.width, config.width, rngs)
+        self.query = linear(config.width, config.width, rngs)
+        self.key = linear(config.width, config.width, rngs)
+        self.value = linear(config.width, config.width, rngs)
+        self.output = linear(config.width, config.width, rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         query, key, value = (
@@ -155,12 +155,12 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Feed-forward with one hidden layer."""
+    """Feed-forward with one hidden layer, of any config with these sizes and an activation."""
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: base.BackboneConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.up = _linear(config.width, config.mlp_width, rngs)
-        self.down = _linear(config.mlp_width, config.width, rngs)
+        self.up = linear(config.width, config.mlp_width, rngs)
+        self.down = linear(config.mlp_width, config.width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
@@ -192,7 +192,7 @@ class Embeddings(nnx.Module):
             self.token_types = _table(config.token_types, width, rngs)
         self.norm = _norm(width, config, rngs)
         if config.embedding_width:
-            self.project = _linear(width, config.width, rngs)
+            self.project = linear(width, config.width, rngs)
 
 
 class Encoder(base.Backbone):
@@ -203,7 +203,7 @@ class Encoder(base.Backbone):
         self.embeddings = Embeddings(config, rngs=rngs)
         self.blocks = nnx.Dict({str(i): Block(config, rngs=rngs) for i in range(config.depth)})
         if config.pooler != "none":
-            self.pooler = _linear(config.width, config.width, rngs)
+            self.pooler = linear(config.width, config.width, rngs)
         if config.num_classes:
             self.output = base.Classifier(config.num_classes, config.width, rngs=rngs)
 
