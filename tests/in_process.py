@@ -1,7 +1,7 @@
 """Commands in this process, so that many of them share imports and compiled programs.
 
 The one idea: a command is a module that defines flags when it is run. Each run defines its own, and
-takes them back; `launch.common` and whatever else defines flags when it is imported stays.
+takes them back; what it imports stays imported, and so do the flags of that.
 """
 
 import contextlib
@@ -13,16 +13,12 @@ import subprocess
 import sys
 from unittest import mock
 
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
 
-# They, or what they import, define flags when they are imported, which happens once.
-for _name in ("common", "decoding_flags", "processes", "on_mesh", "slurm.submit", "tpu.jobset"):
-    importlib.import_module(f"launch.{_name}")
-for _name in ("training.loop", "evaluation.run_decoder", "data.labelled", "report.page"):
-    importlib.import_module(f"early_exit.{_name}")
-# It enters what it counts into a registry in which nothing may stand twice.
-importlib.import_module("grain")
+from early_exit.command import commands
+
+importlib.import_module("launch.common")  # a run may leave out flags of this, which must come back
 
 
 def run(command: str, *given) -> subprocess.CompletedProcess:
@@ -30,23 +26,20 @@ def run(command: str, *given) -> subprocess.CompletedProcess:
 
     Errors that a command does not tell in a sentence come through as they are.
     """
-    arguments = [f"launch.{command}", *map(str, given)]
-    printed, status = [io.StringIO(), io.StringIO()], 0
-    terminate = signal.getsignal(signal.SIGTERM)
-    defined = {name: flags.FLAGS[name] for name in flags.FLAGS}
     module = f"launch.{command}"
-    for flag in flags.FLAGS.get_flags_for_module(module):  # a test has imported it
-        delattr(flags.FLAGS, flag.name)
+    arguments, status = [module, *map(str, given)], 0
+    printed = [io.StringIO(), io.StringIO()]
+    terminate = signal.getsignal(signal.SIGTERM)
+    imported = sys.modules.pop(module, None)
     with (
-        mock.patch.dict(sys.modules),
-        flagsaver.flagsaver(),
+        _undone(),
+        mock.patch.object(app._run_init, "done", False, create=True),  # as in a process of its own
         mock.patch.object(sys, "argv", list(arguments)),
         mock.patch.dict("os.environ", JAX_COMPILATION_CACHE_DIR=""),
         mock.patch("early_exit.storage.traces.keep"),  # as of the programs themselves
         contextlib.redirect_stdout(printed[0]),
         contextlib.redirect_stderr(printed[1]),
     ):
-        sys.modules.pop(module, None)
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as left:
@@ -56,6 +49,38 @@ def run(command: str, *given) -> subprocess.CompletedProcess:
                 status = 1
         finally:
             signal.signal(signal.SIGTERM, terminate)
-            for name in defined.keys() - set(flags.FLAGS):  # some commands leave flags out
-                flags.FLAGS[name] = defined[name]
+            if imported:
+                sys.modules[module] = imported
     return subprocess.CompletedProcess(arguments, status or 0, *(p.getvalue() for p in printed))
+
+
+@contextlib.contextmanager
+def _undone():
+    """Flags of no command; afterwards those of before, and of what was imported meanwhile."""
+    known, modules = vars(flags.FLAGS)["__flags"], set(sys.modules)
+    tables = (
+        flags.FLAGS.flags_by_module_dict(),
+        flags.FLAGS.flags_by_module_id_dict(),
+        flags.FLAGS.key_flags_by_module_dict(),
+    )
+    before, values = dict(known), flagsaver.save_flag_values()
+    whose = [{module: list(defined) for module, defined in table.items()} for table in tables]
+    for command in commands():  # a test may have imported it
+        for flag in flags.FLAGS.get_flags_for_module(f"launch.{command}"):
+            delattr(flags.FLAGS, flag.name)
+    try:
+        yield
+    finally:
+        imported = sys.modules.keys() - modules
+        for name in set(known):
+            if flags.FLAGS.find_module_defining_flag(name) not in imported:
+                del known[name]
+        for flag in known.values():
+            flag.unparse()
+        known.update(before)
+        for name, flag in before.items():
+            flag.__dict__ = values[name]
+        for table, of_modules in zip(tables, whose, strict=True):
+            for module in table.keys() - imported:
+                del table[module]
+            table.update(of_modules)
