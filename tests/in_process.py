@@ -33,7 +33,9 @@ def run(command: str, *given) -> subprocess.CompletedProcess:
     imported = sys.modules.pop(module, None)
     with (
         _undone(),
-        mock.patch.object(app._run_init, "done", False, create=True),  # as in a process of its own
+        # absl does once a process what each command has done in its own.
+        mock.patch.object(app._run_init, "done", False),
+        mock.patch.object(app._register_and_parse_flags_with_usage, "done", False),
         mock.patch.object(sys, "argv", list(arguments)),
         mock.patch.dict("os.environ", JAX_COMPILATION_CACHE_DIR=""),
         mock.patch("early_exit.storage.traces.keep"),  # as of the programs themselves
