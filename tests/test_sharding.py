@@ -1,11 +1,9 @@
 """The mesh, the placing of parameters, and one tuning step on eight devices as on one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,19 +261,7 @@ np.savez(path, **results)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding") / "results.npz"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path), json.dumps(MESHES), json.dumps(LOSSES)],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    fake_devices.python("-c", SCRIPT, path, json.dumps(MESHES), json.dumps(LOSSES))
     with np.load(path) as file:
         return dict(file)
 

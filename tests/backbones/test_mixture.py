@@ -1,12 +1,8 @@
 """Mixtures of experts: exact routing, what it costs, and how routers learn balance."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,17 +225,7 @@ print(json.dumps(found))
 def test_experts_on_several_devices_are_those_of_one():
     """Four groups of experts; experts, matrices and rows split at once; and what does not divide,
     which every device has whole."""
-    tests = Path(__file__).parents[1]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": f"{tests}:{tests.parent}",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, cwd=tests.parent
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = fake_devices.found(SHARDED)
     for case, (apart, _) in found.items():
         assert apart < 1e-4, case
     assert [parts for _, parts in found.values()] == [4, 8, 4, 8, 1, 8]

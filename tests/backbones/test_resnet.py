@@ -1,9 +1,7 @@
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -334,7 +332,7 @@ import jax, numpy as np
 from early_exit import sharding, tree
 from early_exit.settings.sections import MeshSettings
 from early_exit.backbones.base import update_statistics
-from test_resnet import CIFAR, random_images, random_params, train
+from backbones.test_resnet import CIFAR, random_images, random_params, train
 
 assert jax.device_count() == 8
 
@@ -360,19 +358,7 @@ np.savez(sys.argv[2], **tree.flatten(many(params, images)))
 def test_moments_on_eight_devices_are_those_on_one(tmp_path):
     """Each device has two of sixteen images; the statistics are of all sixteen."""
     paths = [tmp_path / "one.npz", tmp_path / "many.npz"]
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, *map(str, paths)],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    fake_devices.python("-c", SHARDED, *paths)
     one, many = (dict(np.load(path)) for path in paths)
     assert one.keys() == many.keys() and len(one) > 50
     for name, value in one.items():

@@ -1,11 +1,8 @@
 """A classifier on a mesh answers what it answers on one device, whatever leaves where."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import fake_devices
 import numpy as np
 import pytest
 
@@ -77,21 +74,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found():
-    flag = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}",
-            "PYTHONPATH": str(ROOT),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return fake_devices.found(SCRIPT)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "resnet"])

@@ -4,11 +4,9 @@ Eight devices need a process of their own, in which all cases run one after the 
 """
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import fake_devices
 import numpy as np
 import pytest
 
@@ -106,21 +104,8 @@ print(json.dumps(found))
 
 
 def decoded(kind="llama", meshes=MESHES, modes=MODES, rows=4, batch=None, soon=None):
-    flag = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(json.dumps, (kind, meshes, modes, rows, batch, soon))],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    given = (kind, meshes, modes, rows, batch, soon)
+    return fake_devices.found(SCRIPT, *map(json.dumps, given))
 
 
 def assert_same(found, wanted):
@@ -166,22 +151,23 @@ def test_what_is_planned_is_the_program_that_runs(found):
     assert found["2x2x2/verified"]["planned"]
 
 
+EVERY = MODES | ALL_MODES
+CASES = {
+    "rows that no axis divides": ("llama", 3, None, [*EVERY], ["2x2x2", "1x1x8", "4x1x2"]),
+    "one row on many devices": ("llama", 1, None, ["lossy", "verified"], ["2x2x2", "4x1x2"]),
+    "a queue": ("llama", 4, 2, ["deferred", "verified"], ["2x2x2"]),
+    "experts": ("mixtral", 2, None, ["lossy", "verified: lookup"], ["2x2x2", "1x1x8"]),
+    "windows": ("gemma2", 4, None, ["deferred", "verified"], ["2x2x2"]),
+}
+
+
 @pytest.mark.studies
-@pytest.mark.parametrize(
-    ("kind", "rows", "batch"),
-    [
-        ("llama", 1, None),  # one row on many devices
-        ("llama", 3, None),  # rows that no axis divides
-        ("llama", 4, 2),  # a queue
-        ("mixtral", 2, None),
-        ("gemma2", 4, None),
-    ],
-)
-def test_every_mode_on_every_mesh(kind, rows, batch):
-    modes = MODES | ALL_MODES
-    if kind == "mixtral":  # without a recurrent exit
-        modes = {name: d for name, d in modes.items() if "recurrent" not in name}
-    everything = decoded(kind, MESHES | {"4x1x2": {"data": 4, "tensor": 2}}, modes, rows, batch)
+@pytest.mark.parametrize("case", CASES)
+def test_every_mode_on_every_mesh(case):
+    kind, rows, batch, modes, meshes = CASES[case]
+    meshes = {name: (MESHES | {"4x1x2": {"data": 4, "tensor": 2}})[name] for name in meshes}
+    everything = decoded(kind, meshes, {mode: EVERY[mode] for mode in modes}, rows, batch)
+    assert len(everything) == (1 + len(meshes)) * len(modes)
     for name, of_case in everything.items():
         mesh, _, mode = name.partition("/")
         assert_same(of_case, everything[f"one/{mode}"])

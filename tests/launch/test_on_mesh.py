@@ -5,11 +5,9 @@ on each mesh in turn.
 """
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import fake_devices
 import in_process
 import numpy as np
 import pytest
@@ -101,22 +99,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    flag = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(MESHES), json.dumps(SETTINGS)],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}",
-            "EARLY_EXIT_CACHE": str(folder / "cache"),
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    given = (folder, json.dumps(MESHES), json.dumps(SETTINGS))
+    return fake_devices.found(SCRIPT, *given, EARLY_EXIT_CACHE=str(folder / "cache"))
 
 
 def meshes():

@@ -1,10 +1,9 @@
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -219,17 +218,5 @@ def test_tensors_go_to_their_devices_one_at_a_time(tmp_path, tiny_llama):
         [(name, shape, np.float32) for name, shape in shapes.items()],
         lambda name: np.ones(shapes[name], np.float32),
     )
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(tiny_llama)],
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
-            "PYTHONPATH": str(ROOT),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    peak, size, largest = json.loads(done.stdout)
+    peak, size, largest = fake_devices.found(SCRIPT, tmp_path, tiny_llama, devices=4)
     assert size > 200e6 and peak < size + 2 * largest + 32e6

@@ -1,11 +1,8 @@
 """What loading takes beside the weights themselves, on eight devices of one host: one tensor."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import fake_devices
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -82,21 +79,7 @@ print(json.dumps(found | {"size": size}))
 
 @pytest.mark.skipif(not STATUS.exists(), reason="memory is read from /proc")
 def test_loading_takes_one_copy_and_one_tensor(tmp_path):
-    flag = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}",
-            "PYTHONPATH": str(ROOT),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = fake_devices.found(SCRIPT, tmp_path)
     assert found["part"] == found["largest"] / 8
     most = found["size"] + 1.3 * found["largest"]
     assert max(found["load"], found["whole"]) <= most, found

@@ -1,11 +1,9 @@
 """A classifier's run, interrupted or on eight devices, is the same; so are its statistics."""
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
+import fake_devices
 import jax
 import numpy as np
 import pytest
@@ -72,19 +70,10 @@ def test_an_interrupted_run_goes_on_bit_equal(whole, tmp_path, monkeypatch):
 
 def test_eight_devices_train_as_one(whole, tmp_path):
     flags = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.tune", "--config=configs/digits_resnet.py:width=4,head=grid"]
-        + [*flags, f"--workdir={tmp_path}"],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-        },
-        capture_output=True,
-        text=True,
+    settings = "configs/digits_resnet.py:width=4,head=grid"
+    fake_devices.python(
+        "-m", "launch.tune", f"--config={settings}", *flags, f"--workdir={tmp_path}"
     )
-    assert done.returncode == 0, done.stderr
     (found, _), (wanted, _) = (leaves_of(folder) for folder in (tmp_path, whole[0]))
     statistics = 0
     for path, leaf in wanted.items():

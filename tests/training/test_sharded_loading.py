@@ -1,11 +1,9 @@
 """On a mesh of eight devices, weights go straight to their shards, and nothing else changes."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import fake_devices
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -124,19 +122,7 @@ found["programs"] = [run.step._cache_size() for run in runs]
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loading")
     given = [json.dumps(given) for given in (SETTINGS, RECIPES, MESHES)]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), *given],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-            "PYTHONPATH": str(ROOT),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    fake_devices.python("-c", SCRIPT, folder, *given)
     return json.loads((folder / "found.json").read_text())
 
 
