@@ -7,6 +7,7 @@ import pytest
 from conftest import TINY
 from early_exit import tree
 from early_exit.backbones import base
+from early_exit.backbones.mixture import Mixture
 from early_exit.backbones.resnet import ResNetConfig
 from early_exit.cost import multiply_adds
 from early_exit.exits.heads import ExitConfig
@@ -89,3 +90,22 @@ def test_a_head_costs_its_parts_and_the_rows_it_reads(kind, classes, output):
     assert head == multiply_adds.Cost(adds + rows * 24, 4 * (weights + rows * 24))
     own = {"own": rows, "shared": 1 if classes else 0}[output]
     assert parameters == weights + own * 24
+
+
+@pytest.mark.parametrize("shared", [0, 96])
+def test_xla_counts_the_same_for_experts(shared):
+    """XLA adds elementwise work; with all experts it would be four times as much."""
+    config = dataclasses.replace(
+        TINY, width=128, head_dim=32, depth=2, mixture=Mixture(8, 2, 192, shared_width=shared)
+    )
+    definition, params = base.described(config)
+
+    def run(params, tokens):
+        backbone = base.merge(definition, params)
+        hidden, context = backbone.stem({"tokens": tokens})
+        return backbone.readout(backbone.run_blocks(hidden, 0, config.depth, context))
+
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    said = jax.jit(run).lower(params, token).cost_analysis()["flops"]
+    counted = 2 * multiply_adds.backbone(config).full.multiply_adds
+    assert counted == pytest.approx(said, rel=0.05)
