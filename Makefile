@@ -7,12 +7,14 @@ CONFIG ?= configs/smollm2_135m.py
 MINUTES ?= 5
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
+# Tests that have a target of their own.
+ELSEWHERE := processes or slurm or studies or parity or tpu_compile or lm_eval or corpus or storage
 # The same packages, and the large ones that only comparisons need.
 EXTRAS ?= .venv-extras
 SITE := 'import site; print(site.getsitepackages()[0])'
 PROMPT ?= Write a Python function that reverses a list.
 
-.PHONY: demo test test-quick fuzz test-studies test-processes test-extras lint site clean
+.PHONY: demo test test-quick test-long fuzz test-studies test-processes test-extras lint site clean
 
 # A real language model answers as it is, and then with three exits: tuned, calibrated, measured,
 # shown. Runs that were finished or interrupted go on where they were; remove $(RUN) to start afresh.
@@ -29,11 +31,14 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m launch.evaluate --workdir=$(RUN)
 	@$(BIN)/python -m launch.report --workdir=$(RUN)
 
-# Every test that takes less than minutes, and then those that read what XLA optimised.
+# Every test that takes seconds, and then those that read what XLA optimised.
 test: $(VENV)/.test
-	@$(PYTEST) -n auto --dist worksteal --durations=15 \
-	    -m "not (processes or slurm or studies or parity or tpu_compile or lm_eval or corpus or storage or production)"
+	@$(PYTEST) -n auto --dist worksteal --durations=15 -m "not (long or production or $(ELSEWHERE))"
 	@$(PYTEST) -n auto --dist worksteal -m production
+
+# All combinations of what decodes, heads, runs and commands.
+test-long: $(VENV)/.test
+	@$(PYTEST) -n auto --dist worksteal --durations=15 -m "long and not ($(ELSEWHERE))"
 
 # One of everything.
 test-quick: $(VENV)/.test

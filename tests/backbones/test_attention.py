@@ -257,6 +257,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 def test_memory_grows_with_the_length_and_not_its_square():
     for case, bytes_of in in_process(MEMORY).items():
         scores = 4096**2 * 8 * 2  # of one row of eight heads, in bfloat16

@@ -222,6 +222,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 def test_experts_on_several_devices_are_those_of_one():
     """Four groups of experts; experts, matrices and rows split at once; and what does not divide,
     which every device has whole."""

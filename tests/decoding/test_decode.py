@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from slow_decoder import CLOSE, SlowDecoder, mixed_policy, softmax
 
 from conftest import build
@@ -68,6 +67,7 @@ def key_of(row=0, rows=1, seed=0):
     return jax.random.split(jax.random.key(seed), rows)[row]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("skipped", ["propagate", "defer"])
 @pytest.mark.parametrize(
     "exits",
@@ -99,6 +99,7 @@ def test_forced_exits_equal_the_slow_decoder(exits, skipped):
 CONFIDENCES = ["max_prob", "margin", "entropy", "patience", "similarity", "gate"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", [LOSSY, DEFERRED], ids=["lossy", "deferred"])
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_every_confidence_equals_the_slow_decoder(confidence, mode):
@@ -167,6 +168,7 @@ DATA = st.fixed_dictionaries(
 built = functools.cache(build)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: "-".join(map(str, (p[5], *p[:3]))))
 @settings(
     max_examples=6,
@@ -313,6 +315,7 @@ def test_a_backbone_alone_decodes(tiny):
     np.testing.assert_array_equal(bare.tokens, whole.tokens)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "temperature"), [(LOSSY, 0.0), (DEFERRED, 0.9), (BY_EXITS, 0.9), (VERIFIED, 0.0)]
 )
@@ -429,44 +432,7 @@ def test_long_prompts_and_answers_cross_chunks(tiny, mode):
         assert got.tokens[-9:].tolist() == again.tokens.tolist()
 
 
-def chi_square(draws, probs):
-    """p-value of draws under a distribution; the rarest tokens pooled until each cell expects 5."""
-    expected = probs * len(draws)
-    order = np.argsort(expected)
-    observed = np.bincount(draws, minlength=len(probs))[order].astype(float)
-    cut = np.searchsorted(np.cumsum(expected[order]), 5) + 1
-    observed = np.append(observed[cut:], observed[:cut].sum())
-    expected = np.append(expected[order][cut:], expected[order][:cut].sum())
-    return stats.chisquare(observed, expected).pvalue
-
-
-@pytest.mark.parametrize("mode", [LOSSY, VERIFIED], ids=["lossy", "verified"])
-def test_sampling_draws_from_the_right_distribution(tiny, mode):
-    """χ² of the second draw of many rows: the exit's own distribution, or the full model's."""
-    model, params = tiny
-    rows, temperature = 4000, 2.0
-    mode = Mode(mode.skipped, mode.drafters, pending=2)
-    # By what is assumed of so many rows, no draft would pay.
-    free = Costs(jnp.ones(len(mode.widths)), jnp.float32(0))
-    how = {"mode": mode, "costs": free, "sampling": Sampling(temperature)}
-    batch = run(model, params, [PROMPT] * rows, policies.forced(2, 0), 3, **how)
-    if mode.verified:
-        assert 0 < sum(row.counts.accepted_BW.sum() for row in batch) < rows
-    first = np.array([row.tokens[0] for row in batch])
-    second = np.array([row.tokens[1] for row in batch])
-    # Condition on the most frequent first token, so that all draws share one distribution.
-    common = int(np.bincount(first).argmax())
-    draws = second[first == common]
-    assert len(draws) > 200
-    _, exit_logits, final_logits, _ = SlowDecoder(model, params).states([*PROMPT, common])
-    right, wrong = exit_logits[0][5], final_logits[5]
-    if mode.verified:
-        right, wrong = wrong, right
-    assert chi_square(draws, softmax(right / temperature)) > 1e-3
-    assert chi_square(draws, softmax(right)) < 1e-4, "the test cannot tell a wrong temperature"
-    assert chi_square(draws, softmax(wrong / temperature)) < 1e-4, "nor one model from the other"
-
-
+@pytest.mark.long
 @every_mode
 def test_bfloat16_is_decoded_in_bfloat16_and_as_well_as_one_pass_over_the_text(mode):
     """Beside float32 on the same text: as far from it, within a factor, as a bfloat16 pass is."""

@@ -18,6 +18,7 @@ LENGTHS = [9, 21, 1, 16, 12]
 SAMPLED, FEW = Sampling(0.9), dataclasses.replace(VERIFIED, pending=4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "sampling"),
     [(LOSSY, GREEDY), (LOSSY, SAMPLED), (FEW, SAMPLED)],

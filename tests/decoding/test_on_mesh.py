@@ -126,6 +126,7 @@ def found():
     return decoded(soon=SOON)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mesh", "mode"), SOON.items())
 def test_a_mesh_says_what_one_device_says(found, mesh, mode):
     one, on_mesh = found[f"one/{mode}"], found[f"{mesh}/{mode}"]
@@ -135,6 +136,7 @@ def test_a_mesh_says_what_one_device_says(found, mesh, mode):
         assert len({e for exits in one["exits"] for e in exits}) == 3  # all are taken
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mesh", "mode"), SOON.items())
 def test_the_state_lies_where_it_is_planned_and_nothing_compiles_twice(found, mesh, mode):
     on_mesh = found[f"{mesh}/{mode}"]
@@ -147,6 +149,7 @@ def test_the_state_lies_where_it_is_planned_and_nothing_compiles_twice(found, me
     assert shards[".tokens_BS"] == (4 if mesh == "2x2x2" else 1)
 
 
+@pytest.mark.long
 def test_what_is_planned_is_the_program_that_runs(found):
     assert found["2x2x2/verified"]["planned"]
 

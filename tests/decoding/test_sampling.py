@@ -5,10 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from slow_decoder import SlowDecoder, softmax
 
+from early_exit import policy as policies
 from early_exit.decoding import sampling as samplings
+from early_exit.decoding.costs import Costs
+from early_exit.decoding.generate import generate
+from early_exit.decoding.mode import LOSSY, VERIFIED, Mode
 from early_exit.decoding.sampling import GREEDY, Sampling
 
+PROMPT = [7, 3, 52, 11, 29]
 choose = jax.jit(samplings.choose, static_argnames=("sampling", "vocab_size"))
 filtered = jax.jit(samplings.filtered, static_argnames="sampling")
 
@@ -178,3 +184,44 @@ def test_greedy_takes_the_best_whatever_the_key():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+def chi_square(draws, probs):
+    """p-value of draws under a distribution; the rarest tokens pooled until each cell expects 5."""
+    expected = probs * len(draws)
+    order = np.argsort(expected)
+    observed = np.bincount(draws, minlength=len(probs))[order].astype(float)
+    cut = np.searchsorted(np.cumsum(expected[order]), 5) + 1
+    observed = np.append(observed[cut:], observed[:cut].sum())
+    expected = np.append(expected[order][cut:], expected[order][:cut].sum())
+    return stats.chisquare(observed, expected).pvalue
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", [LOSSY, VERIFIED], ids=["lossy", "verified"])
+def test_sampling_draws_from_the_right_distribution(tiny, mode):
+    """χ² of the second draw of many rows: the exit's own distribution, or the full model's."""
+    model, params = tiny
+    rows, temperature = 4000, 2.0
+    mode = Mode(mode.skipped, mode.drafters, pending=2)
+    # By what is assumed of so many rows, no draft would pay.
+    free = Costs(jnp.ones(len(mode.widths)), jnp.float32(0))
+    how = {"mode": mode, "costs": free, "sampling": Sampling(temperature)}
+    batch = generate(
+        model, params, [PROMPT] * rows, policy=policies.forced(2, 0), max_new_tokens=3, **how
+    )
+    if mode.verified:
+        assert 0 < sum(row.counts.accepted_BW.sum() for row in batch) < rows
+    first = np.array([row.tokens[0] for row in batch])
+    second = np.array([row.tokens[1] for row in batch])
+    # Condition on the most frequent first token, so that all draws share one distribution.
+    common = int(np.bincount(first).argmax())
+    draws = second[first == common]
+    assert len(draws) > 200
+    _, exit_logits, final_logits, _ = SlowDecoder(model, params).states([*PROMPT, common])
+    right, wrong = exit_logits[0][5], final_logits[5]
+    if mode.verified:
+        right, wrong = wrong, right
+    assert chi_square(draws, softmax(right / temperature)) > 1e-3
+    assert chi_square(draws, softmax(right)) < 1e-4, "the test cannot tell a wrong temperature"
+    assert chi_square(draws, softmax(wrong / temperature)) < 1e-4, "nor one model from the other"

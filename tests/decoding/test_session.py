@@ -88,6 +88,7 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(actions=ACTIONS)

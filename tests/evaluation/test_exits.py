@@ -100,6 +100,7 @@ def test_records_equal_a_position_by_position_count(network, head):
     assert records.metadata == {"origin": "here"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "temperatures"),
     [("max_prob", None), ("patience", None), ("gate", None), ("margin", [2**1.5, 0.5, 2, 1])],

@@ -76,6 +76,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_every_position_s_chain_is_what_it_would_be_alone(network, blocks):

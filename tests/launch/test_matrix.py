@@ -229,6 +229,7 @@ def text_of(printed):
     return CONTROL.sub("", printed).rsplit("\n\n", 1)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_decoder_of_every_kind(decoder, kind, tmp_path):
     """As the run, as its export, and as the export of that."""
@@ -379,6 +380,7 @@ def test_a_promise_that_the_data_cannot_give_is_refused(decoder, tmp_path):
     assert (folder / "policy.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_run_without_exits(root, tmp_path):
     flags = [
         "--config=configs/tiny.py:head=norm,classes=0,points=",
@@ -411,6 +413,7 @@ def test_a_bad_batch_is_run_again(decoder, tmp_path):
     assert "the batch of step 3" in ok("replay", f"--workdir={folder}")
 
 
+@pytest.mark.long
 def test_commands_on_the_other_kind_of_model(decoder, classifier):
     language, images = decoder("frozen"), classifier("resnet")
     assert "holds a classifier; use launch.classify" in refused(
@@ -424,6 +427,7 @@ def test_commands_on_the_other_kind_of_model(decoder, classifier):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_a_classifier_of_every_kind(classifier, root, kind, tmp_path):
     """As the run and, where transformers has such a network, as its export."""

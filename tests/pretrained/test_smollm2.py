@@ -90,6 +90,7 @@ def test_special_tokens_and_chat_template(smollm2):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exits", [False, True], ids=["full model", "exits that never fire"])
 def test_greedy_tokens_equal_torch(smollm2, golden, exits):
     """Ten prompts of several lengths in one batch, through the cached, jitted loop."""

@@ -27,6 +27,7 @@ def saved(request, tmp_path, monkeypatch):
     return pathlib.Path(shutil.copytree(request.param, tmp_path / "saved"))
 
 
+@pytest.mark.long
 def test_a_run_and_its_exits_alone_answer_as_they_did(saved):
     expected = json.loads((saved / "expected.json").read_text())
     for folder in ("run", "exported"):

@@ -49,6 +49,7 @@ def another_process(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.long
 def test_a_second_start_traces_nothing_and_answers_alike(tiny, kept, monkeypatch):
     mode = verified("exits", "lookup")
     monkeypatch.setattr(traces, "_on", False)

@@ -46,6 +46,7 @@ def after(recipe, *, number=0, data=None, **exits):
     return {path: np.asarray(old[path] - new[path]) for path in old}, metrics
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loss", ["cross_entropy", "both"])
 def test_parts_of_a_batch_give_the_whole_batchs_gradient(loss):
     whole = dataclasses.replace(EVEN, loss=loss)

@@ -66,6 +66,7 @@ def files_of(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_equal(config, model, uninterrupted, tmp_path):
     flags = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
     process = subprocess.Popen(
@@ -90,6 +91,7 @@ def test_a_killed_run_goes_on_bit_equal(config, model, uninterrupted, tmp_path):
     assert (tmp_path / FILE).read_text() == (folder / FILE).read_text()
 
 
+@pytest.mark.long
 def test_a_run_asked_to_leave_saves_and_goes_on_bit_equal(
     config, uninterrupted, tmp_path, monkeypatch
 ):

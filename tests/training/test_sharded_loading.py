@@ -126,6 +126,7 @@ def found(tmp_path_factory):
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_device_ever_holds_the_whole(found, recipe):
     """An eighth, and what is not split: vectors."""
@@ -139,12 +140,14 @@ def test_no_device_ever_holds_the_whole(found, recipe):
     assert split["host"] <= 2 * split["largest"]
 
 
+@pytest.mark.long
 def test_the_weights_are_the_same(found):
     """Bit for bit; the states before the first step were compared where they were made."""
     runs = [f"{recipe}/{mesh}" for recipe in RECIPES for mesh in MESHES]
     assert len({found[run]["fingerprint"] for run in runs}) == 1
 
 
+@pytest.mark.long
 def test_a_run_on_the_mesh_compiles_once_resumed_or_not_and_learns_the_same(found):
     assert found["programs"] == [1, 1, 1, 1]
     (fresh, resumed), (other, again) = found["rows"]["split"], found["rows"]["whole"]

@@ -123,6 +123,7 @@ def test_the_loss_is_the_weighted_sum_of_masked_means(heads, loss):
 DRAFTS = (1.0, 0.5, 0.25)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("points", [(), (2, 4)], ids=["alone", "beside exits"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_step_of_a_chain_has_its_share_of_the_loss(loss, points):

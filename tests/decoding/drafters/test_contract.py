@@ -83,6 +83,7 @@ def texts_of(answers, length=64):
     return np.array([[*text, *[0] * (length - len(text))] for text in texts], np.int32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("names", "sampling"),
     [(("oracle",), GREEDY), (("exits", "oracle"), Sampling(0.8)), (("lookup", "oracle"), GREEDY)],

@@ -53,6 +53,7 @@ def drafts_of(decoder, state):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("blocks", "names"), [(0, ("recurrent",)), (1, ("lookup", "recurrent")), (2, ("recurrent",))]
 )
@@ -79,6 +80,7 @@ MODES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "costs"),
     [("recurrent", free), ("all", free), ("sampled", free), ("all", Costs.assumed)],
