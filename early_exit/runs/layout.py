@@ -27,6 +27,11 @@ POLICY = "policy.json"
 
 # What the tuned heads depend on; the other sections may change from command to command.
 TUNED_BY = ("seed", "model", "exits", "data", "tune")
+# But for when it is saved and looked at: an interrupted run may go on with others of these.
+WHEN = frozenset(
+    f"tune.{name}"
+    for name in ("checkpoint_every", "keep_checkpoints", "validate_every", "validation_batches")
+)
 
 
 def save_config(config: Settings, workdir: Path) -> None:
@@ -75,16 +80,19 @@ def _changed(config: Settings, workdir: Path):
     """What the folder's heads were tuned with, and the settings have otherwise."""
     before, after = (read.as_dict(c) for c in (load_config(workdir), config))
     for section in TUNED_BY:
-        yield from _differences({section: before[section]}, {section: after[section]})
+        for name, old, new in _differences({section: before[section]}, {section: after[section]}):
+            if name not in WHEN:
+                yield f"{name}: {old} → {new}"
 
 
 def _differences(before: dict, after: dict, prefix: str = ""):
+    """(name, value before, value after) of what differs."""
     for name in before.keys() | after.keys():
         old, new = before.get(name), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            yield f"{prefix}{name}: {old} → {new}"
+            yield f"{prefix}{name}", old, new
 
 
 def load_config(workdir: Path) -> Settings:

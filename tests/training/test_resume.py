@@ -17,7 +17,7 @@ import safetensors.numpy
 from configs import tiny
 from early_exit.runs import assemble, checkpoint, layout, lock
 from early_exit.runs.layout import CHECKPOINTS, load_config
-from early_exit.runs.metrics import FILE
+from early_exit.runs.metrics import FILE, read_metrics
 from early_exit.settings.overrides import override
 from early_exit.settings.read import changed, read
 from early_exit.training import loop, preemption
@@ -114,6 +114,24 @@ def test_a_run_asked_to_leave_saves_and_goes_on_bit_equal(
     assert loop.tune(config, tmp_path) == rows
     assert state_of(config, tmp_path) == state_of(config, folder)
     assert (tmp_path / FILE).read_text() == (folder / FILE).read_text()
+
+
+def test_when_to_save_and_to_look_may_change_on_the_way(
+    config, uninterrupted, tmp_path, monkeypatch
+):
+    seldom = {"checkpoint_every": 30, "keep_checkpoints": 1, "validate_every": 25}
+    others = changed(config, {f"tune.{name}": value for name, value in seldom.items()})
+    asked_when(monkeypatch, loop.Run, "clock")
+    with pytest.raises(preemption.Preempted, match="saved after step 1 of 60"):
+        loop.tune(config, tmp_path)
+    monkeypatch.undo()
+    loop.tune(others, tmp_path)
+    assert state_of(others, tmp_path) == state_of(config, uninterrupted[0])
+    assert load_config(tmp_path) == others
+    looked = {row["step"] for row in read_metrics(tmp_path) if "validation/draft/draft_1" in row}
+    assert looked == {25, 50, 60}
+    with pytest.raises(ValueError, match=r"other settings \(tune.b2: 0.95 → 0.9\)"):
+        loop.tune(changed(others, {"tune.b2": 0.9, "tune.validate_every": 10}), tmp_path)
 
 
 def asked_when(monkeypatch, owner, name):
