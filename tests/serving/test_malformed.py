@@ -129,7 +129,7 @@ def test_a_thousand_of_all_kinds(address):
             if status >= 400 and b"application/json" in head:
                 assert set(json.loads(body)) == {"error"}
     assert statuses[wrong_value] == {200, 400, 404} and 404 in statuses[odd_address]
-    for kind in (deep, no_http, huge_header):
-        assert statuses[kind] and min(statuses[kind]) >= 400, kind
+    assert statuses[deep] == {400} and 400 in statuses[huge_header]
+    assert min(statuses[no_http]) >= 400
     again = answer(address, request(json.dumps(VALID).encode()))
     assert json.loads(again.partition(b"\r\n\r\n")[2])["choices"] == said
