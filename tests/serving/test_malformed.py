@@ -111,6 +111,7 @@ def odd_address(draw):
 KINDS = [wrong_value, wrong_bytes, deep, wrong_length, half, no_http, huge_header, odd_address]
 
 
+@pytest.mark.long
 def test_a_thousand_of_all_kinds(address):
     draw = random.Random(0)
     right = answer(address, request(json.dumps(VALID).encode()))
