@@ -33,12 +33,15 @@ PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts of each kind.", lower_boun
 NEW = flags.DEFINE_integer("new_tokens", 96, "Tokens of an answer.", lower_bound=2)
 ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns on the clock.", lower_bound=1)
 BATCHES = flags.DEFINE_multi_integer("batch", [1, 4, 8], "Prompts decoded together.")
+KINDS = flags.DEFINE_multi_string("kind", [], "Kinds of text (`prompts.py`); all without.")
 
 FULL, RECURRENT, LOOKUP = "full model", "verified: recurrent", "verified: lookup"
 # Of a case whose batch keeps all its rows to the end.
 WHOLE = ", whole"
 # Shares of unchecked drafts that agree.
 EPSILONS = (0.95, 0.9)
+# What all drafters together are to reach on texts with such names.
+TOGETHER = {"functions": 2.5, "code": 2.5, "maths": 1.8}
 SLOTS = 512
 
 
@@ -58,6 +61,7 @@ def main(argv):
         count, new_tokens, rounds = 2, 24, 1
     tuned = assemble.load_tuned(Path(WORKDIR.value))
     texts = prompts.load(tuned, count)
+    texts = {kind: texts[kind] for kind in KINDS.value or texts}
     rows, speedups, foreseen, equal = [], {}, [], {}
     for batch in BATCHES.value:
         ways, seconds = _ways(tuned, batch)
@@ -173,21 +177,28 @@ def _drafted(answers: Sequence[Generation]) -> tuple:
 def _bars(speedups: dict, equal: dict, foreseen: list) -> list[bars.Bar]:
     """What is claimed, each by its own figure."""
     everything = max((name for *_, name in speedups if name.startswith("verified")), key=len)
+    kinds = list(dict.fromkeys(kind for kind, *_ in speedups))
+    own = [kind for kind in kinds if kind in prompts.OWN or kind.startswith(prompts.LIKE)]
+    batches = sorted({batch for _, batch, _ in speedups})
     found = []
-    for kind in prompts.OWN:
-        found.append(bars.Bar(f"{RECURRENT}, {kind}", speedups[kind, 1, RECURRENT], 1.5, True))
-    for kind, limit in (("functions", 2.5), ("maths", 1.8)):
-        found.append(bars.Bar(f"{everything}, {kind}", speedups[kind, 1, everything], limit, True))
-    for name in (RECURRENT, everything):
-        slowest = min(prompts.KINDS, key=lambda kind: speedups[kind, 1, name])
-        figure = speedups[slowest, 1, name]
-        found.append(bars.Bar(f"{name}, slowest ({slowest})", figure, 0.97, True))
-    for epsilon, limit in zip(EPSILONS, (1.4, 1.7), strict=True):
-        name = f"deferred, ε = {epsilon:g}"
-        mean = np.exp(np.mean([np.log(speedups[kind, 1, name]) for kind in prompts.OWN]))
-        found.append(bars.Bar(f"{name}, mean of own answers", float(mean), limit, True))
-    for batch in sorted({batch for _, batch, _ in speedups} - {1}):
-        for kind in prompts.KINDS:
+    if 1 in batches:
+        for kind in own:
+            found.append(bars.Bar(f"{RECURRENT}, {kind}", speedups[kind, 1, RECURRENT], 1.5, True))
+        for kind in own:
+            limit = next((x for name, x in TOGETHER.items() if name in kind), None)
+            if limit is not None:
+                figure = speedups[kind, 1, everything]
+                found.append(bars.Bar(f"{everything}, {kind}", figure, limit, True))
+        for name in (RECURRENT, everything):
+            slowest = min(kinds, key=lambda kind: speedups[kind, 1, name])
+            figure = speedups[slowest, 1, name]
+            found.append(bars.Bar(f"{name}, slowest ({slowest})", figure, 0.97, True))
+        for epsilon, limit in zip(EPSILONS, (1.4, 1.7), strict=True) if own else ():
+            name = f"deferred, ε = {epsilon:g}"
+            mean = np.exp(np.mean([np.log(speedups[kind, 1, name]) for kind in own]))
+            found.append(bars.Bar(f"{name}, mean of own answers", float(mean), limit, True))
+    for batch in batches:
+        for kind in kinds if batch > 1 else ():
             figure = speedups[kind, batch, everything]
             found.append(bars.Bar(f"{everything}, {kind}, batch {batch}", figure, 1.0, True))
     furthest = max((abs(1 - ratio) for *_, ratio in foreseen), default=0.0)

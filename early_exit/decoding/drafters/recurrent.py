@@ -4,9 +4,12 @@ The one idea: where a row's last pass ended, the exact deep states of the positi
 token are at hand. From these a chain of cheap steps goes on (`exits.recurrent`), as long as what it
 may still gain is worth a step. What the head's own blocks have left of exact positions is kept;
 what drafts left of themselves is forgotten with the chain.
+
+How likely a draft stands was calibrated on other text. Each row learns what that is worth on its
+own: `trust`, a factor.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,13 @@ from early_exit.decoding import cache as caches
 from early_exit.decoding.drafters import base
 from early_exit.decoding.widths import in_width, pad
 
+if TYPE_CHECKING:
+    from early_exit.decoding.state import DecodeState
+
 # How likely a further draft is taken to stand before it is made, if all before it do.
 _NEXT = 0.7
+_MEMORY = 8  # drafts over which a row's trust is averaged
+_FORGETTING = 1 / 256  # a step, back to full trust
 
 
 class _Chain(NamedTuple):
@@ -62,7 +70,8 @@ class Recurrent(base.Drafter):
         return engine.mode.verified or fitted
 
     def start(self, model, batch, slots, dtype):
-        """The exact rows of its blocks, and of how many positions."""
+        """The exact rows of its blocks, and of how many positions; each row's trust, and how likely
+        the drafts of its chain are held to stand, in the mean (0 without a chain)."""
         rows = model.config.cached_rows(model.config.depth - 1)
         names = map(str, range(model.exits.recurrent_blocks))
         return {
@@ -71,6 +80,8 @@ class Recurrent(base.Drafter):
                 for name in names
             },
             "known_B": jnp.zeros(batch, jnp.int32),
+            "trust_B": jnp.ones(batch, jnp.float32),
+            "promised_B": jnp.zeros(batch, jnp.float32),
         }
 
     def read(self, engine, kept, before, tokens_BT, positions_BT):
@@ -113,8 +124,18 @@ class Recurrent(base.Drafter):
             # Of rows that were not checked, slots are written that are not in use yet.
             "rows": caches.write(kept["rows"], new, known_B),
             "known_B": jnp.where(rows_B, state.newest_B + 1, known_B),
+            "trust_B": self._learned(kept, rows_B, drafted_B, accepted_B),
+            "promised_B": jnp.where(rows_B, 0, kept["promised_B"]),
         }
         return state.change(kept=state.kept | {self.name: kept})
+
+    @staticmethod
+    def _learned(kept, rows_B, drafted_B, accepted_B) -> jax.Array:
+        """Each row's trust after a check: all before the first that did not stand were tried."""
+        told_B = rows_B & (kept["promised_B"] > 0)
+        tried_B = accepted_B + (accepted_B < drafted_B)
+        more_B = (accepted_B - tried_B * kept["promised_B"]) / _MEMORY
+        return jnp.clip(kept["trust_B"] + jnp.where(told_B, more_B, 0), 0, 1.25)
 
     def propose(self, engine, state, proposed):
         checked, mark = engine.mode.verified, engine.final + self.place
@@ -122,6 +143,7 @@ class Recurrent(base.Drafter):
         worthwhile_B = free_B & (base.worthwhile(state, mark) | (not checked))
         chain = self._chain(engine, state, worthwhile_B)
         if checked:
+            state = self._promise(state, chain)
             asked_B, cost = worthwhile_B & (chain.steps > 0), chain.steps * engine.costs.draft
             share = len(asked_B) / jnp.maximum(asked_B.sum(), 1)
             worth_B = base.asked(state.worth_BN[:, mark], asked_B, cost * share)
@@ -132,10 +154,21 @@ class Recurrent(base.Drafter):
         drafts = chain.drafts_BK, chain.reach_BK, chain.log_probs_BK
         return base.drafted(engine, state.count(draft_steps_B=taken_B), proposed, self, *drafts)
 
+    def _promise(self, state, chain: _Chain) -> "DecodeState":
+        """Notes how likely each draft of a row is held to stand, in the (geometric) mean."""
+        kept = state.kept[self.name]
+        made_B = (chain.reach_BK > 0).sum(axis=1)
+        last_B = jnp.take_along_axis(chain.reach_BK, jnp.maximum(made_B - 1, 0)[:, None], axis=1)
+        mean_B = jnp.where(made_B > 0, last_B[:, 0] ** (1 / jnp.maximum(made_B, 1)), 0)
+        trust_B = kept["trust_B"] + (1 - kept["trust_B"]) * _FORGETTING
+        kept = kept | {"trust_B": trust_B, "promised_B": mean_B}
+        return state.change(kept=state.kept | {self.name: kept})
+
     def _chain(self, engine, state, rows_B) -> _Chain:
         """Chains of the given rows, as long as they are worth another step."""
         head, most = engine.bound.recurrent, engine.mode.capacity - 1
         kept, newest_B = state.kept[self.name], state.newest_B
+        trust_B = kept["trust_B"]
         taps = [
             engine.gather(state.taps[str(tap)], state, newest_B[:, None] - 1)
             for tap in engine.model.exits.recurrent_taps
@@ -180,7 +213,7 @@ class Recurrent(base.Drafter):
             before_B = jnp.where(
                 chain.steps == 0, 1, chain.reach_BK[:, jnp.maximum(chain.steps - 1, 0)]
             )
-            reach_B = jnp.where(usable_B, before_B * jnp.clip(stands_B, 1e-6, 1), 0)
+            reach_B = jnp.where(usable_B, before_B * jnp.clip(trust_B * stands_B, 1e-6, 1), 0)
             going_B = usable_B
             if checked:
                 going_B &= reach_B.sum() > price
@@ -207,7 +240,7 @@ class Recurrent(base.Drafter):
             drafts_BK=zeros.astype(jnp.int32),
             log_probs_BK=zeros,
             reach_BK=zeros,
-            going_B=rows_B & ((rows_B.sum() > price) | (not checked)),
+            going_B=rows_B & (((rows_B * trust_B).sum() > price) | (not checked)),
         )
         return jax.lax.while_loop(
             lambda chain: chain.going_B.any() & (chain.steps < most), step, empty
