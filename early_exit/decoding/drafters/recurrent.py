@@ -135,7 +135,7 @@ class Recurrent(base.Drafter):
         told_B = rows_B & (kept["promised_B"] > 0)
         tried_B = accepted_B + (accepted_B < drafted_B)
         more_B = (accepted_B - tried_B * kept["promised_B"]) / _MEMORY
-        return jnp.clip(kept["trust_B"] + jnp.where(told_B, more_B, 0), 0, 1.25)
+        return jnp.clip(kept["trust_B"] + jnp.where(told_B, more_B, 0), 0, 2)
 
     def propose(self, engine, state, proposed):
         checked, mark = engine.mode.verified, engine.final + self.place

@@ -14,6 +14,7 @@ from early_exit import policy as policies
 from early_exit.decoding.costs import Costs
 from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.drafters import base
+from early_exit.decoding.drafters.recurrent import Recurrent
 from early_exit.decoding.engine import Engine
 from early_exit.decoding.mode import DEFERRED, VERIFIED, Mode, verified
 from early_exit.decoding.sampling import GREEDY, Sampling
@@ -157,6 +158,46 @@ def test_deferred_thresholds_end_chains(model_and_params):
     for answer in answers(model, params, policy, mode, None):
         drafted = (answer.exits == len(model.exits.points) + 2).astype(int)
         assert drafted.any() and not (drafted[1:] & drafted[:-1]).any()
+
+
+@pytest.mark.parametrize(("promised", "stands"), [(0.8, 0.4), (0.5, 0.55), (0.6, 0.05)])
+def test_trust_makes_of_a_promise_what_is_kept(promised, stands):
+    """Rows whose drafts stand with one probability, and are promised to do so with another."""
+    rng, rows, drafted = np.random.default_rng(0), 64, 4
+    kept = {"trust_B": jnp.ones(rows)}
+    found = []
+    for _ in range(120):
+        kept["promised_B"] = promised * kept["trust_B"]
+        accepted = np.cumprod(rng.random((rows, drafted)) < stands, axis=1).sum(1)
+        told = [jnp.ones(rows, bool), jnp.full(rows, drafted), jnp.array(accepted)]
+        kept["trust_B"] = Recurrent._learned(kept, *told)
+        found.append(promised * kept["trust_B"])
+    assert abs(np.mean(found[40:]) - stands) < 0.03
+    # Rows that drafted nothing, or were not checked, have learned nothing.
+    before = kept["trust_B"]
+    for nothing in ({"promised_B": jnp.zeros(rows)}, {}):
+        told[0] = jnp.array([bool(nothing)] * rows)
+        np.testing.assert_array_equal(Recurrent._learned(kept | nothing, *told), before)
+
+
+def test_drafts_that_never_stand_are_made_no_more(model_and_params):
+    """Each is promised to stand, and the head is made to say what the model never does."""
+    model, params = model_and_params
+    mode = dataclasses.replace(verified("recurrent"), pending=5)
+    policy = dataclasses.replace(policies.never(2), drafts=always())
+    wrong = jax.tree.map(lambda x: x, params)
+    wrong["exits"]["recurrent"] = jax.tree.map(jnp.negative, params["exits"]["recurrent"])
+    costs = Costs(jnp.linspace(1, 1.6, len(mode.widths)), jnp.float32(0.02))
+    decoder = Decoder(model, wrong, policy, (), mode, costs)
+    state = decoder.start(PROMPTS[:1], [100], jax.random.key(0), 256)
+    trusted, drafts = [], []
+    for _ in range(8):
+        state = decoder.run(state, steps=10)
+        trusted.append(float(state.kept["recurrent"]["trust_B"][0]))
+        drafts.append(float(state.counts.draft_steps_B[0]))
+    # A few were enough to learn it; trust comes back slowly, and no draft has been made for it yet.
+    assert trusted[0] < 0.7 and np.all(np.diff(trusted[2:]) > 0)
+    assert drafts[-1] == drafts[1] < 30
 
 
 def test_costs_decide_how_much_is_checked(model_and_params):
