@@ -16,8 +16,6 @@ from unittest import mock
 from absl import app, flags
 from absl.testing import flagsaver
 
-from early_exit.command import commands
-
 importlib.import_module("launch.common")  # a run may leave out flags of this, which must come back
 
 
@@ -30,7 +28,6 @@ def run(command: str, *given) -> subprocess.CompletedProcess:
     arguments, status = [module, *map(str, given)], 0
     printed = [io.StringIO(), io.StringIO()]
     terminate = signal.getsignal(signal.SIGTERM)
-    imported = sys.modules.pop(module, None)
     with (
         _undone(),
         # absl does once a process what each command has done in its own.
@@ -42,6 +39,7 @@ def run(command: str, *given) -> subprocess.CompletedProcess:
         contextlib.redirect_stdout(printed[0]),
         contextlib.redirect_stderr(printed[1]),
     ):
+        imported = sys.modules.pop(module, None)
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as left:
@@ -67,9 +65,10 @@ def _undone():
     )
     before, values = dict(known), flagsaver.save_flag_values()
     whose = [{module: list(defined) for module, defined in table.items()} for table in tables]
-    for command in commands():  # a test may have imported it
-        for flag in flags.FLAGS.get_flags_for_module(f"launch.{command}"):
-            delattr(flags.FLAGS, flag.name)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("launch.") and hasattr(module, "main"):  # a test has imported a command
+            for flag in flags.FLAGS.get_flags_for_module(name):
+                delattr(flags.FLAGS, flag.name)
     try:
         yield
     finally:

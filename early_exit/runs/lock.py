@@ -86,17 +86,19 @@ def held(folder: Path) -> Iterator[Owner]:
     if _mine.get(path) == threading.get_ident():
         yield Owner(path, (_read(path) or {}).get("token", ""))
         return
-    token = _take(path)
-    _mine[path] = threading.get_ident()
-    ended = threading.Event()
+    token, ended = uuid.uuid4().hex, threading.Event()
     beating = threading.Thread(target=_beat, args=(path, token, ended), daemon=True)
-    beating.start()
-    try:
+    try:  # who is asked to leave while it takes the folder leaves nothing behind, either
+        _take(path, token)
+        _mine[path] = threading.get_ident()
+        beating.start()
         yield Owner(path, token)
     finally:
         ended.set()
-        beating.join()
-        del _mine[path]
+        if beating.is_alive():
+            beating.join()
+        if _mine.get(path) == threading.get_ident():
+            del _mine[path]
         with contextlib.suppress(OSError):  # the disk may have gone, which others tell better
             if (_read(path) or {}).get("token") == token:
                 path.unlink(missing_ok=True)
@@ -104,15 +106,12 @@ def held(folder: Path) -> Iterator[Owner]:
                 path.parent.rmdir()
 
 
-def _take(path: Path) -> str:
-    """Makes the file; returns its token."""
+def _take(path: Path, token: str) -> None:
+    """Makes the file."""
     try:
         files.make_folder(path.parent)
-        while True:
-            token = uuid.uuid4().hex
-            said = files.json_text(_described() | {"token": token}, indent=2) + "\n"
-            if _make(path, said):
-                return token
+        said = files.json_text(_described() | {"token": token}, indent=2) + "\n"
+        while not _make(path, said):
             _wait_for_the_dead(path)
     except OSError as error:
         raise OSError(f"cannot write to {path.parent}: {error}") from error
