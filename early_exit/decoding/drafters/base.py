@@ -257,6 +257,11 @@ def accepted(drafts_BW: jax.Array, chosen_BW: jax.Array, drafted_B: jax.Array) -
     return jnp.cumprod(stands.astype(jnp.int32), axis=1).sum(axis=1)
 
 
+def tried(drafted_B: jax.Array, accepted_B: jax.Array) -> jax.Array:
+    """Of how many drafts it is known whether they stand: up to the first that did not."""
+    return accepted_B + (accepted_B < drafted_B)
+
+
 def asked(worth_B: jax.Array, rows_B: jax.Array, price: float) -> jax.Array:
     """A source's worth after it was asked, at some price, in the given rows."""
     return jnp.where(rows_B, worth_B - (worth_B + price) / MEMORY, worth_B)

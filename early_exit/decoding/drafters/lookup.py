@@ -53,11 +53,11 @@ class Lookup(base.Drafter):
         return base.drafted(engine, state, proposed, self, drafts, reach_BK)
 
     def settle(self, engine, state, rows_B, drafted_B, accepted_B):
-        """Learns how many drafts stood: all before the first that did not, which was the last."""
+        """Learns how many of the drafts that were tried stood."""
         kept = state.kept[self.name]
         told_B = rows_B & (kept["length_B"] > 0)
         is_length = jax.nn.one_hot(kept["length_B"], LONGEST_MATCH + 1)
-        tried_B = accepted_B + (accepted_B < drafted_B)
+        tried_B = base.tried(drafted_B, accepted_B)
         more = (accepted_B[:, None] - tried_B[:, None] * kept["stands_BL"]) * is_length / _MEMORY
         kept = {
             "stands_BL": kept["stands_BL"] + jnp.where(told_B[:, None], more, 0),

@@ -131,9 +131,9 @@ class Recurrent(base.Drafter):
 
     @staticmethod
     def _learned(kept, rows_B, drafted_B, accepted_B) -> jax.Array:
-        """Each row's trust after a check: all before the first that did not stand were tried."""
+        """Each row's trust after a check."""
         told_B = rows_B & (kept["promised_B"] > 0)
-        tried_B = accepted_B + (accepted_B < drafted_B)
+        tried_B = base.tried(drafted_B, accepted_B)
         more_B = (accepted_B - tried_B * kept["promised_B"]) / _MEMORY
         return jnp.clip(kept["trust_B"] + jnp.where(told_B, more_B, 0), 0, 2)
 
