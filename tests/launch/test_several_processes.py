@@ -93,8 +93,11 @@ def together(folder, command, *flags):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], printed
-    # Beside what commands print, the library that connects processes tells of itself.
-    return ["".join(re.findall(r"^(?!\[Gloo\]).*\n", out, re.M)) for out, _ in printed]
+    # Beside what commands print, the library that connects processes tells of itself, on several
+    # threads at once: a line of its own may be in two parts.
+    return [
+        re.sub(r"^.*(\[Gloo\]|connected peer ranks).*\n", "", out, flags=re.M) for out, _ in printed
+    ]
 
 
 def answers(path):
