@@ -10,9 +10,9 @@ import safetensors.numpy
 import tokenizers
 import transformers
 
-from configs import news_minilm
+from configs import news_minilm, tiny
 from early_exit.pretrained.tokenizer import load_tokenizer
-from early_exit.settings.overrides import ConfigDict
+from early_exit.settings.overrides import ConfigDict, override
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 WORDS = [f"word{i}" for i in range(61)]
@@ -47,6 +47,47 @@ def deep_chat(folder: pathlib.Path, blocks: int = 9) -> None:
             tensors[f"model.layers.{further}.{part}"] = tensors[name]
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(about | {"num_hidden_layers": blocks}))
+
+
+def answering(root: pathlib.Path, count: int) -> ConfigDict:
+    """A config for a small encoder–decoder and so many prompts, which are answered backwards.
+
+    Args:
+      root: where both are written.
+    """
+    model, rows = root / "model", root / "rows.jsonl"
+    shutil.copytree(FIXTURES / "tiny_t5_gated", model)
+    # As T5's: a token that ends texts stands behind each of them.
+    names = ["<pad>", "</s>", *WORDS[2:]]
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(names)}, WORDS[2])
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(model)
+    rng = np.random.default_rng(0)
+    with rows.open("w") as file:
+        for _ in range(count):
+            said = rng.choice(WORDS[3:], rng.integers(2, 9)).tolist()
+            row = {"prompt": " ".join(said), "answer": " ".join(said[::-1])}
+            file.write(json.dumps(row) + "\n")
+    return override(
+        tiny.get_config(),
+        {
+            "model.source": str(model),
+            "exits.points": (1, 2),
+            "exits.classes": 0,
+            "data.source": str(rows),
+            "data.sequence_length": 12,
+            "data.prompt_length": 16,
+            "calibrate.batches": 8,
+            "evaluate.new_tokens": 8,
+            "evaluate.sample_tokens": 8,
+        },
+    )
 
 
 def topics(root: pathlib.Path, count: int, **arg) -> ConfigDict:

@@ -59,7 +59,7 @@ def scoring(dtype):
 
 def choosing(dtype):
     model, params = build()
-    return tradeoff.full_choices.lower(in_dtype(params, dtype), TOKENS, model=model)
+    return tradeoff.full_choices.lower(in_dtype(params, dtype), {"tokens": TOKENS}, model=model)
 
 
 def classifier(config, dtype):

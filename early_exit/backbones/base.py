@@ -29,6 +29,20 @@ Rows = tuple[jax.Array, ...]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a decoder's blocks look at of a prompt that an encoder has read.
+
+    Attributes:
+      rows: by block, `block/<index from 0>`: keys and values, each [B, K, S, d].
+      real_BS: bool, where the prompt has a token.
+    """
+
+    rows: dict[str, Rows]
+    real_BS: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Chain:
     """What drafted positions look at beside themselves: rows that are exact, then earlier drafts'.
 
@@ -101,6 +115,15 @@ class Backbone(nnx.Module):
         Blocks count from 1, so `start=0` is the stem's output and `stop=depth` the last block's.
         Composing segments gives the full forward pass.
         """
+
+    def remember(self, prompt_BS: jax.Array, real_BS: jax.Array) -> Memory:
+        """What the blocks of a network that `encodes_prompts` look at of a prompt.
+
+        Args:
+          prompt_BS: int32, its tokens.
+          real_BS: bool, where there are any.
+        """
+        raise NotImplementedError
 
     def cached_block(self, index: int) -> CachedBlock:
         """Block `index` (from 0) of a network that `decodes`."""
@@ -186,6 +209,9 @@ class BackboneConfig(abc.ABC):
         predicts at every position.
       decodes: whether its blocks are `CachedBlock`s, so that it can be decoded from; it has a
         `context_length` then, and a `vocab_size`.
+      encodes_prompts: whether an encoder reads the prompt, and the blocks the answer alone; its
+        stem takes that prompt, or what `Backbone.remember` made of it. It has a `start_id` then,
+        the token that answers are written behind.
       head_kinds: the exit heads that it can carry (see `exits.heads`).
       grid_width: of the features of heads of the kind `grid`.
       scan: whether its blocks run in a loop, their parameters stacked (see `stack_blocks`).
@@ -202,6 +228,8 @@ class BackboneConfig(abc.ABC):
     reads: ClassVar[str] = "tokens"
     classifies: ClassVar[bool]
     decodes: ClassVar[bool] = False
+    encodes_prompts: ClassVar[bool] = False
+    start_id: int
     head_kinds: ClassVar[tuple[str, ...]]
     drops_blocks: ClassVar[bool] = False
     incidental: ClassVar[tuple[str, ...]] = ()

@@ -17,6 +17,7 @@ from early_exit.data import (
     inputs,
     labelled,
     packed,
+    pairs,
     pipeline,
     sources,
     tokenising,
@@ -35,6 +36,13 @@ class Network(Protocol):
 
     @property
     def classifies(self) -> bool: ...
+
+    @property
+    def encodes_prompts(self) -> bool: ...
+
+    @property
+    def start_id(self) -> int:
+        """Where it encodes prompts."""
 
     @property
     def num_classes(self) -> int: ...
@@ -90,6 +98,8 @@ def make(config: Settings, network: Network, tokenizer: Any, known: About | None
       ValueError: as `check_length`.
     """
     check_length(config.data, network)
+    if network.encodes_prompts:
+        return PairFeed(config.data, tokenizer, known or {}, network=network)
     if not network.classifies:
         kind = PackedFeed if config.data.source.startswith(packed.PACKED) else TextFeed
         return kind(config.data, tokenizer, known or {})
@@ -102,12 +112,15 @@ def check_length(data: DataSettings, network: Network) -> None:
     Rotary positions go on beyond that, but the network has never seen them: what exits learned
     there, and what a policy was calibrated on, would be worth nothing.
     """
-    if network.reads == "tokens" and data.sequence_length > network.context_length:
-        raise ValueError(
-            f"data.sequence_length={data.sequence_length} is beyond the {network.context_length} "
-            "positions that the network was made for, and it knows nothing of later ones; set it "
-            f"to {network.context_length} at most"
-        )
+    if network.reads != "tokens":
+        return
+    for name in ("sequence_length", "prompt_length"):
+        if (length := getattr(data, name)) > network.context_length:
+            raise ValueError(
+                f"data.{name}={length} is beyond the {network.context_length} positions that the "
+                "network was made for, and it knows nothing of later ones; set it to "
+                f"{network.context_length} at most"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +174,17 @@ class TextFeed:
         )
 
     def calibration(self, num_batches):
+        self._tell_of_changes()
+        documents = self.documents("calibration")
+        return excerpts.batches(documents, num_batches=num_batches, **self._packing())
+
+    def _tell_of_changes(self) -> None:
         if "train" in self.known and self.known["train"] != self.data_hash("train"):
             logging.warning(
                 "%s has changed since the run was tuned on it; text that was added does no harm, "
                 "but tuned-on text that was edited may now be among what is calibrated on",
                 self.data.source,
             )
-        documents = self.documents("calibration")
-        return excerpts.batches(documents, num_batches=num_batches, **self._packing())
 
     def data_hash(self, split):
         return sources.data_hash(self.documents(split))
@@ -228,6 +244,56 @@ class PackedFeed(TextFeed):
 
     def data_hash(self, split):
         return self._packed.data_hash(split)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairFeed(TextFeed):
+    """Prompts and their answers (`data.pairs`), for a network that encodes prompts.
+
+    Raises:
+      ValueError: no tokenizer, or one that does not say what ends a text.
+    """
+
+    network: Network = dataclasses.field(kw_only=True)
+
+    def rows(self, split: str) -> Sequence[tuple[str, str]]:
+        """(prompt, answer) of a split."""
+        return pairs.pairs(self.data.source, split) if self.given is None else self.given[split]
+
+    @property
+    def encoding(self) -> pairs.Encode:
+        """What makes tokens of a pair."""
+        length, longest = self.data.sequence_length, self.data.prompt_length
+        return pairs.Encode(self.tokenizer, length, longest or length)
+
+    def training(self, seed, rank=ALONE):
+        return pairs.training_batches(
+            self.rows("train"),
+            self.encoding,
+            self.network,
+            batch_size=self.data.batch_size,
+            seed=seed,
+            num_threads=self.data.num_threads,
+            rank=rank,
+        )
+
+    def held_out(self, split, num_batches, rank=ALONE):
+        return pairs.evaluation_batches(
+            self.rows(split),
+            self.encoding,
+            self.network,
+            batch_size=self.data.batch_size,
+            num_batches=num_batches,
+            num_threads=self.data.num_threads,
+            rank=rank,
+        )
+
+    def calibration(self, num_batches):
+        self._tell_of_changes()
+        return self.held_out("calibration", num_batches)
+
+    def data_hash(self, split):
+        return pairs.data_hash(self.rows(split))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,13 @@ from early_exit.data.stream import ALONE, Rank
 from early_exit.data.transforms import Batch
 from early_exit.settings.sections import DataSettings
 
-# Texts, examples ({"text": …} or {"image": …}, and "label"), or batches.
+# Texts, pairs ({"prompt": …, "answer": …}), examples ({"text": …} or {"image": …}, and "label"), or
+# batches.
 Data = Iterable[str] | Iterable[Mapping[str, Any]]
 
 
 def opened(data: Data) -> tuple[str, Data, Any]:
-    """(which of `texts`, `examples` and `batches` these are, the same data, the first of them).
+    """(which of `texts`, `pairs`, `examples` and `batches` these are, the data, the first of them).
 
     Raises:
       ValueError: none, or of another kind.
@@ -35,15 +36,25 @@ def opened(data: Data) -> tuple[str, Data, Any]:
         raise ValueError("the data that was given is empty")
     if not repeats:
         data = itertools.chain([first], data)
+    kind = _kind(first)
+    if kind != "batches" and not isinstance(data, Sequence):
+        data = list(data)
+    return kind, data, first
+
+
+def _kind(first: Any) -> str:
     if isinstance(first, str):
-        return "texts", data if isinstance(data, Sequence) else list(data), first
-    if isinstance(first, Mapping) and {"text", "image"} & first.keys():
-        return "examples", data if isinstance(data, Sequence) else list(data), first
-    if isinstance(first, Mapping) or hasattr(first, "shape"):
-        return "batches", data, first
+        return "texts"
+    if isinstance(first, Mapping):
+        if isinstance(first.get("prompt"), str):
+            return "pairs"
+        return "examples" if {"text", "image"} & first.keys() else "batches"
+    if hasattr(first, "shape"):
+        return "batches"
     raise ValueError(
-        f"data can be texts, examples (a dict with `text` or `image`, and `label`) or batches "
-        f"(dicts of arrays), not {type(first).__name__} objects; or one text that names a source"
+        "data can be texts, prompts with answers (a dict with `prompt` and `answer`), examples (a "
+        "dict with `text` or `image`, and `label`) or batches (dicts of arrays), not "
+        f"{type(first).__name__} objects; or one text that names a source"
     )
 
 
@@ -68,9 +79,13 @@ def feed(
     """
     if kind == "batches":
         return Batches(data, held_out, settings, network)
-    if (kind == "examples") != network.classifies:
-        needs = "labelled examples" if network.classifies else "texts"
-        raise ValueError(f"this network is tuned on {needs}, or on batches, and not on {kind}")
+    needs = _needs(network)
+    if kind != needs:
+        said = {"examples": "labelled examples", "pairs": "prompts with answers"}
+        raise ValueError(
+            f"this network is tuned on {said.get(needs, needs)}, or on batches, and not on "
+            f"{said.get(kind, kind)}"
+        )
     parts = {"train": data, "calibration": data, "validation": held_out}
     if kind == "texts":
         documents = {
@@ -78,10 +93,22 @@ def feed(
             for split, texts in parts.items()
         }
         return feeds.TextFeed(settings, tokenizer, {}, documents)
+    if kind == "pairs":
+        rows = {
+            split: [(row["prompt"], row["answer"]) for row in of_split]
+            for split, of_split in parts.items()
+        }
+        return feeds.PairFeed(settings, tokenizer, {}, rows, network=network)
     names = tuple(classes or map(str, range(network.num_classes)))
     known = {"classes": list(names)}
     examples = {split: _examples(names, rows) for split, rows in parts.items()}
     return feeds.ExampleFeed(settings, network, tokenizer, known, examples)
+
+
+def _needs(network: feeds.Network) -> str:
+    if network.classifies:
+        return "examples"
+    return "pairs" if network.encodes_prompts else "texts"
 
 
 def _examples(classes: tuple[str, ...], rows: Sequence[Mapping[str, Any]]) -> Examples:
@@ -209,4 +236,11 @@ def completed(batch: Any, network: feeds.Network) -> Batch:
         raise ValueError(f"tokens of a batch are [rows, positions], not {list(tokens.shape)}")
     places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     whole = {"documents": np.ones_like(tokens), "positions": np.array(places)}
+    if network.encodes_prompts:
+        if lacking := [name for name in ("prompt", "prompt_real") if name not in batch]:
+            raise ValueError(
+                f"an encoder reads the prompt, but a batch lacks {' and '.join(lacking)}, int32 "
+                "and bool, [rows, positions]"
+            )
+        batch["prompt"] = batch["prompt"].astype(np.int32)
     return {**whole, **batch, "tokens": tokens}

@@ -67,13 +67,13 @@ def prefill(
     size = chunk_size(batch)
     assumed = Costs.assumed(mode, batch)  # nothing is weighed before the first token
     engine = Engine.of(params, rules, assumed, model=model, mode=mode)
-    rows = jnp.arange(batch)
+    rows, state = jnp.arange(batch), engine.encode_prompts(state)
 
     def chunk(index, state: DecodeState) -> DecodeState:
         start = index * size
         tokens = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, size, axis=1)
         positions = jnp.broadcast_to((start + jnp.arange(size))[None], tokens.shape)
-        hidden, context = engine.bound.backbone.stem({"tokens": tokens, "positions": positions})
+        hidden, context = engine.embed(state, tokens, positions)
         cache, filled_B, reached = state.cache, jnp.full(batch, start), {}
         for segment in range(len(model.segments)):
             # Always true. All that reads the cache stands in a branch: outside one, XLA copies a

@@ -160,7 +160,27 @@ class Engine:
     def stem(self, state: DecodeState, positions_BT: jax.Array):
         """Embedded tokens at some positions, and the context for blocks there."""
         tokens = jnp.take_along_axis(state.tokens_BS, positions_BT, axis=1)
-        return self.bound.backbone.stem({"tokens": tokens, "positions": positions_BT})
+        return self.embed(state, tokens, positions_BT)
+
+    def embed(self, state: DecodeState, tokens_BT: jax.Array, positions_BT: jax.Array):
+        """The same of given tokens."""
+        inputs = {"tokens": tokens_BT, "positions": positions_BT}
+        memory = {} if state.encoded is None else {"memory": state.encoded.memory}
+        return self.bound.backbone.stem(inputs | memory)
+
+    def encode_prompts(self, state: DecodeState) -> DecodeState:
+        """The state after an encoder has read the prompts, if there is one and it has not yet."""
+        if (encoded := state.encoded) is None:
+            return state
+
+        def read(encoded):
+            real_BS = encoded.memory.real_BS
+            memory = self.bound.backbone.remember(encoded.tokens_BS, real_BS)
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), memory, encoded.memory)
+
+        untouched = state.filled_BE.max() == 0
+        memory = jax.lax.cond(untouched, read, lambda encoded: encoded.memory, encoded)
+        return state.change(encoded=dataclasses.replace(encoded, memory=memory))
 
     def _embed(self, state: DecodeState) -> DecodeState:
         """Puts the tokens that wait in front of the first segment among the positions under way."""

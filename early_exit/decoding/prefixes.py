@@ -48,7 +48,8 @@ class Prefixes:
         """
         self._static = {"model": model, "mode": mode}
         self._tapped = bool(drafters.taps(model, mode))
-        self._most, self._chunk = most_bytes, chunk
+        # An encoder reads a text both ways: how it begins says nothing by itself.
+        self._most, self._chunk = 0 if model.config.encodes_prompts else most_bytes, chunk
         self._kept: collections.OrderedDict[bytes, _Kept] = collections.OrderedDict()
 
     @property

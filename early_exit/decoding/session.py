@@ -20,6 +20,7 @@ import numpy as np
 
 from early_exit import policy as policies
 from early_exit import sharding
+from early_exit.data.pairs import row_of
 from early_exit.decoding import cache as caches
 from early_exit.decoding.decode import chunk_size
 from early_exit.decoding.decoder import FOREVER, Decoder, Generation
@@ -295,7 +296,8 @@ class Session:
     def _read(self, chunks: int) -> int:
         """Reads the group further; it joins when it is through. Returns how many chunks it took."""
         group, size = self._group, self._chunk
-        longest = max(len(ticket.request.prompt) for ticket in group.tickets)
+        network = self._decoder.model.config
+        longest = max(len(row_of(network, ticket.request.prompt)) for ticket in group.tickets)
         # What is kept of a prompt needs its taps after each chunk.
         chunks = min(chunks, -(-(longest - group.read) // size))
         chunks = 1 if self._prefixes.keeps and group.state.taps else int(chunks)

@@ -17,8 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from early_exit import sharding
+from early_exit.backbones import base
 from early_exit.backbones.cached_attention import CACHE_CHUNK
 from early_exit.consult import Said
+from early_exit.data.pairs import row_of
 from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters
 from early_exit.decoding.mode import Mode
@@ -72,6 +74,20 @@ class Counts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The prompts of rows whose network `encodes_prompts`.
+
+    Attributes:
+      tokens_BS: int32, as many slots as the answers have.
+      memory: what the decoder's blocks look at of them; its rows are 0 before the encoder has run.
+    """
+
+    tokens_BS: jax.Array
+    memory: base.Memory
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DecodeState:
     """Everything a decode needs to go on; B rows of S positions, W of them under way.
 
@@ -97,6 +113,7 @@ class DecodeState:
       worth_BN: float32 [B, N], what asking each source of drafts has gained lately, by its mark.
       counts: what was done so far.
       cache: keys and values (`decoding.cache`).
+      encoded: the prompts, where an encoder reads them; else None.
       keys_B: a PRNG key per row; a row draws the same whatever rows stand beside it.
     """
 
@@ -117,6 +134,7 @@ class DecodeState:
     worth_BN: jax.Array
     counts: Counts
     cache: caches.Cache
+    encoded: Encoded | None
     keys_B: jax.Array
 
     @property
@@ -189,11 +207,15 @@ def check_prompts(
             raise ValueError(f"prompt {i} is empty; give at least one token")
         if new < 1:
             raise ValueError(f"prompt {i} asks for {new} new tokens; ask for at least 1")
-        if len(prompt) + new > model.config.context_length:
+        row, context = len(row_of(model.config, prompt)), model.config.context_length
+        if row + new > context:
             raise ValueError(
-                f"prompt {i} and its answer need {len(prompt) + new} positions but the model's "
-                f"context is {model.config.context_length}; shorten the prompt or ask for fewer "
-                "new tokens"
+                f"prompt {i} and its answer need {row + new} positions but the model's context is "
+                f"{context}; shorten the prompt or ask for fewer new tokens"
+            )
+        if len(prompt) > context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens but the model reads {context}; shorten it"
             )
     return asked
 
@@ -221,29 +243,40 @@ def initial_state(
       ValueError: no prompt, an empty one, a token outside the vocabulary, no new tokens, more
         positions than the context, or slots that do not fit.
     """
-    batch = len(prompts)
     max_new_tokens = check_prompts(model, prompts, max_new_tokens)
-    limits = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
+    rows = [row_of(model.config, prompt) for prompt in prompts]
+    limits = [len(row) + new for row, new in zip(rows, max_new_tokens, strict=True)]
     # A pass writes as many rows as it is wide, the last of them behind the newest token.
-    needed = max(limits) + mode.capacity - 1
+    needed = max(max(limits) + mode.capacity - 1, *map(len, prompts))
     slots = caches.bucket(needed) if slots is None else slots
     if slots < needed or slots % CACHE_CHUNK:
         raise ValueError(
             f"slots={slots} must be a multiple of {CACHE_CHUNK} that holds the longest row's "
             f"{needed} positions"
         )
-    tokens = np.zeros((batch, slots), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    given = tokens, lengths, np.array(limits, np.int32), key
+    lengths = np.array([len(row) for row in rows], np.int32)
+    encoded = None
+    if model.config.encodes_prompts:
+        read = np.array([len(prompt) for prompt in prompts])
+        encoded = _filled(prompts, slots), np.arange(slots)[None] < read[:, None]
+    given = _filled(rows, slots), lengths, np.array(limits, np.int32), encoded, key
     # Made in one program on a mesh, so that no device has a whole cache, even for a moment.
     make = _begun if mesh is None else _begun_on_mesh
     where = {} if mesh is None else {"mesh": mesh}
     return make(*given, model=model, mode=mode, dtype=jnp.dtype(dtype), **where)
 
 
-def _begun(tokens, lengths, limits, key, *, model: MultiExit, mode: Mode, dtype) -> DecodeState:
+def _filled(rows: Sequence[Ids], slots: int) -> np.ndarray:
+    """int32 [B, slots], the rest being 0."""
+    tokens = np.zeros((len(rows), slots), np.int32)
+    for into, row in zip(tokens, rows, strict=True):
+        into[: len(row)] = row
+    return tokens
+
+
+def _begun(
+    tokens, lengths, limits, encoded, key, *, model: MultiExit, mode: Mode, dtype
+) -> DecodeState:
     (batch, slots), segments = tokens.shape, len(model.segments)
     points = model.exits.points if model.exits.head == "layer" else ()
 
@@ -253,6 +286,10 @@ def _begun(tokens, lengths, limits, key, *, model: MultiExit, mode: Mode, dtype)
     def zeros(*shape):
         return jnp.zeros((batch, *shape), jnp.int32)
 
+    if encoded is not None:
+        texts, real = map(jnp.array, encoded)
+        rows = caches.empty(model.config, (), batch, slots, dtype)
+        encoded = Encoded(texts, base.Memory(rows, real))
     return DecodeState(
         tokens_BS=jnp.array(tokens),
         newest_B=jnp.array(lengths) - 1,
@@ -274,6 +311,7 @@ def _begun(tokens, lengths, limits, key, *, model: MultiExit, mode: Mode, dtype)
         worth_BN=jnp.tile(drafters.credits(segments - 1), (batch, 1)),
         counts=Counts.zero(batch, segments, mode),
         cache=caches.empty(model.config, points, batch, slots, dtype),
+        encoded=encoded,
         keys_B=key if key.shape == (batch,) else jax.random.split(key, batch),
     )
 

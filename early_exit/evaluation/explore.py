@@ -15,7 +15,7 @@ import numpy as np
 from early_exit import confidence as confidences
 from early_exit.calibration import temperature, thresholds
 from early_exit.calibration.records import Records
-from early_exit.data import transforms
+from early_exit.data import pairs
 from early_exit.decoding import detokenize
 from early_exit.decoding.generate import generate
 from early_exit.decoding.mode import LOSSY
@@ -106,12 +106,13 @@ def _answer(tuned: Tuned, policy: ExitPolicy, text: str, prompt: Sequence[int]) 
         stop_ids=tuned.stop_ids,
     )
     new = len(answer.tokens)
-    text_ids = [*prompt, *answer.tokens.tolist()]
-    batch = transforms.one_a_row([text_ids], len(text_ids) + -len(text_ids) % FILL)
+    first = len(pairs.row_of(tuned.model.config, prompt))
+    length, longest = (n + -n % FILL for n in (first + new, len(prompt)))
+    batch = pairs.batch(tuned.model.config, [(prompt, answer.tokens)], length, 1, longest)
     soften = policy.temperatures is not None
     of_text = exits.record(tuned.model, tuned.params, [batch], soften=soften)
     # A position for each token but the last: the one just before it.
-    found = _softened(of_text.take(np.arange(len(prompt) - 1, len(prompt) - 1 + new)), policy)
+    found = _softened(of_text.take(np.arange(first - 1, first - 1 + new)), policy)
     scores = found.score(policy.confidence)
     progress = np.arange(1, new) / tuned.config.evaluate.sample_tokens
     left = policy.exit_index(scores[:, 1:], found.exit_depths, progress)

@@ -123,10 +123,14 @@ def modes_of(model: MultiExit) -> list[Mode]:
 def cut_prompts(tuned: Tuned, count: int, length: int) -> list[list[int]]:
     """`count` stretches of `length` tokens, each from another document of the test split.
 
+    Where an encoder reads prompts, those of the data.
+
     Raises:
       ValueError: too few documents long enough.
     """
     prompts = []
+    if tuned.model.config.encodes_prompts:
+        return _first_prompts(tuned, count)
     for _, document in tuned.feed.documents("test"):
         tokens = tuned.feed.encode(document)
         if len(tokens) >= 3 * length:
@@ -137,6 +141,21 @@ def cut_prompts(tuned: Tuned, count: int, length: int) -> list[list[int]]:
         f"the test split of {tuned.config.data.source} has only {len(prompts)} documents of "
         f"{3 * length} tokens; lower evaluate.prompts or evaluate.prompt_tokens"
     )
+
+
+def _first_prompts(tuned: Tuned, count: int) -> list[list[int]]:
+    """As many prompts of the test split.
+
+    Raises:
+      ValueError: it has fewer.
+    """
+    found = tuned.feed.rows("test")
+    if len(found) < count:
+        raise ValueError(
+            f"the test split of {tuned.config.data.source} has only {len(found)} prompts; lower "
+            "evaluate.prompts"
+        )
+    return [tuned.feed.encoding.prompt(found[i][0]) for i in range(count)]
 
 
 def tables(results: dict) -> Iterator[str]:

@@ -27,6 +27,8 @@ import numpy as np
 from early_exit import confidence as confidences
 from early_exit import consult, precision, sharding
 from early_exit.backbones import base
+from early_exit.data import pairs
+from early_exit.data.pairs import row_of
 from early_exit.decoding.mode import LOSSY, Mode
 from early_exit.decoding.state import check_ids
 from early_exit.evaluation.exits import said_of
@@ -37,6 +39,7 @@ from early_exit.policy import ExitPolicy
 Pair = tuple[Sequence[int], Sequence[int]]
 
 _LEAST_LENGTH, _LEAST_SCORED = 32, 8
+_READ = ("tokens", "prompt", "prompt_real")  # by the network, of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ def score(
     mesh = sharding.mesh_of(params)
     for start in range(0, len(texts), batch):
         rows = shortest_first[start : start + batch]
-        padded = _padded([texts[i] for i in rows], min(batch, len(texts)))
+        padded = _padded(model.config, [texts[i] for i in rows], min(batch, len(texts)))
         most = [len(texts[i][1]) if limits is None else limits[i] for i in rows]
         padded["limit"] = np.array(most + [1] * (len(padded["count"]) - len(rows)), np.int32)
         out = sharding.fetch(
@@ -162,13 +165,15 @@ def score_batch(
     """`Scores` of the `width` tokens [B, C] from each row's first scored one on, as a dict.
 
     Args:
-      batch: `tokens` int32 [B, T]; `first`, `count`, `limit` int32 [B], where the scored tokens
+      batch: `tokens` int32 [B, T], and `prompt` and `prompt_real` where an encoder reads what is
+        given (`data.pairs`); `first`, `count`, `limit` int32 [B], where the scored tokens
         begin, how many there are, and how many there could be.
       propagates: whether skipped blocks get projected keys and values.
       pending: how many positions may be under way at once; None for any number.
     """
     bound, where = model.bind(params), _Where.of(batch, width, first_leaves)
-    before, context = bound.backbone.stem({"tokens": batch["tokens"]})
+    read = {name: x for name, x in batch.items() if name in _READ}
+    before, context = bound.backbone.stem(read)
     left_BT = jnp.zeros(batch["tokens"].shape, bool)
     said = consult.Said.nothing(where.at_BC.shape)
     heard, leaves = [], []  # of each exit that is asked
@@ -304,7 +309,8 @@ def _check(model: MultiExit, given: Sequence[int], scored: Sequence[int], name: 
         check_ids(model, ids, f"{name}, {part}")
         if not len(ids):
             raise ValueError(f"{name} has no {part} tokens; give at least one of each")
-    length, most = len(given) + len(scored), model.config.context_length + 1
+    row = len(row_of(model.config, given))
+    length, most = max(row + len(scored), len(given)), model.config.context_length + 1
     if length > most:
         raise ValueError(
             f"{name} has {length} tokens, but after a context of {most - 1} only one more can be "
@@ -316,14 +322,15 @@ def _length(pair: Pair) -> int:
     return len(pair[0]) + len(pair[1])
 
 
-def _padded(pairs: Sequence[Pair], rows: int) -> dict:
+def _padded(network: base.BackboneConfig, texts: Sequence[Pair], rows: int) -> dict:
     """A batch for `score_batch`; rows that there are no texts for score nothing."""
-    tokens = np.zeros((rows, _bucket(max(map(_length, pairs)), _LEAST_LENGTH)), np.int32)
+    longest = _bucket(max(map(_length, texts)), _LEAST_LENGTH)
+    found = pairs.batch(network, texts, longest, rows, longest)
     first, count = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-    for row, (given, scored) in enumerate(pairs):
-        tokens[row, : len(given) + len(scored)] = [*given, *scored]
-        first[row], count[row] = len(given), len(scored)
-    return {"tokens": tokens, "first": first, "count": count}
+    for row, (given, scored) in enumerate(texts):
+        first[row], count[row] = len(row_of(network, given)), len(scored)
+    read = {name: x for name, x in found.items() if name in _READ}
+    return read | {"first": first, "count": count}
 
 
 def _bucket(size: int, least: int) -> int:

@@ -15,6 +15,8 @@ import numpy as np
 
 from early_exit import precision, sharding
 from early_exit.backbones import base
+from early_exit.data import pairs
+from early_exit.data.transforms import Batch
 from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters, measure
 from early_exit.decoding.costs import Costs
@@ -44,10 +46,10 @@ class Case:
 @functools.partial(jax.jit, static_argnames="model")
 @precision.exact
 @sharding.laid_out
-def full_choices(params: base.Params, tokens_BT: jax.Array, *, model: MultiExit) -> jax.Array:
+def full_choices(params: base.Params, batch: Batch, *, model: MultiExit) -> jax.Array:
     """The full model's greedy next token after every position, int32 [B, T]."""
     bound = model.bind(params)
-    hidden, context = bound.backbone.stem({"tokens": tokens_BT})
+    hidden, context = bound.backbone.stem(batch)
     hidden = bound.backbone.run_blocks(hidden, 0, model.config.depth, context)
     table = bound.backbone.output_table()
     features = bound.backbone.features(hidden).reshape(-1, table.shape[1])
@@ -57,17 +59,19 @@ def full_choices(params: base.Params, tokens_BT: jax.Array, *, model: MultiExit)
 
     # Few positions at a time: full-vocabulary logits of a whole text are gigabytes.
     found = sharding.map_rows(choose, features, 64)
-    return found.reshape(tokens_BT.shape).astype(jnp.int32)
+    return found.reshape(batch["tokens"].shape).astype(jnp.int32)
 
 
 def agreement(
     model: MultiExit, params: base.Params, prompt: Sequence[int], generation: Generation
 ) -> np.ndarray:
     """Per new token: is it what the full model would say after the same text? bool [n]."""
-    text = np.array([*prompt, *generation.tokens], np.int32)
-    padded = np.pad(text, (0, -len(text) % 64))  # few programs
-    choices = sharding.fetch(full_choices(params, padded[None], model=model))[0]
-    return choices[len(prompt) - 1 : len(text) - 1] == generation.tokens
+    first, new = len(pairs.row_of(model.config, prompt)), len(generation.tokens)
+    # Rounded up, for few programs.
+    length, longest = (n + -n % 64 for n in (first + new, len(prompt)))
+    batch = pairs.batch(model.config, [(prompt, generation.tokens)], length, 1, longest)
+    choices = sharding.fetch(full_choices(params, batch, model=model))[0]
+    return choices[first - 1 : first + new - 1] == generation.tokens
 
 
 def compare(

@@ -118,6 +118,11 @@ class ExitConfig:
             )
         if self.recurrent_taps and not backbone.decodes:
             raise ValueError("a recurrent exit drafts text, which this network does not write")
+        if self.recurrent_taps and backbone.encodes_prompts:
+            raise ValueError(
+                "a recurrent exit looks at nothing but what was written, and not at the prompt "
+                "that an encoder has read; leave exits.recurrent_taps empty"
+            )
         if outside := [tap for tap in self.recurrent_taps if not 1 <= tap <= depth]:
             raise ValueError(
                 f"recurrent_taps {outside} lie outside 1…{depth}, the blocks of this network"

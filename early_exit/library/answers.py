@@ -12,7 +12,8 @@ import numpy as np
 
 from early_exit.classifying.classify import Classified
 from early_exit.data import feed as feeds
-from early_exit.data import tokenising, transforms
+from early_exit.data import pairs, tokenising
+from early_exit.data.pairs import row_of
 from early_exit.decoding import cache, measure
 from early_exit.decoding import generate as decoding
 from early_exit.decoding import mode as modes
@@ -178,7 +179,7 @@ def tokens(model: Model, prompt: Prompt, raw: bool = False) -> Ids:
     """A prompt's token ids; see `generate`."""
     if not isinstance(prompt, str):
         return prompt
-    if not raw:
+    if not raw and not model.static.config.encodes_prompts:  # which reads them as they are
         return chat.prompt(model.tokenizer, prompt)
     ids: list[int] = tokenising.needed(model.tokenizer).encode(prompt)
     return ids
@@ -257,11 +258,17 @@ class Scored:
         return totals
 
 
-def score(model: Model, texts: str | Sequence[Prompt], *, batch: int = 8) -> list[Scored]:
+def score(
+    model: Model,
+    texts: str | Sequence[Prompt] | Sequence[tuple[Prompt, Prompt]],
+    *,
+    batch: int = 8,
+) -> list[Scored]:
     """How likely texts are by every exit and by the full model, each position run at full depth.
 
     Args:
-      texts: one or several, each a text, as it stands, or token ids; of two tokens at least.
+      texts: one or several, each a text, as it stands, or token ids; of two tokens at least. Of a
+        network whose encoder reads prompts, pairs of a prompt and an answer.
       batch: texts run together.
 
     Raises:
@@ -274,28 +281,52 @@ def score(model: Model, texts: str | Sequence[Prompt], *, batch: int = 8) -> lis
     """
     if model.static.config.classifies:
         raise ValueError("this is a classifier; use early_exit.classify")
-    given = [texts] if isinstance(texts, str) else texts
-    ids = [np.asarray(tokens(model, text, raw=True), np.int32) for text in given]
-    context = model.static.config.context_length
+    network = model.static.config
+    if network.encodes_prompts:
+        asked = [_pair(model, pair, i) for i, pair in enumerate(texts)]
+    else:
+        given = [texts] if isinstance(texts, str) else texts
+        asked = [((), tokens(model, text, raw=True)) for text in given]
+    ids = [np.asarray([*row_of(network, given), *text], np.int32) for given, text in asked]
+    context = network.context_length
     for i, row in enumerate(ids):
         if not 2 <= len(row) <= context:
             raise ValueError(
                 f"text {i} has {len(row)} tokens; there must be at least 2, and at most "
                 f"{context}, the model's context"
             )
-    check_prompts(model.static, [row[:-1] for row in ids], 1)
+    begun = [given or row[:-1] for (given, _), row in zip(asked, ids, strict=True)]
+    check_prompts(model.static, begun, 1)
     found: list[Scored] = []
-    length = min(cache.bucket(max(map(len, ids))), context)
+    length, longest = (
+        min(cache.bucket(max(map(len, of))), context) for of in (ids, [p for p, _ in asked])
+    )
     for start in progress.counted(range(0, len(ids), batch), "scoring"):
-        found += _scored(model, ids[start : start + batch], batch, length)
+        part = slice(start, start + batch)
+        rows = pairs.batch(network, asked[part], length, batch, longest)
+        out = exits.score_batch(model.params, rows, model=model.static)
+        found += _scored(out, ids[part], length)
     return found
 
 
-def _scored(model: Model, ids: list[np.ndarray], rows: int, length: int) -> list[Scored]:
-    batch = transforms.one_a_row(ids, length, rows)
-    out = exits.score_batch(model.params, batch, model=model.static)
+def _pair(model: Model, pair: tuple[Prompt, Prompt], i: int) -> tuple[Ids, Ids]:
+    """Token ids of a prompt and its answer."""
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(
+            f"this network scores answers to prompts, and text {i} is no pair of them; give "
+            "(prompt, answer)"
+        )
+    prompt, answer = pair
+    if isinstance(answer, str):
+        ends = tokenising.end_of_text(model.tokenizer)
+        answer = [*model.tokenizer.encode(answer, add_special_tokens=False), ends]
+    return tokens(model, prompt, raw=True), answer
+
+
+def _scored(out: dict[str, Any], ids: list[np.ndarray], length: int) -> list[Scored]:
     losses, predictions = (
-        np.asarray(out[name]).reshape(-1, rows, length) for name in ("losses", "predictions")
+        np.asarray(out[name]).reshape(len(out[name]), -1, length)
+        for name in ("losses", "predictions")
     )
     return [
         Scored(row, -losses[:, i, : len(row) - 1], predictions[:, i, : len(row) - 1])

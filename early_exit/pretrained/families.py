@@ -18,7 +18,7 @@ from early_exit.pretrained.table import Entry
 
 _OWN = (
     *("llama", "olmo2", "smollm3", "granite", "phi3", "gemma"),
-    *("mixtral", "experts", "gpt2", "neox"),
+    *("mixtral", "experts", "gpt2", "neox", "t5"),
     *("bert", "roberta", "distilbert", "electra", "modernbert", "deberta"),
     *("resnet", "torchvision", "mobilenet_v2", "efficientnet", "convnext", "vit", "deit"),
 )

@@ -112,6 +112,12 @@ class DataSettings(Section):
     sequence_length: int = setting(
         256, "Tokens of a row of text; the model's context at most.", least=2
     )
+    prompt_length: int = setting(
+        0,
+        "Tokens of a prompt, where an encoder reads it: longer ones are cut. 0 for as many as "
+        "data.sequence_length, which is of answers then.",
+        least=0,
+    )
     num_threads: int = setting(
         2, "Threads that read and tokenise, or make images ready, ahead of training.", least=1
     )

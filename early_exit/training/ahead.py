@@ -80,7 +80,7 @@ def tuning(
     config = changed(config, {"exits.points": model.exits.points})
     model = assemble.for_tuning(config, model)
     parts = (plan.state, plan.frozen)
-    args = (*(part(config, model, mesh) for part in parts), plan.token_batch(config, mesh))
+    args = (*(part(config, model, mesh) for part in parts), plan.token_batch(config, model, mesh))
     traced = plan.step(config, model, mesh).trace(*args)
     return chips.estimate(traced, args, mesh, chip)
 
@@ -89,7 +89,7 @@ def calibrating(
     config: Settings, model: MultiExit, mesh: Mesh, chip: chips.Chip | None
 ) -> chips.Estimate:
     """Of one batch of calibration's pass, in which every position is scored at every exit."""
-    batch = plan.token_batch(config, mesh)
+    batch = plan.token_batch(config, model, mesh)
     args = _params(config, model, mesh), batch | {"groups": batch["documents"]}
     return chips.estimate(exits.score_batch.trace(*args, model=model), args, mesh, chip)
 

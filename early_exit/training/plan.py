@@ -106,7 +106,7 @@ def frozen(config: Settings, model: MultiExit, mesh: Mesh) -> base.Params:
     return placed(params, sharding.shardings(params, mesh))
 
 
-def token_batch(config: Settings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def token_batch(config: Settings, model: MultiExit, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A language model's batch, as shapes with shardings.
 
     Raises:
@@ -116,7 +116,12 @@ def token_batch(config: Settings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]
     sharding.row_rank(mesh, rows)
     where = sharding.batch_sharding(mesh)
     row = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
-    return dict.fromkeys(("tokens", "documents", "positions"), row)
+    batch = dict.fromkeys(("tokens", "documents", "positions"), row)
+    if model.config.encodes_prompts:
+        shape = rows, config.data.prompt_length or length
+        for name, dtype in (("prompt", jnp.int32), ("prompt_real", jnp.bool_)):
+            batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    return batch
 
 
 def typed(params: base.Params, dtype) -> base.Params:

@@ -146,7 +146,7 @@ def test_traced_work_of_a_step_is_what_its_parts_need():
     mesh = sharding.make_mesh(MeshSettings())
     model = assemble.abstract_model(config)
     args = plan.state(config, model, mesh), plan.frozen(config, model, mesh)
-    step = plan.step(config, model, mesh).trace(*args, plan.token_batch(config, mesh))
+    step = plan.step(config, model, mesh).trace(*args, plan.token_batch(config, model, mesh))
     rows, length = config.data.batch_size, config.data.sequence_length
     row = {"tokens": jax.ShapeDtypeStruct((1, length), "int32")}
     of = multiply_adds.backbone(model.config, inputs=row)

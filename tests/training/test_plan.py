@@ -69,8 +69,8 @@ def test_the_plan_of_a_run_is_what_it_has(tmp_path):
     frozen = plan.frozen(config, run.model, run.mesh)
     assert tree.shapes(frozen) == tree.shapes(run.frozen)
     batch = run.place_batch(next(run.batches()))
-    for name, shape in plan.token_batch(config, run.mesh).items():
+    for name, shape in plan.token_batch(config, run.model, run.mesh).items():
         assert (shape.shape, shape.dtype) == (batch[name].shape, batch[name].dtype)
     with pytest.raises(ValueError, match="cannot be split over"):
         mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), sharding.AXES)
-        plan.token_batch(changed(config, {"data.batch_size": 3}), mesh)
+        plan.token_batch(changed(config, {"data.batch_size": 3}), run.model, mesh)
