@@ -45,10 +45,10 @@ FILL = 64
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def all_states(params, tokens, ran, *, model):
+def all_states(params, tokens, ran, beside, *, model):
     """What `SlowDecoder.states` says, for a text of a filled-up length."""
     bound = model.bind(params)
-    hidden, context = bound.backbone.stem({"tokens": tokens[None]})
+    hidden, context = bound.backbone.stem({"tokens": tokens[None], **beside})
     found = [hidden]
     for i in range(model.config.depth):
         deeper, _ = bound.backbone.blocks[str(i)](found[-1], context)
@@ -70,8 +70,11 @@ def all_states(params, tokens, ran, *, model):
 
 
 class SlowDecoder:
-    def __init__(self, model, params):
-        self.model, self.params = model, params
+    def __init__(self, model, params, **beside):
+        """Args:
+        beside: what the stem takes beside tokens.
+        """
+        self.model, self.params, self.beside = model, params, beside
         self.ids = params.get("token_ids")
 
     def states(self, tokens, ran=None):
@@ -90,6 +93,7 @@ class SlowDecoder:
                 self.params,
                 np.pad(np.asarray(tokens, np.int32), fill),
                 np.pad(np.asarray(ran, np.int32), fill),
+                self.beside,
                 model=self.model,
             )
         )
@@ -174,10 +178,12 @@ class SlowDecoder:
         return out
 
 
-def mixed_policy(model, params, prompt, mode, confidence="max_prob", length=24, **fields):
+def mixed_policy(
+    model, params, prompt, mode, confidence="max_prob", length=24, beside=None, **fields
+):
     """A policy with which the positions after `prompt` leave at every exit, the final included;
     of three exits or more, one may be left out."""
-    slow = SlowDecoder(model, params)
+    slow = SlowDecoder(model, params, **(beside or {}))
     key = jax.random.split(jax.random.key(0), 1)[0]
     exits = len(model.exits.points)
     never = policies.never(exits, confidence)
