@@ -70,6 +70,11 @@ class Speaker:
         """
         if network.config.classifies:
             raise ValueError("this model reads text or images but writes no text")
+        if network.config.encodes_prompts:
+            raise ValueError(
+                "an encoder reads this model's prompts, and it asks itself none; let "
+                "launch.generate answer those that you have (--input, --output)"
+            )
         self.network = network
         self.model = MultiExit(network.config, ExitConfig(points=()))
         self.params = {"backbone": network.params}

@@ -122,6 +122,11 @@ def _fill(
     pretrained, model = assemble.load_backbone(config, where)
     if model.config.classifies:
         raise ValueError("hidden states are cached for language models; this is a classifier")
+    if model.config.encodes_prompts:
+        raise ValueError(
+            "an encoder reads this network's prompts, and a cache of hidden states has no room for "
+            "them; tune without tune.hidden_states"
+        )
     if not model.exits.observed:
         raise ValueError(
             "neither exits.points nor exits.recurrent_taps names a place whose hidden states could "

@@ -85,7 +85,7 @@ def _measured(tuned: Tuned) -> dict:
             ],
             "confidence": policy and policy.confidence,
             "prompts": len(prompts),
-            "prompt_tokens": settings.prompt_tokens,
+            "prompt_tokens": max(map(len, prompts)),
             "new_tokens": settings.new_tokens,
             "rounds": settings.rounds,
         },
@@ -204,7 +204,8 @@ def named(row: dict) -> tuple[str | None, str | None]:
 def _shown(tuned: Tuned, prompts: Sequence[Sequence[int]]) -> tuple[list[Prompt], str | None]:
     """(what is answered for the report, what of it had to be left out, in a sentence)."""
     questions, left_out = tuple(tuned.config.evaluate.questions), None
-    if questions and not tuned.tokenizer.chat_template:
+    asks = tuned.model.config.encodes_prompts or tuned.tokenizer.chat_template
+    if questions and not asks:
         left_out = (
             "evaluate.questions were left out: this model has no chat template to ask them by."
         )

@@ -52,6 +52,7 @@ def tune(
     Args:
       data: one of
         texts, `str`, packed into rows of `sequence_length` tokens;
+        prompts with answers, `{"prompt": …, "answer": …}`, for a network whose encoder reads them;
         labelled examples, `{"text": …}` or `{"image": uint8 [H, W, C]}` with a `label`, a number or
         one of the names of the classes;
         batches as they are, `{"tokens": int [B, T]}` or what a classifier's stem takes with

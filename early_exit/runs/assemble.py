@@ -109,11 +109,13 @@ class Tuned:
         return tokenising.needed(self.tokenizer).encode(text)
 
     def chat(self, question: str) -> list[int]:
-        """Token ids of a user's turn in the model's chat template.
+        """Token ids of a user's turn in the model's chat template; as it stands, for an encoder.
 
         Raises:
           ValueError: there is no tokenizer, no chat template, or one that fails.
         """
+        if self.model.config.encodes_prompts:
+            return self.encode(question)
         return chat.prompt(self.tokenizer, question)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stand_ins
 import tokenizers
 import transformers
 from PIL import Image
@@ -250,6 +251,52 @@ def test_a_decoder_of_every_kind(decoder, kind, tmp_path):
         # Without exits there are no curves of their losses.
         plots = 3 if place == folder and kind != "recurrent alone" else 2
         assert html.count("<svg") == plots
+
+
+@pytest.mark.long
+def test_a_network_whose_encoder_reads_prompts(tmp_path):
+    """Every command on it: the run, its export, and behind a run; what has no sense says so."""
+    config = stand_ins.answering(tmp_path / "root", 300)
+    source = [f"--config.model.source={config.model.source}"]
+    data = [f"--config.data.source={config.data.source}"]
+    lengths = ["--config.data.sequence_length=12", "--config.data.prompt_length=16"]
+    flags = ["--config=configs/tiny.py:classes=0,points=1:2", *lengths, *data]
+    sizes = settings(tmp_path, TUNE, {"calibrate.batches": 8, "evaluate.rounds": 1})
+    run, joint = f"--workdir={tmp_path / 'run'}", f"--workdir={tmp_path / 'joint'}"
+    ok("tune", *flags, *source, *sizes, run)
+    ok("tune", *flags, *source, *sizes, "--config.tune.train=all",
+       "--config.tune.weights=(0.1, 0.1)", joint)  # fmt: skip
+    ok("tune", *flags, f"--config.model.source={tmp_path / 'joint'}", *sizes,
+       f"--workdir={tmp_path / 'behind'}")  # fmt: skip
+    for place in ("run", "joint", "behind"):
+        ok("calibrate", f"--workdir={tmp_path / place}")
+    ok("export", run, f"--to={tmp_path / 'out'}")
+    ok("export", f"--workdir={tmp_path / 'out'}", f"--to={tmp_path / 'again'}")
+    said = [text_of(generate(tmp_path / place)) for place in ("run", "out", "again")]
+    assert len(set(said)) == 1 and said[0]
+    for mode in ("lossy", "deferred", "verified"):
+        full = text_of(generate(tmp_path / "behind", "--full"))
+        found = text_of(generate(tmp_path / "behind", f"--mode={mode}", "--colour=always"))
+        assert found == full or mode != "verified"
+    given, out = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    given.write_text("word4 word5\nword6\nword7 word8 word9\n")
+    ok("generate", run, f"--input={given}", f"--output={out}", "--batch=2", "--max_new_tokens=5")
+    assert len(out.read_text().splitlines()) == 3
+    promised = ["--method=ltt", "--alpha=0.9", "--mode=lossy", f"--prompts={given}"]
+    promised.append("--max_new_tokens=5")
+    ok("calibrate", run, *promised)
+    stated = json.loads((tmp_path / "run/policy.json").read_text())["provenance"]
+    assert stated["unit"] == "prompt" and stated["units"] == 3
+    for place in ("run", "out"):
+        printed = ok("evaluate", f"--workdir={tmp_path / place}")
+        assert max(map(len, printed.splitlines())) <= 100
+        html = pathlib.Path(ok("report", f"--workdir={tmp_path / place}").strip()).read_text()
+        assert "<svg" in html
+    assert "after blocks 1, 2" in ok("inspect", tmp_path / "run")
+    assert "an encoder reads" in refused(
+        "cache", *flags, *source, *sizes, f"--hidden_states={tmp_path / 'states'}"
+    )
+    assert "an encoder reads" in refused("distill", *flags, *source, f"--made={tmp_path / 'made'}")
 
 
 @pytest.mark.parametrize("method", METHODS)

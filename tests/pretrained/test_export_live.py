@@ -49,6 +49,8 @@ def answer(network):
         inputs = {"pixel_values": torch.from_numpy(images).float()}
     else:
         inputs = {"input_ids": torch.from_numpy(rng.integers(2, config.vocab_size, (2, 17)))}
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
         outputs = network(**inputs).to_tuple()
     return [x.numpy() for x in outputs if isinstance(x, torch.Tensor)]

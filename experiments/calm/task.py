@@ -1,0 +1,57 @@
+"""Copying out of noise: prompts whose answers are the words that are no noise, in their order.
+
+A word after `skip` is left out, one after `twice` comes twice. So most of an answer is copied, and
+some places need what stood in front of the word. No word comes twice in a prompt: what follows it
+is a matter of the prompt, not of counting.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+import transformers
+
+from early_exit.backbones import base
+from early_exit.backbones.t5 import T5Config
+from early_exit.pretrained.export import write_backbone
+
+PAD, END, UNKNOWN, SKIP, TWICE = "<pad>", "</s>", "<unk>", "skip", "twice"
+WORDS = [f"w{i}" for i in range(48)]
+NOISE = [f"n{i}" for i in range(12)]
+VOCABULARY = [PAD, END, UNKNOWN, SKIP, TWICE, *WORDS, *NOISE]
+LONGEST_PROMPT, LONGEST_ANSWER = 32, 20
+_WORDS, _NOISE = (4, 9), (2, 9)  # how many of each a prompt has, from the one to below the other
+
+
+def pair(rng: np.random.Generator) -> dict[str, str]:
+    """A prompt and its answer."""
+    pieces, answer = [], []
+    for word in rng.choice(WORDS, rng.integers(*_WORDS), replace=False):
+        marker = rng.choice([SKIP, TWICE, ""], p=[0.15, 0.15, 0.7])
+        pieces.append(f"{marker} {word}".strip())
+        answer += [word] * {SKIP: 0, TWICE: 2, "": 1}[marker]
+    for noise in rng.choice(NOISE, rng.integers(*_NOISE)):
+        pieces.insert(rng.integers(len(pieces) + 1), noise)
+    return {"prompt": " ".join(pieces), "answer": " ".join(answer)}
+
+
+def write(folder: Path, count: int, network: T5Config) -> tuple[Path, Path]:
+    """(a folder with such a network, drawn at random; a file of `count` pairs)."""
+    model, rows = folder / "network", folder / "pairs.jsonl"
+    model.mkdir(parents=True, exist_ok=True)
+    known = {word: i for i, word in enumerate(VOCABULARY)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, UNKNOWN))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        f"$A {END}", special_tokens=[(END, known[END])]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=PAD, eos_token=END, unk_token=UNKNOWN
+    )
+    write_backbone(model, network, base.init(network, jax.random.key(0), jnp.float32), tokenizer)
+    rng = np.random.default_rng(0)
+    rows.write_text("".join(json.dumps(pair(rng)) + "\n" for _ in range(count)))
+    return model, rows
