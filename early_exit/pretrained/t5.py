@@ -14,7 +14,6 @@ from early_exit.pretrained import decoders
 from early_exit.pretrained.table import STORED, TRANSPOSED, Entry
 
 MODEL_TYPES = ("t5", "mt5")
-NEW = {"t5": T5Config}
 PREFIXES = ("",)
 # The biases that older files have for attention to the prompt; nobody reads them.
 IGNORED = (r"EncDecAttention\.relative_attention_bias\.weight$",)

@@ -63,7 +63,11 @@ def test_a_batch_that_processes_cannot_share(config):
 def labelled_feed(path, known=None, classes=3):
     config = read(defaults(model={"source": "none"}, data={"source": f"rows:{path}"}))
     network = types.SimpleNamespace(
-        reads="text", classifies=True, num_classes=classes, context_length=512
+        encodes_prompts=False,
+        reads="text",
+        classifies=True,
+        num_classes=classes,
+        context_length=512,
     )
     return feed.make(config, network, None, known)
 
@@ -138,7 +142,9 @@ def test_text_that_changed_after_tuning_is_told_before_it_is_calibrated_on(tmp_p
         {"data.source": str(path), "data.sequence_length": 16, "calibrate.batches": 1},
     )
     tokenizer = assemble.load_backbone(config)[0].tokenizer
-    network = types.SimpleNamespace(reads="tokens", classifies=False, context_length=16)
+    network = types.SimpleNamespace(
+        reads="tokens", classifies=False, encodes_prompts=False, context_length=16
+    )
     kept = feed.make(config, network, tokenizer).about()
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # the same text
     for known in (kept, None):

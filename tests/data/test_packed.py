@@ -21,7 +21,9 @@ from early_exit.settings.read import changed, read
 
 CHAT = pathlib.Path(__file__).parents[1] / "fixtures/tiny_chat"
 LENGTH = 16
-NETWORK = types.SimpleNamespace(reads="tokens", classifies=False, context_length=LENGTH)
+NETWORK = types.SimpleNamespace(
+    reads="tokens", classifies=False, encodes_prompts=False, context_length=LENGTH
+)
 
 
 @pytest.fixture(scope="module")
