@@ -44,12 +44,12 @@ STEPS = flags.DEFINE_integer("steps", 3000, "Of training.", lower_bound=1)
 DEPTH = 6
 NETWORK = T5Config(
     vocab_size=len(task.VOCABULARY),
-    width=96,
+    width=64,
     depth=DEPTH,
     encoder_depth=3,
     heads=4,
-    head_dim=24,
-    mlp_width=256,
+    head_dim=16,
+    mlp_width=160,
     context_length=64,
 )
 CONFIDENCES = {"margin": "softmax", "similarity": "states alike", "gate": "classifier"}
@@ -81,7 +81,7 @@ def settings(model: Path, rows: Path, steps: int) -> Settings:
                 # The paper's: in proportion to depth. What the final loss weighs is 1 here.
                 "tune.weights": tuple(point / total * (total / DEPTH) for point in points),
                 "tune.steps": steps,
-                "tune.learning_rate": 2e-3,
+                "tune.learning_rate": 3e-3,
                 "tune.backbone_rate": 1.0,
                 "tune.warmup_steps": max(steps // 20, 1),
                 "tune.checkpoint_every": max(steps // 4, 1),

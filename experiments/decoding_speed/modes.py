@@ -35,6 +35,7 @@ from experiments.decoding_speed.timing import (
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
 PEERS = flags.DEFINE_bool("peers", False, "Time transformers too, on the same weights (torch).")
+ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns of all cases.", lower_bound=1)
 PLOT = flags.DEFINE_string("plot", None, "File for the plot, as SVG or PNG.")
 
 FULL = "full model"
@@ -43,7 +44,7 @@ SLOTS = 512
 
 def main(argv):
     del argv
-    count, new_tokens, rounds = (2, 32, 1) if bars.QUICK.value else (8, 96, 2)
+    count, new_tokens, rounds = (2, 32, 1) if bars.QUICK.value else (8, 96, ROUNDS.value)
     tuned = assemble.load_tuned(Path(WORKDIR.value))
     policy = assemble.load_policy(tuned)
     modes = {FULL: (None, LOSSY)}
