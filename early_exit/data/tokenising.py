@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,6 +148,9 @@ class AsText:
     def _tokenizer(self) -> Any:
         own = copy.deepcopy(self._original)
         own.split_special_tokens = True
+        own.model_max_length = (
+            sys.maxsize
+        )  # whoever asks cuts rows himself
         return own
 
     def all(self, texts: Sequence[str]) -> list[list[int]]:

@@ -1,4 +1,5 @@
 import copy
+import logging
 import pathlib
 import threading
 
@@ -26,6 +27,21 @@ def test_text_is_no_markup_unless_a_model_made_it(tokenizer):
     assert {0, 1, 2}.isdisjoint(ids) and tokenizer.decode(ids) == TEXT
     plain = "def name(self):\n  return 'ŋ'"
     assert tokenising.as_text(tokenizer)(plain) == tokenizer.encode(plain)
+
+
+def test_long_texts_are_taken_without_a_word(tokenizer, caplog):
+    """Rows are cut later; transformers warns of texts that are longer than a model takes."""
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 4
+    log = logging.getLogger("transformers")
+    log.addHandler(caplog.handler)
+    try:
+        assert len(tokenising.as_text(short)(TEXT * 9)) > 4
+        assert not caplog.records
+        short.encode(TEXT * 9)
+        assert "longer than the specified maximum" in caplog.text
+    finally:
+        log.removeHandler(caplog.handler)
 
 
 def words(model, unknown):
@@ -90,6 +106,7 @@ class Network:
     channels = 3
     num_classes = 2
     context_length = 512
+    encodes_prompts = False
 
     def __init__(self, reads, classifies):
         self.reads, self.classifies = reads, classifies
