@@ -35,6 +35,7 @@ STUDIES = {
     "throughput.run": "--workdir={run}",
     "throughput.soak": "--source={run} --rows=2",
     "decoded_promises.run": "--workdir={run} --records={out}/answers.npz",
+    "token_difficulty.run": "--workdir={run} --answers={out}/said.json --source=stdlib",
     "tuning_step.run": "",
     "joint_tuning.run": "",
     "exit_quality.run": "--runs={out}/quality --made={made}",
