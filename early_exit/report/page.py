@@ -224,8 +224,7 @@ def _classification(evaluation: dict[str, Any]) -> dict[str, Any]:
         "cost_plot": Markup(plots.accuracy_against_cost(own, of["static"], of["curve"])),
         "latency_plot": Markup(plots.accuracy_against_latency(own, of["static"])),
         "exits_plot": exits_plot,
-        # Files of earlier versions have none.
-        "explorer": _explorer(evaluation.get("explorer"), of["chosen"]),
+        "explorer": _explorer(evaluation["explorer"], of["chosen"]),
     }
 
 

@@ -145,7 +145,7 @@ def classifier_row(policy, accuracy, adds, ms, rate, **changes):
 
 @pytest.fixture
 def classifier_evaluation():
-    """An evaluation of a network of six blocks with two exits, but for what is looked into."""
+    """An evaluation of a network of six blocks with two exits; nothing is looked into."""
     exits = [(2, 0.8, 0.85), (4, 0.88, 0.94), (6, 0.92, 1.0)]
     return {
         "model": {
@@ -206,6 +206,7 @@ def classifier_evaluation():
                  "score": 0.4},
             ],
         },
+        "explorer": None,
         "data": {"source": "idx:data", "split": "test", "count": 10000},
         "machine": {"device": "cpu", "cores": 2, "jax": "0.10.2"},
     }  # fmt: skip

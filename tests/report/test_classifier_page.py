@@ -103,9 +103,10 @@ def test_a_network_without_exits_has_a_page(shown):
     assert html.count("<svg ") == 2
 
 
-def test_a_lacking_part_is_named(shown):
-    with pytest.raises(ValueError, match="lacks what the report needs.*parts"):
-        shown(lambda evaluation: evaluation.pop("parts"))
+@pytest.mark.parametrize("part", ["parts", "explorer"])
+def test_a_lacking_part_is_named(shown, part):
+    with pytest.raises(ValueError, match=f"lacks what the report needs.*{part}"):
+        shown(lambda evaluation: evaluation.pop(part))
 
 
 def test_points_stand_where_their_numbers_say(classifier_evaluation):
