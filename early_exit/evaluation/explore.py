@@ -29,8 +29,9 @@ from early_exit.runs.assemble import Tuned
 EPSILONS = tuple(percent / 100 for percent in range(50, 101))
 # Exits of a classifier seldom differ from the full model, so the last steps are small.
 EXAMPLE_EPSILONS = (*EPSILONS[:40:5], *(half / 200 for half in range(180, 201)))
-# Of texts and pictures to look into, in all: the page stays below a megabyte.
-PIECES_BYTES = 600_000
+# Of examples and what is said of them, in all: the page stays below a megabyte. What an exit says
+# of one, and its score, take about so much.
+EXAMPLES_BYTES, _SAID_BYTES = 700_000, 20
 # Texts are filled up to a multiple of this, so that few programs are compiled.
 FILL = 64
 _DIGITS = 9  # by which float32 numbers are told apart
@@ -100,7 +101,8 @@ def examples(
     count = min(count, len(given), len(test.labels))
     if len(records.exit_depths) == 1 or not count or not _recorded(policy):
         return None
-    pieces = list(shown.pieces((given[i] for i in range(count)), PIECES_BYTES))
+    beside = _SAID_BYTES * len(records.exit_depths)
+    pieces = list(shown.pieces((given[i] for i in range(count)), EXAMPLES_BYTES, beside))
     found = _softened(test.take(np.arange(len(pieces))), policy)
     scores = found.score(policy.confidence)
     # An example is an answer of its own and always at its start, where a decay has not begun.

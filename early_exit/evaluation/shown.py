@@ -29,14 +29,17 @@ def png(image: np.ndarray) -> str:
     return base64.b64encode(_written(image, _PIXELS, "png")).decode()
 
 
-def pieces(examples: Iterable[Example], bytes_in_all: int) -> Iterator[str]:
+def pieces(examples: Iterable[Example], bytes_in_all: int, beside: int = 0) -> Iterator[str]:
     """Each example as it is looked into: a text, or a picture's `data:` address.
 
     Ends before there is more than so much of them.
+
+    Args:
+      beside: bytes that go with each.
     """
     for example in examples:
         piece = _piece(example)
-        bytes_in_all -= len(piece.encode())
+        bytes_in_all -= len(piece.encode()) + beside
         if bytes_in_all < 0:
             return
         yield piece

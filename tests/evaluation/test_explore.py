@@ -22,6 +22,7 @@ from early_exit.evaluation import exits, explore, scoring, shown
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
 from early_exit.pretrained.load import load
+from early_exit.storage import files
 
 CHAT = pathlib.Path(__file__).parents[1] / "fixtures" / "tiny_chat"
 NEW = 20
@@ -255,10 +256,25 @@ def test_as_many_examples_as_there_is_room_for(of_images, monkeypatch):
     whole = explore.examples(*given, count=1000)
     pieces = whole["answers"][0]["pieces"]
     assert len(pieces) == len(IMAGES)
-    monkeypatch.setattr(explore, "PIECES_BYTES", len("".join(pieces[:7])) + 3)
+    room = sum(len(piece) + 60 for piece in pieces[:7]) + 59
+    monkeypatch.setattr(explore, "EXAMPLES_BYTES", room)
     (answer,) = explore.examples(*given, count=1000)["answers"]
     assert answer["pieces"] == pieces[:7]
     assert all(len(x) == 7 for x in (*answer["said"], *answer["scores"], answer["labels"]))
+
+
+@pytest.mark.parametrize("length", [1, 400])
+def test_however_many_are_asked_for_the_page_stays_below_a_megabyte(of_images, length):
+    records, _ = of_images
+    test = records.take(np.arange(20_000) % 300)
+    texts = Examples(
+        ("cat", "dog"),
+        np.arange(20_000),
+        lambda i: {"text": f"{i} " * length, "label": int(test.labels[i])},
+    )
+    found = explore.examples(records, policies.make([0.7, 0.5]), test, texts, count=20_000)
+    assert 2_000 < len(found["answers"][0]["pieces"]) < 20_000
+    assert 400_000 < len(files.json_text(found, separators=(",", ":")).encode()) < 2**20 - 150_000
 
 
 def test_there_are_no_examples_to_look_into_without_exits_or_known_temperatures(of_images):
