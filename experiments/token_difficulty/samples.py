@@ -61,7 +61,7 @@ def answered(tuned: Tuned, sizes: Sizes, path: Path | None) -> list[list[Text]]:
       path: where they are kept, and read if they are there.
 
     Raises:
-      ValueError: those that are kept are of other sizes.
+      ValueError: those that are kept are of other sizes, or there are too few questions.
     """
     asked_for = {"seeds": list(sizes.seeds), "texts": sizes.texts, "new_tokens": sizes.new_tokens}
     if path and path.exists():
@@ -75,6 +75,8 @@ def answered(tuned: Tuned, sizes: Sizes, path: Path | None) -> list[list[Text]]:
     for seed in sizes.seeds:
         own = itertools.chain(*(texts[of_kind * seed :][:of_kind] for texts in known))
         prompts = [tuned.chat(text) for text in own][: sizes.texts]
+        if len(prompts) < sizes.texts:
+            raise ValueError(f"there are too few questions for seed {seed}; lower --texts")
         asked = Questions.ask(tuned, prompts, sizes.new_tokens, sizes.batch, seed=seed)
         found.append(
             [
@@ -115,6 +117,7 @@ def positions(tuned: Tuned, texts: list[list[Text]], sizes: Sizes) -> Table:
       being [F, N].
     """
     everything = list(itertools.chain(*texts))
+    seeds = np.repeat(list(sizes.seeds), [len(of_seed) for of_seed in texts])
     rows = sizes.batch
     chunks = [everything[i : i + rows] for i in range(0, len(everything), rows)]
     longest = max(len(text.ids) for text in everything)
@@ -146,7 +149,7 @@ def positions(tuned: Tuned, texts: list[list[Text]], sizes: Sizes) -> Table:
                 "before": what["before"].T,
                 "last_scores": np.maximum(scores[:, at - 1], 0),
                 "text": np.full(len(at), number),
-                "seed": np.full(len(at), sizes.seeds[number // sizes.texts]),
+                "seed": np.full(len(at), seeds[number]),
             }
         )
     found = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}

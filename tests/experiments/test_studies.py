@@ -33,7 +33,7 @@ STUDIES = {
     "calibration.rejection": "--records={records} --plot={out}/rejection.svg",
     "calibration.temperatures": "--records={records}",
     "papers.valade": "--records={records}",
-    "papers.calm": "--records={records} --plot={out}/calm.svg",
+    "papers.calm": "--records={records} --workdir={run} --plot={out}/calm.svg",
     "papers.eero": "--runs={out}/papers",
     "throughput.run": "--workdir={run}",
     "throughput.soak": "--source={run} --rows=2",
