@@ -115,7 +115,12 @@ def positions(tuned: Tuned, texts: list[list[Text]], sizes: Sizes) -> Table:
       the full model, in nats; `known` bool [N], whether heads have the token that it says among
       their classes; `text` and `seed` [N]; and of `tokens.described` all, of that token, `before`
       being [F, N].
+
+    Raises:
+      ValueError: a network in which texts do not stand alone.
     """
+    if tuned.model.config.encodes_prompts:
+        raise ValueError("the network encodes its prompt; give a decoder that reads texts as rows")
     everything = list(itertools.chain(*texts))
     seeds = np.repeat(list(sizes.seeds), [len(of_seed) for of_seed in texts])
     rows = sizes.batch

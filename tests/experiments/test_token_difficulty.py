@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from early_exit.data import transforms
 from early_exit.evaluation import tradeoff
 from early_exit.exits.heads import ExitConfig
 from early_exit.exits.multi_exit import MultiExit
@@ -178,8 +179,8 @@ def test_every_position_is_joined_with_its_own_token(tuned):
     everything = [text for of_seed in texts for text in of_seed]
     at = 0
     for number, text in enumerate(everything):
-        padded = np.pad(np.array(text.ids, np.int32), (0, 64 - len(text.ids)))[None]
-        said = np.asarray(tradeoff.full_choices(tuned.params, padded, model=tuned.model))[0]
+        batch = transforms.one_a_row([text.ids], 64)
+        said = np.asarray(tradeoff.full_choices(tuned.params, batch, model=tuned.model))[0]
         count = len(text.ids) - text.first
         own = slice(at, at + count)
         assert found["rank"][own].tolist() == said[text.first - 1 : len(text.ids) - 1].tolist()
@@ -224,3 +225,9 @@ def test_too_few_questions_are_refused(monkeypatch):
     tuned = types.SimpleNamespace(chat=list)
     with pytest.raises(ValueError, match="too few questions for seed 1; lower --texts"):
         samples.answered(tuned, SIZES, None)
+
+
+def test_a_network_that_encodes_its_prompt_is_refused():
+    model = types.SimpleNamespace(config=types.SimpleNamespace(encodes_prompts=True))
+    with pytest.raises(ValueError, match="encodes its prompt.*give a decoder"):
+        samples.positions(types.SimpleNamespace(model=model), [], SIZES)
