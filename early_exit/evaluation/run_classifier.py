@@ -4,8 +4,6 @@ The one idea: everything is measured on the test split, which neither training n
 seen, and beside smaller networks without exits, the other way to pay less for an answer.
 """
 
-import base64
-import io
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,18 +16,18 @@ from early_exit import tree
 from early_exit.classifying.classify import Classified
 from early_exit.cost import energy, multiply_adds
 from early_exit.data import feed as feeds
-from early_exit.evaluation import classifiers, exits, run
+from early_exit.data.parts import Example
+from early_exit.evaluation import classifiers, exits, explore, run, shown
 from early_exit.evaluation.classifiers import Case
 from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble, lock, progress
 from early_exit.runs.assemble import Tuned
 from early_exit.runs.metrics import table
-from early_exit.storage import extras, files
+from early_exit.storage import files
 
 FULL = "full model"
 # Settings of the data that a network without exits must share with the one it is compared with.
 _SAME = ("source", "mean", "std", "image_size", "sequence_length")
-_TEXT_SHOWN, _PIXELS_SHOWN = 300, 96
 
 
 def evaluate(tuned: Tuned, baselines: Sequence[Path] = ()) -> dict:
@@ -72,8 +70,17 @@ def measure(
     feed = tuned.feed
     batches = list(feed.held_out("test", settings.batches))
     inputs, labels = _joined(batches)
+    chosen, policy = next(iter(measured.items()), (None, None))
     recorded = progress.counted(batches, "recording the test split")
-    test = exits.record(model, tuned.params, recorded, **tuned.metadata)
+    soften = policy is not None and policy.temperatures is not None
+    test = exits.record(model, tuned.params, recorded, soften=soften, **tuned.metadata)
+    looked_into = policy and explore.examples(
+        run.records_of(tuned, soften=soften),
+        policy,
+        test,
+        feed.examples("test"),
+        count=settings.explored,
+    )
     row = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in inputs.items()}
 
     def case(of: Tuned, policy: ExitPolicy | None = None):
@@ -95,12 +102,13 @@ def measure(
         rows=settings.rows,
         sizes=settings.sizes,
     )
-    chosen, policy = next(iter(measured.items()), (None, None))
     confidence = policy.confidence if policy else "max_prob"
     if curve is None and model.exits.points:
         curve = classifiers.by_epsilon(run.records_of(tuned), confidence)
     of_model = len(rows) - len(baselines)
     meter = energy.meter()
+    if looked_into:
+        looked_into["speed"] = explore.of_classifying(rows[:of_model], looked_into["costs"])
     return {
         "model": _described(tuned),
         "exits": exits.summary(test),
@@ -118,6 +126,7 @@ def measure(
             "rounds": settings.rounds,
         },
         "examples": _examples(feed, answers[chosen or FULL], labels, settings.examples),
+        "explorer": looked_into,
         "data": {"source": tuned.config.data.source, "split": "test", "count": len(labels)},
         "machine": run.machine(),
     }
@@ -243,7 +252,7 @@ def _examples(feed: feeds.ExampleFeed, answer: Classified, labels: np.ndarray, c
     """Those that left first and last, ready to be shown: `first` and `last`."""
     examples = feed.examples("test")
 
-    def shown(index: int) -> dict:
+    def row(index: int) -> dict:
         example = examples[index]
         said = int(answer.labels[index])
         return {
@@ -252,24 +261,14 @@ def _examples(feed: feeds.ExampleFeed, answer: Classified, labels: np.ndarray, c
             "right": said == int(labels[index]),
             "depth": int(answer.depths[index]),
             "score": float(answer.scores[index]),
-            **({"text": _cut(example["text"])} if "text" in example else _png(example["image"])),
+            **_shown_as(example),
         }
 
     first, last = classifiers.extremes(answer, count)
-    return {"first": [shown(i) for i in first], "last": [shown(i) for i in last]}
+    return {"first": [row(i) for i in first], "last": [row(i) for i in last]}
 
 
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _TEXT_SHOWN else f"{text[:_TEXT_SHOWN].rsplit(' ', 1)[0]} …"
-
-
-def _png(image: np.ndarray) -> dict[str, str]:
-    with extras.needed("images"):
-        from PIL import Image
-
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.thumbnail((_PIXELS_SHOWN, _PIXELS_SHOWN))
-    file = io.BytesIO()
-    picture.save(file, "png")
-    return {"png": base64.b64encode(file.getvalue()).decode()}
+def _shown_as(example: Example) -> dict[str, str]:
+    if "text" in example:
+        return {"text": shown.cut(example["text"])}
+    return {"png": shown.png(example["image"])}

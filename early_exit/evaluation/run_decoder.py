@@ -71,7 +71,7 @@ def _measured(tuned: Tuned) -> dict:
     )
     asked = progress.counted(shown, "answering for the report", "answers")
     if looked_into:
-        looked_into["speed"] = explore.speed_line(rows, looked_into["costs"])
+        looked_into["speed"] = explore.of_decoding(rows, looked_into["costs"])
     return {
         "model": _described(tuned),
         "exits": exits.summary(records),

@@ -205,7 +205,7 @@ def _decoding(evaluation: dict[str, Any], depths: list[int]) -> dict[str, Any]:
             Markup(tokens.html_spans(sample["pieces"], sample["depths"], depths))
             for sample in evaluation["samples"]
         ],
-        "explorer": evaluation["explorer"] and explorer.shown(evaluation["explorer"], of["chosen"]),
+        "explorer": _explorer(evaluation["explorer"], of["chosen"]),
     }
 
 
@@ -224,7 +224,12 @@ def _classification(evaluation: dict[str, Any]) -> dict[str, Any]:
         "cost_plot": Markup(plots.accuracy_against_cost(own, of["static"], of["curve"])),
         "latency_plot": Markup(plots.accuracy_against_latency(own, of["static"])),
         "exits_plot": exits_plot,
+        "explorer": _explorer(evaluation["explorer"], of["chosen"]),
     }
+
+
+def _explorer(found: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    return found and explorer.shown(found, name)
 
 
 def _name(source: str) -> str:

@@ -393,6 +393,9 @@ class EvaluateSettings(Section):
     examples: int = setting(
         4, "Classifiers: shown of those that left first and last; 0 for none.", least=0
     )
+    explored: int = setting(
+        400, "Classifiers: examples to look into on the page, at most; 0 for none.", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from early_exit.data import excerpts, sources, tokenising
-from early_exit.data.examples import examples
+from early_exit.data import excerpts, tokenising
 from early_exit.evaluation import exits
 from early_exit.runs import assemble
 from early_exit.storage import files
+from experiments.texts import texts_of
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
 SOURCE = flags.DEFINE_string(
@@ -39,7 +39,7 @@ def main(argv):
         splits = ("validation", "calibration", "test")
         batches = [batch for split in splits for batch in feed.held_out(split, None)]
     else:
-        texts = documents(metadata["source"])
+        texts = texts_of(metadata["source"])
         batches = excerpts.batches(
             texts,
             tokenising.encoder(tuned.tokenizer, metadata["source"]),
@@ -55,15 +55,6 @@ def main(argv):
     print(files.json_text(exits.summary(records), indent=1))
     units = len(set(records.groups.tolist()))
     print(f"{records.labels.size} positions of {units} texts or examples in {path}")
-
-
-def documents(source: str) -> list[tuple[str, str]]:
-    """(name, text) pairs."""
-    if source.startswith("rows:"):
-        splits = ("train", "validation", "calibration", "test")
-        found = [example for split in splits for example in examples(source, split)]
-        return [(str(i), example["text"]) for i, example in enumerate(found)]
-    return [pair for split in list(sources.SPLITS)[1:] for pair in sources.documents(source, split)]
 
 
 if __name__ == "__main__":

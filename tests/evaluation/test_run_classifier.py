@@ -28,6 +28,7 @@ SHORT = {
     "evaluate.singles": 3,
     "evaluate.rows": 64,
     "evaluate.examples": 5,
+    "evaluate.explored": 250,
 }
 
 
@@ -94,6 +95,22 @@ def test_examples_are_shown_as_they_are(digits, results):
         assert example["right"] == (example["label"] == example["prediction"])
     depths = [[example["depth"] for example in shown[name]] for name in ("first", "last")]
     assert len(depths[0]) == 5 and max(depths[0]) <= min(depths[1])
+
+
+def test_the_first_examples_can_be_looked_into(digits, results):
+    found, test = results["explorer"], examples("digits", "test")
+    (answer,) = found["answers"]
+    feed = feeds.make(digits.config, digits.model.config, None)
+    known = exits.record(digits.model, digits.params, feed.held_out("test", None))
+    assert answer["said"] == known.predictions[:, :250].tolist()
+    policy = assemble.load_policy(digits)
+    left = policy.exit_index(known.score(policy.confidence), known.exit_depths)[:250]
+    assert np.mean(left == answer["exits"]) > 0.99  # but for rounding in other batches
+    for i in (0, 99, 249):
+        picture = Image.open(io.BytesIO(base64.b64decode(answer["pieces"][i].partition(",")[2])))
+        np.testing.assert_array_equal(np.asarray(picture), test[i]["image"][..., 0])
+        assert found["words"][str(answer["labels"][i])] == str(test[i]["label"])
+    assert found["speed"]["points"] == 2 and found["speed"]["slope"] > 0
 
 
 def test_it_is_saved_printed_and_shown(digits, results):

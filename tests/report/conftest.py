@@ -8,6 +8,7 @@ POLICY = policies.make([policies.NEVER, 0.875], method="ltt", alpha=0.05)
 
 
 OWN = "ltt 0.05"
+ATTACK = "<script>alert('x')</script>"
 
 
 def decoding_row(
@@ -120,6 +121,95 @@ def evaluation():
         "left_out": None,
         "machine": {"device": "cpu", "cores": 2, "jax": "0.10.2"},
     }
+
+
+def classifier_row(policy, accuracy, adds, ms, rate, **changes):
+    return {
+        "policy": policy,
+        "accuracy": accuracy,
+        "agreement": 0.97,
+        "abstained": 0.0,
+        "exit_shares": [0.5, 0.3, 0.2],
+        "mean_depth": 3.1,
+        "multiply_adds": adds,
+        "bytes": 1e5,
+        "latency": {"mean": ms, "p50": ms, "p95": 2 * ms, "p99": 3 * ms},
+        "latency_ratio": ms / 4.0,
+        "throughput": {"64": rate},
+        "throughput_ratio": {"64": rate / 500},
+        "joules": 2e-4,
+        "programs": 9,
+        **changes,
+    }
+
+
+@pytest.fixture
+def classifier_evaluation():
+    """An evaluation of a network of six blocks with two exits; nothing is looked into."""
+    exits = [(2, 0.8, 0.85), (4, 0.88, 0.94), (6, 0.92, 1.0)]
+    return {
+        "model": {
+            "source": "resnet_cifar (layers 14, width 8)",
+            "depth": 6,
+            "num_classes": 10,
+            "exit_points": [2, 4],
+            "head": "grid",
+            "output": "own",
+            "init": "random",
+            "train": "all",
+            "backbone_parameters": 40_000,
+            "exit_parameters": 9_000,
+        },
+        "exits": [
+            {"exit": depth, "loss": 0.3, "correct": right, "agreement": same, "coverage": 0.7}
+            for depth, right, same in exits
+        ],
+        "parts": [
+            {
+                "exit": depth,
+                "head_multiply_adds": 45_000,
+                "head_bytes": 1_000,
+                "multiply_adds": 2e6 * depth,
+                "bytes": 1e5,
+            }
+            for depth, *_ in exits
+        ],
+        "classification": {
+            "chosen": "epsilon 0.99",
+            "rows": [
+                classifier_row("full model", 0.92, 12e6, 4.0, 500.0, exit_shares=[0, 0, 1]),
+                classifier_row("epsilon 0.99", 0.917, 5e6, 1.6, 900.0),
+                classifier_row("epsilon 0.95", 0.90, 4e6, 1.2, 1200.0),
+            ],
+            "static": [classifier_row("small", 0.89, 4.5e6, 1.5, 1000.0, exit_shares=[1])],
+            "curve": [{"accuracy": a, "multiply_adds": m} for a, m in ((0.8, 3e6), (0.917, 5e6))],
+            "oracle": {
+                "accuracy": 0.96,
+                "mean_depth": 2.5,
+                "multiply_adds": 4e6,
+                "exit_shares": [0.8, 0.1, 0.1],
+                "bytes": 1e5,
+            },
+            "confidence": "margin",
+            "energy": "modelled",
+            "singles": 200,
+            "rounds": 5,
+        },
+        "policy": policies.as_json(policies.make([0.5, 0.6], "margin", epsilon=0.99)),
+        "examples": {
+            "first": [
+                {"text": ATTACK, "label": "a", "prediction": "a", "right": True, "depth": 2,
+                 "score": 0.99},
+            ],
+            "last": [
+                {"text": "hard", "label": "b", "prediction": "c", "right": False, "depth": 6,
+                 "score": 0.4},
+            ],
+        },
+        "explorer": None,
+        "data": {"source": "idx:data", "split": "test", "count": 10000},
+        "machine": {"device": "cpu", "cores": 2, "jax": "0.10.2"},
+    }  # fmt: skip
 
 
 @pytest.fixture

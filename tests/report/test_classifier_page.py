@@ -7,107 +7,18 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from early_exit import policy as policies
 from early_exit.report import page, plots
 
 SVG = "{http://www.w3.org/2000/svg}"
-ATTACK = "<script>alert('x')</script>"
-
-
-def row(policy, accuracy, adds, ms, rate, **changes):
-    return {
-        "policy": policy,
-        "accuracy": accuracy,
-        "agreement": 0.97,
-        "abstained": 0.0,
-        "exit_shares": [0.5, 0.3, 0.2],
-        "mean_depth": 3.1,
-        "multiply_adds": adds,
-        "bytes": 1e5,
-        "latency": {"mean": ms, "p50": ms, "p95": 2 * ms, "p99": 3 * ms},
-        "latency_ratio": ms / 4.0,
-        "throughput": {"64": rate},
-        "throughput_ratio": {"64": rate / 500},
-        "joules": 2e-4,
-        "programs": 9,
-        **changes,
-    }
 
 
 @pytest.fixture
-def evaluation():
-    exits = [(2, 0.8, 0.85), (4, 0.88, 0.94), (6, 0.92, 1.0)]
-    return {
-        "model": {
-            "source": "resnet_cifar (layers 14, width 8)",
-            "depth": 6,
-            "num_classes": 10,
-            "exit_points": [2, 4],
-            "head": "grid",
-            "output": "own",
-            "init": "random",
-            "train": "all",
-            "backbone_parameters": 40_000,
-            "exit_parameters": 9_000,
-        },
-        "exits": [
-            {"exit": depth, "loss": 0.3, "correct": right, "agreement": same, "coverage": 0.7}
-            for depth, right, same in exits
-        ],
-        "parts": [
-            {
-                "exit": depth,
-                "head_multiply_adds": 45_000,
-                "head_bytes": 1_000,
-                "multiply_adds": 2e6 * depth,
-                "bytes": 1e5,
-            }
-            for depth, *_ in exits
-        ],
-        "classification": {
-            "chosen": "epsilon 0.99",
-            "rows": [
-                row("full model", 0.92, 12e6, 4.0, 500.0, exit_shares=[0, 0, 1]),
-                row("epsilon 0.99", 0.917, 5e6, 1.6, 900.0),
-                row("epsilon 0.95", 0.90, 4e6, 1.2, 1200.0),
-            ],
-            "static": [row("small", 0.89, 4.5e6, 1.5, 1000.0, exit_shares=[1])],
-            "curve": [{"accuracy": a, "multiply_adds": m} for a, m in ((0.8, 3e6), (0.917, 5e6))],
-            "oracle": {
-                "accuracy": 0.96,
-                "mean_depth": 2.5,
-                "multiply_adds": 4e6,
-                "exit_shares": [0.8, 0.1, 0.1],
-                "bytes": 1e5,
-            },
-            "confidence": "margin",
-            "energy": "modelled",
-            "singles": 200,
-            "rounds": 5,
-        },
-        "policy": policies.as_json(policies.make([0.5, 0.6], "margin", epsilon=0.99)),
-        "examples": {
-            "first": [
-                {"text": ATTACK, "label": "a", "prediction": "a", "right": True, "depth": 2,
-                 "score": 0.99},
-            ],
-            "last": [
-                {"text": "hard", "label": "b", "prediction": "c", "right": False, "depth": 6,
-                 "score": 0.4},
-            ],
-        },
-        "data": {"source": "idx:data", "split": "test", "count": 10000},
-        "machine": {"device": "cpu", "cores": 2, "jax": "0.10.2"},
-    }  # fmt: skip
-
-
-@pytest.fixture
-def shown(evaluation, tmp_path):
+def shown(classifier_evaluation, tmp_path):
     """What the page shows, its tags left out, after a change of the evaluation."""
 
     def write(change=lambda evaluation: None):
-        change(evaluation)
-        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+        change(classifier_evaluation)
+        (tmp_path / "evaluation.json").write_text(json.dumps(classifier_evaluation))
         html = page.write(tmp_path).read_text(encoding="utf-8")
         body = html.split("<body>")[1].replace("\xa0", " ").replace("&nbsp;", " ")
         return html, " ".join(re.sub(r"<[^>]*>", " ", body).split())
@@ -192,13 +103,14 @@ def test_a_network_without_exits_has_a_page(shown):
     assert html.count("<svg ") == 2
 
 
-def test_a_lacking_part_is_named(shown):
-    with pytest.raises(ValueError, match="lacks what the report needs.*parts"):
-        shown(lambda evaluation: evaluation.pop("parts"))
+@pytest.mark.parametrize("part", ["parts", "explorer"])
+def test_a_lacking_part_is_named(shown, part):
+    with pytest.raises(ValueError, match=f"lacks what the report needs.*{part}"):
+        shown(lambda evaluation: evaluation.pop(part))
 
 
-def test_points_stand_where_their_numbers_say(evaluation):
-    of = evaluation["classification"]
+def test_points_stand_where_their_numbers_say(classifier_evaluation):
+    of = classifier_evaluation["classification"]
     svg = plots.accuracy_against_cost(of["rows"], of["static"], of["curve"])
     root = ElementTree.fromstring(svg)
     texts = {"".join(e.itertext()).strip() for e in root.iter(f"{SVG}text")}
@@ -214,8 +126,8 @@ def test_points_stand_where_their_numbers_say(evaluation):
         assert (slope > 0) == (axis == 0)  # SVG's y points down
 
 
-def test_a_curve_that_falls_far_does_not_hide_the_rest(evaluation):
-    of = evaluation["classification"]
+def test_a_curve_that_falls_far_does_not_hide_the_rest(classifier_evaluation):
+    of = classifier_evaluation["classification"]
     of["curve"].append({"accuracy": 0.1, "multiply_adds": 1e6})
     low = plots.accuracy_against_cost(of["rows"], of["static"], of["curve"])
     ticks = {"".join(e.itertext()).strip() for e in ElementTree.fromstring(low).iter(f"{SVG}text")}

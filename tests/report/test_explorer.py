@@ -1,12 +1,12 @@
-"""The explorer in a browser: what its figures are, and that keys and pointers move in it."""
+"""Looking into answers in a browser: what the figures are, and that keys and pointers move."""
 
 import json
 
 import browser
 import numpy as np
 import pytest
+from explorer_figures import expected, shown, slide
 
-from early_exit import policy as policies
 from early_exit.report import page
 
 pytestmark = browser.needed
@@ -61,46 +61,11 @@ def report(write_run):
     return write
 
 
-def expected(found, answer, thresholds):
-    """The figures, by what decides in Python."""
-    words = {"never": policies.NEVER, None: -np.inf}
-    limits = np.array([words.get(x, x) for x in thresholds], np.float32)
-    scores, said = (np.array([[words.get(x, x) for x in r] for r in answer[k]], float)[:, 1:]
-                    for k in ("scores", "said"))  # fmt: skip
-    exits = policies.first_exit(scores.astype(np.float32)[:-1], limits)
-    equal = said[exits, np.arange(len(exits))] == said[-1]
-    leavers = exits < len(limits)
-    time = found["speed"]["fixed"] + found["speed"]["slope"] * np.take(found["costs"], exits).mean()
-    figures = {
-        "saved": f"{1 - np.take(found['depths'], exits).mean() / found['depths'][-1]:.1%}",
-        "agreement": f"{equal.mean():.1%}",
-        "leavers": f"{equal[leavers].mean():.1%}" if leavers.any() else "–",
-        "speed": f"{1 / time:.2f}×",
-    }
-    return figures, exits
-
-
-def shown(window):
-    names = ("saved", "agreement", "leavers", "speed")
-    return {
-        name: window.ask(f"document.getElementById('x-{name}').textContent").replace("\xa0", "")
-        for name in names
-    }
-
-
 def exits_shown(window):
     letters = (
-        "[...document.querySelectorAll('#x-text span')].map(s => s.className.match(/x(\\d)/)[1])"
+        "[...document.querySelectorAll('#x-list span')].map(s => s.className.match(/x(\\d)/)[1])"
     )
     return list(map(int, window.ask(letters)))
-
-
-def slide(window, by, step):
-    window.ask(f"document.querySelector('#explorer [value={by}]').click()")
-    window.ask(
-        f"(s => {{ s.value = {step}; s.dispatchEvent(new Event('input')); }})"
-        "(document.getElementById('x-slider'))"
-    )
 
 
 def test_the_slider_moves_what_python_computes(window, report):
@@ -148,13 +113,13 @@ def test_keys_and_pointer_show_what_every_exit_would_have_said(window, report):
     window.show(path)
     answer, detail = found["answers"][0], "document.getElementById('x-detail').textContent"
     assert "prompt's pass" in window.ask(detail)
-    window.ask("document.getElementById('x-text').focus()")
+    window.ask("document.getElementById('x-list').focus()")
     for key, at in [("ArrowRight", 1), ("ArrowRight", 2), ("End", 299), ("ArrowLeft", 298)]:
         window.press(key)
         chosen = window.ask(
-            "document.getElementById('x-text').getAttribute('aria-activedescendant')"
+            "document.getElementById('x-list').getAttribute('aria-activedescendant')"
         )
-        assert chosen == f"x-token-{at}"
+        assert chosen == f"x-item-{at}"
         rows = window.ask(
             "[...document.querySelectorAll('#x-detail tbody tr')]"
             ".map(r => [...r.children].map(c => c.textContent))"
@@ -167,12 +132,12 @@ def test_keys_and_pointer_show_what_every_exit_would_have_said(window, report):
             assert score == ("–" if kept is None else f"{kept:.3f}")
         assert [row[-1] for row in rows].count("leaves here") == 1
     window.press("ArrowUp")
-    above = int(window.ask("document.querySelector('#x-text .at').id").rpartition("-")[2])
+    above = int(window.ask("document.querySelector('#x-list .at').id").rpartition("-")[2])
     assert 0 < above < 298
     window.press("ArrowDown")
-    assert window.ask("document.querySelector('#x-text .at').id") == "x-token-298"
-    window.point("#x-token-7")
-    assert window.ask("document.querySelector('#x-text .at').id") == "x-token-7"
+    assert window.ask("document.querySelector('#x-list .at').id") == "x-item-298"
+    window.point("#x-item-7")
+    assert window.ask("document.querySelector('#x-list .at').id") == "x-item-7"
     assert "w7" in window.ask(detail)
 
 
@@ -182,7 +147,7 @@ def test_a_screen_reader_is_told(window, report):
     slide(window, "epsilon", 0)
     _, exits = expected(found, found["answers"][0], found["thresholds"][0])
     labels = window.ask(
-        "[...document.querySelectorAll('#x-text [role=option]')].map(s => s.ariaLabel)"
+        "[...document.querySelectorAll('#x-list [role=option]')].map(s => s.ariaLabel)"
     )
     for i, e in enumerate(exits.tolist(), start=1):
         said = [row[i] for row in found["answers"][0]["said"]]
@@ -229,4 +194,4 @@ def test_text_cannot_become_markup(window, write_run):
     window.show(page.write(write_run(change)))
     assert window.ask("document.querySelectorAll('#explorer img').length") == 0
     assert window.ask("document.title") == "Early exits of tiny==1.0"
-    assert window.ask("document.querySelector('#x-token-0').textContent") == attack
+    assert window.ask("document.querySelector('#x-item-0').textContent") == attack

@@ -230,7 +230,7 @@ def test_an_evaluation_without_a_part_names_it_and_leaves_the_old_page(write_run
 @pytest.mark.parametrize("part", ["said", "scores"])
 def test_rows_of_another_length_are_no_answer(write_run, part):
     workdir = write_run(lambda e: e["explorer"]["answers"][0][part][1].pop())
-    with pytest.raises(ValueError, match=f"{part} of an answer are not 3 rows of 5 tokens"):
+    with pytest.raises(ValueError, match=f"{part} of an answer are not 3 rows of 5 pieces"):
         page.write(workdir)
 
 
