@@ -148,9 +148,7 @@ class AsText:
     def _tokenizer(self) -> Any:
         own = copy.deepcopy(self._original)
         own.split_special_tokens = True
-        own.model_max_length = (
-            sys.maxsize
-        )  # whoever asks cuts rows himself
+        own.model_max_length = sys.maxsize  # whoever asks cuts rows himself
         return own
 
     def all(self, texts: Sequence[str]) -> list[list[int]]:

@@ -35,6 +35,7 @@ STUDIES = {
     "papers.valade": "--records={records}",
     "papers.calm": "--records={records} --workdir={run} --plot={out}/calm.svg",
     "papers.eero": "--runs={out}/papers",
+    "papers.calm_t5": "--runs={out}/calm_t5",
     "throughput.run": "--workdir={run}",
     "throughput.soak": "--source={run} --rows=2",
     "decoded_promises.run": "--workdir={run} --records={out}/answers.npz",

@@ -1,12 +1,12 @@
 """CALM's table: what its three confidences give for each mean depth, on a T5 trained here.
 
-    python -m experiments.calm.run --runs=runs/calm --check
-    python -m experiments.calm.run --quick
+    python -m experiments.papers.calm_t5 --runs=runs/calm --check
+    python -m experiments.papers.calm_t5 --quick
 
 CALM (Schuster et al. 2022) puts exits into the decoder of a T5 and compares three confidences: the
 difference of the two largest probabilities (here `margin`), the cosine of the states before and
 after (`similarity`), and a classifier on the state (`gate`). Here a T5 of six blocks learns to copy
-words out of noise (`task`), jointly with exits after each block but the last, weighted as in the
+words out of noise (`copying`), jointly with exits after each block but the last, weighted as in the
 paper by their depth. Policies are fitted to calibration prompts for some ε, and each decodes the
 test prompts, in lossy mode: keys and values of skipped blocks are those of the state that was left
 with, as in CALM.
@@ -36,14 +36,14 @@ from early_exit.settings.overrides import override
 from early_exit.settings.read import changed, read
 from early_exit.settings.sections import Settings
 from experiments import bars, classifiers
-from experiments.calm import task
+from experiments.papers import copying
 
 RUNS = flags.DEFINE_string("runs", None, "Folder of the run, to go on with; temporary if absent.")
 STEPS = flags.DEFINE_integer("steps", 3000, "Of training.", lower_bound=1)
 
 DEPTH = 6
 NETWORK = T5Config(
-    vocab_size=len(task.VOCABULARY),
+    vocab_size=len(copying.VOCABULARY),
     width=64,
     depth=DEPTH,
     encoder_depth=3,
@@ -73,8 +73,8 @@ def settings(model: Path, rows: Path, steps: int) -> Settings:
                 "exits.init": "random",
                 "exits.gate": True,
                 "data.source": str(rows),
-                "data.sequence_length": task.LONGEST_ANSWER,
-                "data.prompt_length": task.LONGEST_PROMPT,
+                "data.sequence_length": copying.LONGEST_ANSWER,
+                "data.prompt_length": copying.LONGEST_PROMPT,
                 "data.batch_size": 64,
                 "tune.train": "all",
                 "tune.loss": "cross_entropy",
@@ -99,7 +99,7 @@ def main(argv):
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(RUNS.value or scratch)
         if not (folder / "pairs.jsonl").exists():
-            task.write(folder, 600 if quick else 40_000, NETWORK)
+            copying.write(folder, 600 if quick else 40_000, NETWORK)
         model, rows = folder / "network", folder / "pairs.jsonl"
         config = settings(model, rows, 8 if quick else STEPS.value)
         figures = _measured(classifiers.trained(config, folder / "run"))
@@ -142,7 +142,7 @@ def _decoded(
         prompts,
         policy=policy,
         mode=LOSSY,
-        max_new_tokens=task.LONGEST_ANSWER,
+        max_new_tokens=copying.LONGEST_ANSWER,
         stop_ids=tuned.stop_ids,
         batch=min(BATCH, len(prompts)),
     )
@@ -183,7 +183,7 @@ def _promised(tuned: Tuned, tests: list[list[int]], full: list, wanted: list) ->
             "calibrate.confidence": "margin",
         },
     ).calibrate
-    how = {"loss": answers.tokens, "new_tokens": task.LONGEST_ANSWER}
+    how = {"loss": answers.tokens, "new_tokens": copying.LONGEST_ANSWER}
     policy = of_answers.calibrate(tuned, prompts, LOSSY, asked, batch=BATCH, **how)
     row = _row("softmax", None, _decoded(tuned, tests, policy), full, wanted)
     return {"alpha": alpha, "changed": row["changed"], "blocks": row["blocks"], "same": row["same"]}
