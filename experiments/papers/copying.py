@@ -1,8 +1,9 @@
 """Copying out of noise: prompts whose answers are the words that are no noise, in their order.
 
-A word after `skip` is left out, one after `twice` comes twice. So most of an answer is copied, and
-some places need what stood in front of the word. No word comes twice in a prompt: what follows it
-is a matter of the prompt, not of counting.
+A word after `skip` is left out, one after `twice` comes twice. Two numbers behind a word, such as
+`w7 = 4 8 + 3 5`, are answered by their sum, digit by digit: `w7 8 3`. So most of an answer is
+copied, and some places have to be worked out. No word comes twice in a prompt: what follows it is a
+matter of the prompt, not of counting.
 """
 
 import json
@@ -21,18 +22,28 @@ from early_exit.pretrained.export import write_backbone
 PAD, END, UNKNOWN, SKIP, TWICE = "<pad>", "</s>", "<unk>", "skip", "twice"
 WORDS = [f"w{i}" for i in range(48)]
 NOISE = [f"n{i}" for i in range(12)]
-VOCABULARY = [PAD, END, UNKNOWN, SKIP, TWICE, *WORDS, *NOISE]
-LONGEST_PROMPT, LONGEST_ANSWER = 32, 20
-_WORDS, _NOISE = (4, 9), (2, 9)  # how many of each a prompt has, from the one to below the other
+VOCABULARY = [PAD, END, UNKNOWN, SKIP, TWICE, "=", "+", *"0123456789", *WORDS, *NOISE]
+LONGEST_PROMPT, LONGEST_ANSWER = 48, 24
+_WORDS, _NOISE = (3, 7), (2, 7)  # how many of each a prompt has, from the one to below the other
+# What becomes of a word, and how often.
+_KINDS = {"copied": 0.5, SKIP: 0.1, TWICE: 0.1, "sum": 0.3}
 
 
 def pair(rng: np.random.Generator) -> dict[str, str]:
     """A prompt and its answer."""
     pieces, answer = [], []
     for word in rng.choice(WORDS, rng.integers(*_WORDS), replace=False):
-        marker = rng.choice([SKIP, TWICE, ""], p=[0.15, 0.15, 0.7])
-        pieces.append(f"{marker} {word}".strip())
-        answer += [word] * {SKIP: 0, TWICE: 2, "": 1}[marker]
+        kind = rng.choice(list(_KINDS), p=list(_KINDS.values()))
+        if kind == "sum":
+            one, other = map(int, rng.integers(10, 100, 2))
+            pieces.append(f"{word} = {' '.join(str(one))} + {' '.join(str(other))}")
+            answer += [word, *str(one + other)]
+        elif kind == "copied":
+            pieces.append(word)
+            answer.append(word)
+        else:
+            pieces.append(f"{kind} {word}")
+            answer += [word] * (2 * (kind == TWICE))
     for noise in rng.choice(NOISE, rng.integers(*_NOISE)):
         pieces.insert(rng.integers(len(pieces) + 1), noise)
     return {"prompt": " ".join(pieces), "answer": " ".join(answer)}

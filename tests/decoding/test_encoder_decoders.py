@@ -2,6 +2,7 @@
 
 import pathlib
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +149,46 @@ def test_given_answers_are_scored_as_they_would_be_decoded(model, said, mode):
     full = generate(static, params, prompts, policy=None, max_new_tokens=NEW)
     for prompt, answer in zip(prompts, full, strict=True):
         assert tradeoff.agreement(static, params, prompt, answer).all()
+
+
+ON_MESH = """
+import json, sys
+import jax, numpy as np
+from early_exit import policy as policies, sharding
+from early_exit.decoding.generate import generate
+from early_exit.decoding.mode import DEFERRED, LOSSY
+from early_exit.exits.heads import ExitConfig
+from early_exit.exits.multi_exit import MultiExit
+from early_exit.pretrained.load import load
+from early_exit.settings.sections import MeshSettings
+
+network = load(sys.argv[1])
+model = MultiExit(network.config, ExitConfig((1, 2), head="mlp", output="own"))
+exits = model.init_exits(jax.random.key(1), network.params, "random", None)
+params = {"backbone": network.params, "exits": exits}
+policy = policies.make([0.021, 0.021], "max_prob")
+prompts = [[7, 3, 52, 11, 29], [5] * 30, [9], [9, 8, 9, 8]]
+found = []
+for axes in (None, {"data": 2, "fsdp": 2, "tensor": 2}):
+    mesh = axes and sharding.make_mesh(MeshSettings(**axes))
+    placed = sharding.place(params, sharding.shardings(params, mesh)) if mesh else params
+    for mode in (LOSSY, DEFERRED):
+        how = {"mode": mode, "max_new_tokens": [9, 7, 12, 8], "policy": policy}
+        answers = generate(model, placed, prompts, **how)
+        found.append([[a.tokens.tolist(), a.exits.tolist(), a.log_probs.tolist()] for a in answers])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.long
+def test_a_mesh_says_what_one_device_says():
+    """Five heads, which no axis divides; prompts of other lengths in each row."""
+    lossy, deferred, *on_mesh = fake_devices.found(ON_MESH, FOLDER)
+    for one, many in zip((lossy, deferred), on_mesh, strict=True):
+        assert len({e for _, exits, _ in one for e in exits}) > 1
+        for (tokens, exits, log_probs), (others, theirs, close) in zip(one, many, strict=True):
+            assert (tokens, exits) == (others, theirs)
+            np.testing.assert_allclose(log_probs, close, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prompt_and_its_answer_have_a_context_each(model):
