@@ -79,7 +79,10 @@ class Estimate:
 
     @property
     def compute_seconds(self) -> float:
-        """XLA's estimate without what goes between chips, loops counted as often as they turn."""
+        """XLA's estimate without what goes between chips, loops counted as often as they turn.
+
+        Kernels written for the chip, such as that of attention, have no cycles in it.
+        """
         return self.program.cycles / self.chip.hertz
 
     @property

@@ -7,8 +7,10 @@
 
 Llama-3 8B on 16 chips of v5e: tuning eight exits, calibration's pass, and decoding. Llama-2 70B on
 128 chips: tuning, also with longer rows, and decoding on 8. All at full depth; `--quick` compiles
-models of 4 blocks.
+some of it, of models of 2 blocks.
 """
+
+from collections.abc import Iterable
 
 import jax
 from absl import flags
@@ -28,7 +30,9 @@ MODELS = flags.DEFINE_multi_enum("model", ["8b", "70b"], ["8b", "70b"], "Which t
 
 MODES = {"lossy": mode.LOSSY, "verified": mode.named("verified", ("exits", "lookup"))}
 POSITIONS = 2048
-QUICK_BLOCKS = 4
+QUICK_BLOCKS = 2
+# Decoded together, on all chips.
+ROWS = (16, 1)
 BATCH_AXES = {"data", "fsdp"}
 
 # Of 8 billion: float32 heads with their moments are most of it, and are split over all chips.
@@ -84,7 +88,7 @@ def _small():
     yield f"8B, calibrate on {SMALL}", estimate, tokens, []
     mesh = sharding.make_mesh(MeshSettings(**SMALL_DECODE), devices)
     for name, how in MODES.items():
-        for count in (1, 16):
+        for count in _some(ROWS):
             estimate = ahead.decoding(config, model, mesh, chip, count, POSITIONS, how)
             yield f"8B, {name}, {_rows(count)} on {SMALL}", estimate, count, []
 
@@ -96,7 +100,7 @@ def _large():
     heads = tree.size_in_bytes(model.abstract_exits(config.model.dtype))
     tokens = config.data.batch_size * config.data.sequence_length
     analytic = _analytic_flops(config, model)
-    for name, axes in LARGE.items():
+    for name, axes in _some(LARGE.items()):
         title, estimate = f"70B, tune on {name}", _tuning(config, model, name, axes)
         # A chip has a part of each matrix, and reduces that with the chips of other rows.
         reduced = _reduced_over_rows(estimate) / (heads / axes["tensor"])
@@ -110,7 +114,7 @@ def _large():
             yield _longer(config, name, axes, estimate.temporaries)
     devices, chip = ahead.topology(LARGE_DECODE)
     mesh = sharding.make_mesh(MeshSettings(**LARGE_DECODE_MESH), devices)
-    for count in (1, 16):
+    for count in _some(ROWS):
         estimate = ahead.decoding(config, model, mesh, chip, count, POSITIONS, mode.LOSSY)
         yield f"70B, lossy, {_rows(count)} on {LARGE_DECODE}", estimate, count, []
 
@@ -138,6 +142,11 @@ def _tuning(config: Settings, model: MultiExit, name: str, axes: dict) -> chips.
 def _products(title: str, estimate: chips.Estimate, analytic: int) -> bars.Bar:
     off = abs(estimate.program.flops * estimate.chips / analytic - 1)
     return bars.Bar(f"{title}: |matrix products compiled ÷ analytic − 1|", off, 0.05)
+
+
+def _some(items: Iterable) -> list:
+    """All; the first with `--quick`."""
+    return list(items)[: 1 if bars.QUICK.value else None]
 
 
 def _rows(count: int) -> str:
