@@ -100,12 +100,13 @@ config = read(override(tiny.get_config(), {
 model = ahead.model_of(config, 4)
 devices, chip = ahead.topology("v5e:2x4")
 mesh = sharding.make_mesh(MeshSettings(data=1, fsdp=4, tensor=2), devices)
-params, batch = ahead._params(config, model, mesh), plan.token_batch(config, mesh)
+params, batch = ahead._params(config, model, mesh), plan.token_batch(config, model, mesh)
+tokens = {"tokens": batch["tokens"]}
 kept = jax.jit(sharding.under(mesh, functools.partial(hidden_states._kept, model=model, top_k=4)))
 programs = {
     "calibrate": ahead.calibrating(config, model, mesh, chip),
     "choices": chips.estimate(
-        tradeoff.full_choices.trace(params, {"tokens": batch["tokens"]}, model=model), params, mesh, chip
+        tradeoff.full_choices.trace(params, tokens, model=model), params, mesh, chip
     ),
     "teacher": chips.estimate(kept.trace(params, batch), params, mesh, chip),
 }
