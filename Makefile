@@ -9,12 +9,14 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 # Tests that have a target of their own.
 ELSEWHERE := processes or slurm or studies or parity or tpu_compile or lm_eval or corpus or storage
-# The same packages, and the large ones that only comparisons need.
+# The same packages, and servers of buckets and the TPU's compiler; or those of all comparisons.
+SERVERS ?= .venv-servers
 EXTRAS ?= .venv-extras
 SITE := 'import site; print(site.getsitepackages()[0])'
 PROMPT ?= Write a Python function that reverses a list.
 
-.PHONY: demo test test-quick test-long fuzz test-studies test-processes test-extras lint site clean
+.PHONY: demo test test-quick test-long fuzz test-studies test-processes test-storage test-tpu \
+    test-extras lint site clean
 
 # A real language model answers as it is, and then with three exits: tuned, calibrated, measured,
 # shown. Runs that were finished or interrupted go on where they were; remove $(RUN) to start afresh.
@@ -56,6 +58,14 @@ test-studies: $(VENV)/.docs
 test-processes: $(VENV)/.test
 	@$(PYTEST) --durations=5 -m "processes or slurm"
 
+# Buckets, of servers that are started for it: on the wire, faults included.
+test-storage: $(SERVERS)/.done
+	@$(SERVERS)/bin/python -m pytest -q --durations=5 -m storage
+
+# What the TPU's own compiler makes of programs; no TPU is needed.
+test-tpu: $(SERVERS)/.done
+	@$(SERVERS)/bin/python -m pytest -q --durations=5 -m tpu_compile
+
 # Beside transformers on torch, with the TPU's compiler, lm-evaluation-harness, datasets, Beam, and buckets.
 test-extras: $(EXTRAS)/.done
 	@$(EXTRAS)/bin/python -m pytest -q --durations=5 -m "parity or tpu_compile or lm_eval or corpus or storage"
@@ -68,7 +78,7 @@ site: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) build
+	rm -rf $(VENV) $(SERVERS) $(EXTRAS) build
 
 $(VENV)/.demo: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one with PYTHON=...")'
@@ -86,10 +96,11 @@ $(VENV)/.docs: $(VENV)/.test
 	@touch $@
 
 # A folder of packages is named in a .pth file: what is there already is not installed again.
-$(EXTRAS)/.done: $(VENV)/.test
-	@$(PYTHON) -m venv $(EXTRAS)
-	@$(BIN)/python -c $(SITE) > "$$($(EXTRAS)/bin/python -c $(SITE))/lean.pth"
-	@echo "Installing into $(EXTRAS) …"
-	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    --editable '.[parity,tpu-compile,lm-eval,corpus,beam,storage]'
+$(SERVERS)/.done: WITH := storage,tpu-compile
+$(EXTRAS)/.done: WITH := parity,tpu-compile,lm-eval,corpus,beam,storage
+$(SERVERS)/.done $(EXTRAS)/.done: $(VENV)/.test
+	@$(PYTHON) -m venv $(@D)
+	@$(BIN)/python -c $(SITE) > "$$($(@D)/bin/python -c $(SITE))/lean.pth"
+	@echo "Installing into $(@D) …"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(WITH)]'
 	@touch $@

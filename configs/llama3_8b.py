@@ -3,8 +3,10 @@
     python -m launch.tune --config=configs/llama3_8b.py:source=meta-llama/Meta-Llama-3-8B,data=… \
         --workdir=…
     python -m launch.compile --config=configs/llama3_8b.py --topology=v5p:2x2x4
+    python -m launch.compile --config=configs/llama3_8b.py --topology=v5e:4x4 \
+        --config.mesh.data=1 --config.mesh.fsdp=4
 
-The second needs neither weights nor chips. Settings: `configs/ee_tuning.py`.
+The others need neither weights nor chips. Settings: `configs/ee_tuning.py`.
 """
 
 from configs import ee_tuning

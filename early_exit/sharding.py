@@ -171,17 +171,29 @@ def everywhere(arrays: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), arrays)
 
 
-def map_rows(function: Callable, arrays: Any, chunk: int) -> Any:
-    """`jax.lax.map` over the first axis, so many at a time, of which each device has its own.
+def map_rows(function: Callable, arrays: Any, table: jax.Array, chunk: int) -> Any:
+    """`function(row, table)` of every row, so many of each device's at a time (`jax.lax.map`).
 
     Taken as they come, a chunk would be of one device's rows, and all others would wait, or do the
-    same.
+    same. And each turn of the loop would bring together what of the table lies along `fsdp`: that
+    is done once, before it.
+
+    Args:
+      arrays: a tree of arrays, their first axis that of the rows.
+      table: an output matrix [C, D], which all rows meet.
     """
     mesh = jax.sharding.get_abstract_mesh()
     count = len(jax.tree.leaves(arrays)[0])
+    if not mesh.empty:
+        split = "tensor" if len(table) % mesh.shape["tensor"] == 0 else None
+        table = jax.lax.with_sharding_constraint(table, P(split))
     rows = P(None) if mesh.empty else row_spec(mesh, count)
+
+    def meet(row):
+        return function(row, table)
+
     if rows == P(None):
-        return jax.lax.map(function, arrays, batch_size=chunk)
+        return jax.lax.map(meet, arrays, batch_size=chunk)
     parts = math.prod(mesh.shape[axis] for axis in rows[0])
 
     def cut(x):
@@ -192,7 +204,7 @@ def map_rows(function: Callable, arrays: Any, chunk: int) -> Any:
         return by_row(x.swapaxes(0, 1).reshape(count, *x.shape[2:]))
 
     cuts = jax.tree.map(cut, arrays)
-    found = jax.lax.map(jax.vmap(function), cuts, batch_size=max(chunk // parts, 1))
+    found = jax.lax.map(jax.vmap(meet), cuts, batch_size=chunk)
     return jax.tree.map(joined, found)
 
 
@@ -314,6 +326,18 @@ def cache_spec(mesh: Any, rows: int, heads: int) -> P:
     """
     split = "tensor" if heads % mesh.shape["tensor"] == 0 else None
     return P(*row_spec(mesh, rows), split)
+
+
+def as_cached(x_BKTd: jax.Array) -> jax.Array:
+    """Keeps new keys or values [B, K, T, d] where the cache that they go to has its own.
+
+    Left free, the compiler splits what `tensor` does not divide by another axis, the cache with it,
+    and brings all of that together again in every step. Outside `under`, nothing is done.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x_BKTd
+    return jax.lax.with_sharding_constraint(x_BKTd, cache_spec(mesh, *x_BKTd.shape[:2]))
 
 
 def place(params: Any, placed: Any, donate: bool = False) -> Any:

@@ -96,16 +96,10 @@ def memory_rows(estimate: chips.Estimate) -> list[tuple[str, float]]:
 
 def work_rows(estimate: chips.Estimate, what: str) -> list[tuple[str, float | None]]:
     compiled = estimate.program
-    traced = ("TFLOP in matrix products, traced, a chip", estimate.traced_flops / estimate.chips)
-    once = [
-        ("XLA's own count, each loop's body once", estimate.xla_flops),
-        ("read from its program, likewise", compiled.flops_once),
-    ]
-    if what == "decode":  # one row times a matrix is no matrix product to the compiler
-        rows = [traced, once[0]]
-    else:
-        rows = [traced, ("the same, compiled", compiled.flops), *once]
-    rows = [(name, _or_none(flops / 1e12)) for name, flops in rows]
+    traced = estimate.traced_flops / estimate.chips
+    rows = [("TFLOP in matrix products, traced, a chip", traced / 1e12)]
+    if what != "decode":  # one row times a matrix is no matrix product to the compiler
+        rows.append(("the same, compiled", compiled.flops / 1e12))
     if what == "tune":
         rows.append(("compiled ÷ traced", estimate.flops_ratio))
     return [*rows, ("loops of unknown length, counted once", compiled.open_loops)]
@@ -113,30 +107,23 @@ def work_rows(estimate: chips.Estimate, what: str) -> list[tuple[str, float | No
 
 def time_rows(estimate: chips.Estimate, tokens: int, steps: int | None) -> list[tuple]:
     """What a call takes; `tokens` are those of one, `steps` how many calls a run is."""
-    seconds, chip = estimate.seconds, estimate.chip
+    seconds, chip, parts = estimate.seconds, estimate.chip, estimate.parts
+    at_peak = estimate.traced_flops / estimate.chips / chip.flops
     rows = [
-        ("ms, XLA's estimate for one chip", 1e3 * estimate.compute_seconds),
-        (
-            "XLA's `optimal_seconds`, each loop's body once, ms",
-            _or_none(1e3 * estimate.xla_seconds),
-        ),
-        ("ms between chips, none of it hidden", 1e3 * estimate.exchange_seconds),
+        ("ms in matrix products, XLA's estimate", 1e3 * parts["products"]),
+        ("the same at the chip's peak", 1e3 * at_peak),
+        ("ms in all else on a chip (memory), XLA's", 1e3 * parts["memory"]),
+        ("ms between chips (network), none of it hidden", 1e3 * parts["network"]),
         ("ms in all", 1e3 * seconds),
         ("ms to read what it is given, once", 1e3 * estimate.arguments / chip.bandwidth),
-        (
-            "of the chips' peak, %",
-            100 * estimate.traced_flops / estimate.chips / chip.flops / seconds,
-        ),
+        ("bounded by", estimate.bound),
+        ("of the chips' peak, %", 100 * at_peak / seconds),
+        ("tokens a second", tokens / seconds),
         ("million tokens a day", tokens * SECONDS_PER_DAY / seconds / 1e6),
     ]
     if steps is not None:
         rows.append((f"days for {steps:,} steps", steps * seconds / SECONDS_PER_DAY))
     return rows
-
-
-def _or_none(figure: float) -> float | None:
-    """XLA has no figure for some kinds of devices, and a negative one for others."""
-    return figure if figure > 0 else None
 
 
 if __name__ == "__main__":

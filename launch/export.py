@@ -4,12 +4,14 @@
     python -m launch.export --workdir=runs/smollm2 --to=heads --exits_only
 
 Every command takes the new folder for --workdir. The first loads with transformers, too; the
-second needs the backbone that the run's config names.
+second needs the backbone that the run's config names. Of several processes each brings its parts of
+the weights, one matrix after the other, and the first one writes.
 """
 
 import jax
 from absl import flags
 
+from early_exit import sharding
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from early_exit.storage import buckets, files
@@ -23,13 +25,13 @@ flags.adopt_module_key_flags(on_mesh)  # what --help lists
 
 def main(argv):
     on_mesh.begin(argv)
-    if jax.process_count() > 1:
-        raise ValueError("launch.export writes from one process; start it on one host alone")
     folder = buckets.place(TO.value)
-    if folder.exists():  # before a model is loaded for nothing
+    if sharding.agreed(folder.exists()):  # before a model is loaded for nothing
         raise FileExistsError(f"{folder} exists already; name a new folder")
     tuned = on_mesh.load_tuned()
     assemble.export(tuned, folder, exits_only=EXITS_ONLY.value)
+    if jax.process_index():
+        return
     sizes = [(path.name, f"{files.size(path) / 1e6:.3f}") for path in sorted(folder.iterdir())]
     print(table(sizes, header=("file", "MB")))
     print(f"exported to {folder}")

@@ -57,8 +57,6 @@ class Estimate:
       temporaries: bytes for what is made and dropped on the way; None where it does not fit.
       traced_flops: of the matrix products in the program as it was traced, on all chips together.
       program: what the compiled program does; None where it does not fit.
-      xla_flops, xla_seconds: XLA's own analysis (`flops`, `optimal_seconds`), which counts the body
-        of a loop once.
     """
 
     chips: int
@@ -68,8 +66,6 @@ class Estimate:
     temporaries: int | None
     traced_flops: int
     program: programs.Program | None
-    xla_flops: float = math.nan
-    xla_seconds: float = math.nan
 
     @property
     def spare(self) -> float:
@@ -83,7 +79,10 @@ class Estimate:
 
     @property
     def compute_seconds(self) -> float:
-        """XLA's estimate without what goes between chips, loops counted as often as they turn."""
+        """XLA's estimate without what goes between chips, loops counted as often as they turn.
+
+        Kernels written for the chip, such as that of attention, have no cycles in it.
+        """
         return self.program.cycles / self.chip.hertz
 
     @property
@@ -94,7 +93,27 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Of one call, if nothing is sent while something is computed."""
-        return self.compute_seconds + self.exchange_seconds
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """These seconds by what they hang on.
+
+        `products` are XLA's for instructions with matrix products, at whatever part of the peak;
+        `memory` all else that a chip does, which is reading, writing and its vector unit; `network`
+        what goes between chips. The largest bounds the program.
+        """
+        products = self.program.product_cycles / self.chip.hertz
+        return {
+            "products": products,
+            "memory": self.compute_seconds - products,
+            "network": self.exchange_seconds,
+        }
+
+    @property
+    def bound(self) -> str:
+        """Which of the `parts` is the largest."""
+        return max(self.parts, key=self.parts.get)
 
     def exchanged(self) -> list[tuple[str, str, int, float, float]]:
         """(kind, axes, runs, bytes of the results on a chip, bytes it sends), most bytes first."""
@@ -138,7 +157,7 @@ def estimate(traced: Any, args: Any, mesh: Mesh, chip: Chip | None) -> Estimate:
         if needed is None:
             raise
         return Estimate(**known, needed=needed, temporaries=None, program=None)
-    memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     # All arguments, also those that the program does not look at: they are there.
     fixed = arguments + memory.generated_code_size_in_bytes
@@ -147,8 +166,6 @@ def estimate(traced: Any, args: Any, mesh: Mesh, chip: Chip | None) -> Estimate:
         needed=fixed + new + memory.temp_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         program=programs.read(compiled.as_text(), dict(mesh.shape)),
-        xla_flops=analysis.get("flops", math.nan),
-        xla_seconds=analysis.get("optimal_seconds", math.nan),
     )
 
 

@@ -111,15 +111,15 @@ class Program:
 
     Attributes:
       flops: of matrix products and convolutions, two for a multiply-add.
-      flops_once: the same with the body of every loop counted once, as XLA's analysis does.
       cycles: XLA's estimate for everything but collectives; 0 where the compiler gives none.
+      product_cycles: of these, the ones of instructions with a matrix product in them.
       collectives: what goes between chips.
       open_loops: loops that turn until some condition holds; what is in them is counted once.
     """
 
     flops: int
-    flops_once: int
     cycles: int
+    product_cycles: int
     collectives: tuple[Collective, ...]
     open_loops: int
 
@@ -186,20 +186,21 @@ class _Reader:
     mesh: Mapping[str, int]
 
     def program(self) -> Program:
-        flops = once = cycles = open_loops = 0
+        flops = cycles = product_cycles = open_loops = 0
         collectives = []
         for computation, instruction, times, fused in self._walk(self.entry):
-            multiply_adds = self._multiply_adds(computation, instruction)
-            flops += 2 * multiply_adds * times
-            once += 2 * multiply_adds
+            flops += 2 * self._multiply_adds(computation, instruction) * times
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                collectives.append(self._collective(kind, instruction, times))
+                if _begins(instruction, computation):
+                    collectives.append(self._collective(kind, instruction, times))
             elif not fused:
                 cycles += _cycles(instruction) * times
+                if self._has_product(computation, instruction):
+                    product_cycles += _cycles(instruction) * times
             if instruction.opcode == "while" and self._turns(instruction) is None:
                 open_loops += 1
-        return Program(flops, once, cycles, tuple(collectives), open_loops)
+        return Program(flops, cycles, product_cycles, tuple(collectives), open_loops)
 
     def _walk(self, name: str, times: int = 1, fused: bool = False) -> Iterator:
         """(computation, instruction, how often it runs, whether it is part of a fused one)."""
@@ -232,6 +233,12 @@ class _Reader:
             cycles += 0 if fused else times * _cycles(instruction)
             multiply_adds += times * self._multiply_adds(computation, instruction)
         return cycles, multiply_adds
+
+    def _has_product(self, computation: Computation, instruction: Instruction) -> bool:
+        """Whether it, or what is fused into it, multiplies matrices."""
+        if instruction.opcode == "fusion":
+            return self._weight(_name(instruction.attribute("calls")))[1] > 0
+        return self._multiply_adds(computation, instruction) > 0
 
     def _multiply_adds(self, computation: Computation, instruction: Instruction) -> int:
         if instruction.opcode not in ("dot", "convolution"):
@@ -293,6 +300,20 @@ class _Reader:
             if instruction.opcode == "fusion"
         ]
         return [name, *fused]
+
+
+def _begins(collective: Instruction, computation: Computation) -> bool:
+    """Whether data is sent because of it, and not under way already.
+
+    A TPU's compiler fuses parts of what it computes meanwhile with a collective: this then stands
+    where it is started, in each of those, and where it is done, as links of a chain.
+    """
+    if "chain_id" not in collective.attribute("frontend_attributes"):
+        return True
+    return any(
+        collective.name in other.operands and "AsyncCollectiveStart" in other.rest
+        for other in computation.instructions.values()
+    )
 
 
 def _cycles(instruction: Instruction) -> int:

@@ -10,6 +10,7 @@ in which attention reads, so that few programs are compiled.
 import jax
 import jax.numpy as jnp
 
+from early_exit import sharding
 from early_exit.backbones import base
 from early_exit.backbones.cached_attention import CACHE_CHUNK
 
@@ -36,7 +37,7 @@ def write(cache: Cache, rows: Cache, start_B: jax.Array) -> Cache:
     """
 
     def store(slots_BKSd, rows_BTKd):
-        rows_BKTd = rows_BTKd.swapaxes(1, 2).astype(slots_BKSd.dtype)
+        rows_BKTd = sharding.as_cached(rows_BTKd.swapaxes(1, 2).astype(slots_BKSd.dtype))
         if slots_BKSd.shape[0] == 1:  # one slice update in place instead of a scatter
             return jax.lax.dynamic_update_slice(slots_BKSd, rows_BKTd, (0, 0, start_B[0], 0))
         return jax.vmap(

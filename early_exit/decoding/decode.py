@@ -70,7 +70,7 @@ def prefill(
     rows, state = jnp.arange(batch), engine.encode_prompts(state)
 
     def chunk(index, state: DecodeState) -> DecodeState:
-        start = index * size
+        state, start = in_place(state), index * size
         tokens = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, size, axis=1)
         positions = jnp.broadcast_to((start + jnp.arange(size))[None], tokens.shape)
         hidden, context = engine.embed(state, tokens, positions)
@@ -108,13 +108,14 @@ def prefill(
             return kept_BWD.at[rows, slots].set(x[rows, last], mode="drop")
 
         read_B = jnp.minimum(start + size, state.prompt_B)[:, None]
-        return state.change(
+        read = state.change(
             cache=cache,
             kept=kept,
             filled_BE=jnp.broadcast_to(read_B, state.filled_BE.shape),
             hidden_BWD=stored(state.hidden_BWD, hidden),
             taps={name: stored(state.taps[name], x) for name, x in reached.items()},
         )
+        return in_place(read)
 
     first = (state.filled_BE.max() + size - 1) // size
     longest = (state.prompt_B.max() + size - 1) // size
@@ -152,7 +153,7 @@ def decode(
 
     def step(carry):
         state, step = carry
-        return in_place(engine.step(state)), step + 1
+        return in_place(engine.step(in_place(state))), step + 1
 
     state, _ = jax.lax.while_loop(going_on, step, (state, jnp.int32(0)))
     return in_place(state)  # or the next call may find it elsewhere, and compile anew

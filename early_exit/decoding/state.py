@@ -339,6 +339,10 @@ def placed(state: DecodeState, mesh: Any) -> DecodeState:
 
 
 def in_place(state: DecodeState) -> DecodeState:
-    """Keeps a state where it lies (`placed`), inside a program; on one device nothing is done."""
+    """Keeps a state where it lies (`placed`), inside a program; on one device nothing is done.
+
+    In a loop, at both ends of a turn: left free in between, the compiler carries heads that
+    `tensor` does not divide in another split, and brings whole caches together afterwards.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return state if mesh.empty else jax.lax.with_sharding_constraint(state, placed(state, mesh))

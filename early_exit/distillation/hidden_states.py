@@ -186,13 +186,13 @@ def _kept(params: base.Params, batch: dict, *, model: MultiExit, top_k: int) -> 
     final = backbone.features(states[model.config.depth], context)
     table = backbone.output_table()
 
-    def teacher(feature):
+    def teacher(feature, table):
         values = base.logits(feature, table, rule=model.config.logit_rule)
         best, ids = jax.lax.top_k(values, top_k)
         return ids, best - jax.nn.logsumexp(values)
 
     flat = sharding.by_row(final.reshape(-1, final.shape[-1]))
-    found = sharding.map_rows(teacher, flat, _ROWS)
+    found = sharding.map_rows(teacher, flat, table, _ROWS)
     ids, log_probs = (x.reshape(*final.shape[:2], top_k) for x in found)
     narrow = jnp.uint16 if model.config.vocab_size <= 2**16 else jnp.int32
     kept = {"teacher_ids": ids.astype(narrow), "teacher_log_probs": log_probs.astype(jnp.float16)}

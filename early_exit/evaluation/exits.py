@@ -18,7 +18,7 @@ from early_exit.data.transforms import next_token_targets
 from early_exit.evaluation import classes
 from early_exit.exits.multi_exit import MultiExit
 
-# Positions whose full-vocabulary logits exist at a time.
+# Positions whose full-vocabulary logits a device holds at a time.
 ROWS = 128
 
 
@@ -68,7 +68,7 @@ def said_of(
         at = order[jnp.searchsorted(token_ids[order], labels_N).clip(max=len(token_ids) - 1)]
         classes = jnp.where(token_ids[at] == labels_N, at, len(token_ids))
 
-    def one(position):
+    def one(position, table):
         feature, label_class = position
         values = base.logits(feature, table, rule=rule)
         tempered = values if temperature is None else values / temperature
@@ -77,7 +77,7 @@ def said_of(
         return summary, jax.nn.logsumexp(values) - values[label_class], softer
 
     flat = features.reshape(-1, features.shape[-1])
-    summary, loss, softer = sharding.map_rows(one, (flat, classes), ROWS)
+    summary, loss, softer = sharding.map_rows(one, (flat, classes), table, ROWS)
     if reduced:
         summary = dataclasses.replace(summary, prediction=token_ids[summary.prediction])
     return summary, loss, jax.tree.map(jnp.transpose, softer)

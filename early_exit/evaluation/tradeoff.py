@@ -54,11 +54,11 @@ def full_choices(params: base.Params, batch: Batch, *, model: MultiExit) -> jax.
     table = bound.backbone.output_table()
     features = bound.backbone.features(hidden).reshape(-1, table.shape[1])
 
-    def choose(feature):
+    def choose(feature, table):
         return jnp.argmax(base.logits(feature, table, rule=model.config.logit_rule))
 
     # Few positions at a time: full-vocabulary logits of a whole text are gigabytes.
-    found = sharding.map_rows(choose, features, 64)
+    found = sharding.map_rows(choose, features, table, 64)
     return found.reshape(batch["tokens"].shape).astype(jnp.int32)
 
 

@@ -59,7 +59,7 @@ def is_in(folder: Path) -> bool:
 
 
 def write(
-    folder: Path,
+    folder: Path | None,
     model: MultiExit,
     params: base.Params,
     backbone: Identity,
@@ -70,6 +70,7 @@ def write(
     """Writes both files into a folder that is there.
 
     Args:
+      folder: None where another process writes.
       params: `backbone`, `exits` and, for reduced heads, `token_ids`.
       backbone: the network that `params` has.
       config, step, data: see `Artefact`; only kept.
@@ -89,11 +90,12 @@ def write(
     if _TOKEN_IDS in params:
         flat = flat | {_TOKEN_IDS: params[_TOKEN_IDS]}
     files.write_tensors(
-        folder / WEIGHTS,
+        None if folder is None else folder / WEIGHTS,
         [(name, leaf.shape, leaf.dtype) for name, leaf in flat.items()],
         lambda name: sharding.whole(flat[name]),
     )
-    files.write_json(folder / DESCRIPTION, described)
+    if folder is not None:
+        files.write_json(folder / DESCRIPTION, described)
 
 
 def describe(folder: Path) -> Artefact:

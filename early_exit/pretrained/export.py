@@ -46,14 +46,14 @@ def export_backbone(
 
 
 def write_backbone(
-    folder: Path,
+    folder: Path | None,
     config: base.BackboneConfig,
     params: base.Params,
     tokenizer=None,
     writes: Generation = generation.SILENT,
     images: Mapping[str, Any] | None = None,
 ) -> None:
-    """Like `export_backbone`, into a folder that is there."""
+    """Like `export_backbone`, into a folder that is there; None where another process writes."""
     family, hf = families.writing(config)
     flat = tree.flatten(params)
     dtype = str(next(iter(flat.values())).dtype)
@@ -67,7 +67,10 @@ def write_backbone(
         entry = entries[name]
         return entry.layout.join([sharding.whole(entry.of(flat[path])) for path in entry.paths])
 
-    files.write_tensors(folder / "model.safetensors", described, tensor, {"format": "pt"})
+    weights = None if folder is None else folder / "model.safetensors"
+    files.write_tensors(weights, described, tensor, {"format": "pt"})
+    if folder is None:
+        return
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if config.reads == "tokens":

@@ -9,6 +9,7 @@ backbone beside them as `transformers` has it, or without.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +394,8 @@ def export(tuned: Tuned, folder: Path, *, exits_only: bool = False) -> None:
     """Writes a new folder with the backbone, as `transformers` has it, the heads and the policy.
 
     It loads with `load_tuned`, and its backbone with `transformers`. It appears whole or not at
-    all; with `exits_only`, it has no backbone, and goes with the one that the config names.
+    all; with `exits_only`, it has no backbone, and goes with the one that the config names. Of
+    several processes, all take part, and the first one writes.
 
     Raises:
       FileExistsError: there is something under that name.
@@ -437,8 +439,10 @@ def write_model(
     Raises:
       as `export`.
     """
-    with files.new_folder(folder, last=artefact.DESCRIPTION) as inside:
-        if save_policy is not None:
+    first = jax.process_index() == 0
+    new = files.new_folder(folder, last=artefact.DESCRIPTION) if first else nullcontext()
+    with new as inside:
+        if save_policy is not None and first:
             save_policy(inside / layout.POLICY)
         if not exits_only:
             parts = model.config, params["backbone"], backbone.tokenizer, backbone.generation

@@ -4,13 +4,12 @@ The one idea: it is settled once, before anything is kept, so that a run's folde
 no later command asks the weights again.
 """
 
-from pathlib import Path
-
 from early_exit.data.parts import GIVEN
 from early_exit.pretrained import preprocessor, sources
 from early_exit.runs import checkpoint, layout
 from early_exit.settings.read import changed
 from early_exit.settings.sections import Settings
+from early_exit.storage import buckets
 
 _AS_THEY_ARE = {"mean": (0.0,), "std": (1.0,)}
 _LINE, _SIZES = tuple(_AS_THEY_ARE), ("image_size", "resize", "resample")
@@ -31,8 +30,8 @@ def settled(config: Settings) -> Settings:
     wanted += () if data.image_size or data.resize else _SIZES
     if config.model.new or source.startswith(GIVEN):
         said = _AS_THEY_ARE
-    elif checkpoint.latest_step(Path(source) / layout.CHECKPOINTS) is not None:
-        said = vars(layout.load_config(Path(source)).data)
+    elif checkpoint.latest_step(buckets.place(source) / layout.CHECKPOINTS) is not None:
+        said = vars(layout.load_config(buckets.place(source)).data)
     else:
         found = preprocessor.read(sources.fetch(source)) if wanted else None
         said = {} if found is None else preprocessor.settings(found)

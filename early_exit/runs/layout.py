@@ -38,10 +38,8 @@ def save_config(config: Settings, workdir: Path) -> None:
     """Writes the run's config; a folder that holds a run must hold one with the same heads.
 
     Raises:
-      ValueError: the folder belongs to a run with other settings; names those that differ. Or it
-        can hold no checkpoints.
+      ValueError: the folder belongs to a run with other settings; names those that differ.
     """
-    checkpoint.check_place(workdir)
     if artefact.is_in(workdir):
         raise ValueError(f"{workdir} holds an exported model; use another --workdir")
     path = workdir / "config.json"

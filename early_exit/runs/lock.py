@@ -201,7 +201,7 @@ def _remove(path: Path, dead: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     """What a file says; None without one, or while it is being written."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(buckets.content(path) if buckets.is_remote(path) else path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     return said if isinstance(said, dict) else None

@@ -130,6 +130,16 @@ def put(local: pathlib.Path, path: str | os.PathLike) -> None:
     )
 
 
+def content(path: str | os.PathLike) -> bytes:
+    """An object whole, in one request, so that whoever replaces it meanwhile disturbs nothing.
+
+    Raises:
+      FileNotFoundError, OSError: as `reached`.
+    """
+    with reached(path) as store:
+        return store.cat_file(os.fspath(path))
+
+
 def create(path: str | os.PathLike, content: bytes) -> bool:
     """Makes an object if there is none of that name, which the store decides; whether it did.
 

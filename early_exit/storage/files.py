@@ -84,7 +84,7 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def write_tensors(
-    path: Path,
+    path: Path | None,
     arrays: Iterable[tuple[str, tuple[int, ...], np.dtype]],
     get: Callable[[str], np.ndarray],
     metadata: dict[str, str] | None = None,
@@ -92,6 +92,8 @@ def write_tensors(
     """Writes a file, asking for one array at a time; it is whole for who meets it in `new_folder`.
 
     Args:
+      path: None where another process writes: every array is asked for all the same, in the same
+        order, for to bring one together may take all processes.
       arrays: name, shape and dtype of each.
       get: name → the array.
 
@@ -116,7 +118,7 @@ def write_tensors(
         offset = end
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with open(path or os.devnull, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape, dtype in arrays:
             array = np.asarray(get(name), order="C")

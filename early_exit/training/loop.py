@@ -77,7 +77,8 @@ def tune(
 
     Raises:
       ValueError: settings that do not fit the model, the text, the mesh or the run in `workdir`,
-        data without a split that is needed later, or steps to trace that are not run.
+        data without a split that is needed later, steps to trace that are not run, or a place that
+        keeps no checkpoints.
       RuntimeError: another command is at work in `workdir`; or the step was compiled more than
         once, which on a pod costs more than it trains.
       FloatingPointError: the loss or a gradient is not finite; the last good checkpoint is kept,
@@ -86,6 +87,7 @@ def tune(
       preemption.Preempted: asked to leave by SIGTERM; saved after the step that was running, or
         nothing to save yet.
     """
+    checkpoint.check_place(workdir)
     with preemption.watch() as leaving:
         config = images.settled(config)  # which reads files, before there is a folder
         with lock.held(workdir) as own:
@@ -112,6 +114,7 @@ def tune_given(
         leaving = preemption.Watch(distributed=False)  # signals are the caller's
         params, config, _ = _tune(config, None, keeping.Nothing(), leaving, None, given)
     else:
+        checkpoint.check_place(workdir)
         with preemption.watch() as leaving, lock.held(workdir) as own:
             kept = keeping.InFolder(workdir, own)
             params, config, _ = _tune(config, workdir, kept, leaving, None, given)

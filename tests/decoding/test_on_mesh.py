@@ -32,7 +32,7 @@ from decoder_kinds import CONFIGS
 from early_exit import policy as policies
 from early_exit import sharding
 from early_exit.decoding import decode, decoder, generate, mode as modes, state as states
-from early_exit.cost import chips
+from early_exit.cost import chips, programs
 from early_exit.evaluation import exits
 from early_exit.settings.sections import MeshSettings
 from early_exit.training import ahead
@@ -64,6 +64,13 @@ planned, run_program = [], decode.decode
 def told(*args, **static):
     planned.append(run_program.lower(*args, **static).as_text())
     return run_program(*args, **static)
+exchanged, run_prompt = [], decode.prefill
+def looked_at(*args, **static):
+    if soon and name == "1x1x8" and not exchanged:
+        text = run_prompt.lower(*args, **static).compile().as_text()
+        exchanged.extend(each.shape.dims for each in programs.read(text, mesh.shape).collectives)
+    return run_prompt(*args, **static)
+decoder.prefill = looked_at
 chips.estimate = lambda traced, *rest: traced.lower().as_text()
 settings = types.SimpleNamespace(
     model=types.SimpleNamespace(dtype="float32"),
@@ -99,6 +106,8 @@ for name, axes in {"one": None, **meshes}.items():
             found[f"{name}/{mode}"]["planned"] = planned[0] == ahead.decoding(
                 settings, model, mesh, None, batch or rows, 60, how
             )
+        if name == "1x1x8":
+            found[f"{name}/{mode}"]["exchanged"] = exchanged
 print(json.dumps(found))
 """
 
@@ -147,6 +156,13 @@ def test_the_state_lies_where_it_is_planned_and_nothing_compiles_twice(found, me
     # Four rows over four devices and two heads over two; or two heads over eight: whole.
     assert caches == ({8} if mesh == "2x2x2" else {1})
     assert shards[".tokens_BS"] == (4 if mesh == "2x2x2" else 1)
+
+
+@pytest.mark.long
+def test_no_cache_is_exchanged_while_a_prompt_is_read(found):
+    """Of two heads, each of eight devices has both (decoding: `launch/test_compile.py`)."""
+    exchanged = found["1x1x8/lossy"]["exchanged"]
+    assert exchanged and not any(256 in dims for dims in exchanged)
 
 
 @pytest.mark.long

@@ -22,13 +22,14 @@ from early_exit.training import ahead, plan
 
 ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-# The tuning step of a small model on eight devices, exits alone and jointly.
+# Programs of a small model on eight devices; its tuning step with exits alone and jointly.
 SCRIPT = """
 import json
 from configs import tiny
 from early_exit.runs import assemble
 from early_exit import sharding, tree
 from early_exit.backbones import base
+from early_exit.decoding import mode
 from early_exit.settings.overrides import override
 from early_exit.settings.read import read
 from early_exit.settings.sections import MeshSettings
@@ -54,6 +55,16 @@ for train in ("exits", "all"):
         "arguments": estimate.arguments,
         "trained": tree.size_in_bytes(assemble.abstract_trained(config, model)),
     }
+
+# More devices than there are key/value heads.
+config = read(override(tiny.get_config(), {"exits.points": (3,), "exits.head": "norm"}))
+model = ahead.model_of(config, 4)
+mesh = sharding.make_mesh(MeshSettings(data=1, tensor=8))
+assert model.config.kv_heads % 8
+found["cache"] = 4 * 4 * model.config.kv_heads * 256 * model.config.head_dim
+for how in (mode.LOSSY, mode.named("verified", ("exits", "lookup"))):
+    program = ahead.decoding(config, model, mesh, None, 4, 100, how).program
+    found[how.name] = max(each.shape.bytes for each in program.collectives)
 print(json.dumps(found))
 """
 
@@ -68,8 +79,60 @@ def command(*arguments, **variables):
     )
 
 
-def test_a_frozen_backbone_has_no_gradient_to_exchange():
-    found = fake_devices.found(SCRIPT)
+# Passes over text on eight chips, the positions of each in two chunks: how often they bring an
+# output matrix together of its parts along `fsdp`.
+GATHERED = """
+import functools, json
+import jax, jax.numpy as jnp
+from configs import tiny
+from early_exit import sharding
+from early_exit.cost import chips
+from early_exit.distillation import hidden_states
+from early_exit.evaluation import tradeoff
+from early_exit.settings.overrides import override
+from early_exit.settings.read import read
+from early_exit.settings.sections import MeshSettings
+from early_exit.training import ahead, plan
+
+config = read(override(tiny.get_config(), {
+    "exits.points": (3,), "exits.classes": 0, "exits.head": "norm", "data.batch_size": 16,
+}))
+model = ahead.model_of(config, 4)
+devices, chip = ahead.topology("v5e:2x4")
+mesh = sharding.make_mesh(MeshSettings(data=1, fsdp=4, tensor=2), devices)
+params, batch = ahead._params(config, model, mesh), plan.token_batch(config, model, mesh)
+tokens = {"tokens": batch["tokens"]}
+kept = jax.jit(sharding.under(mesh, functools.partial(hidden_states._kept, model=model, top_k=4)))
+programs = {
+    "calibrate": ahead.calibrating(config, model, mesh, chip),
+    "choices": chips.estimate(
+        tradeoff.full_choices.trace(params, tokens, model=model), params, mesh, chip
+    ),
+    "teacher": chips.estimate(kept.trace(params, batch), params, mesh, chip),
+}
+table = model.config.vocab_size // 2, model.config.width
+print(json.dumps({
+    name: sum(
+        each.times for each in estimate.program.collectives
+        if each.kind == "all-gather" and each.shape.dims == table
+    )
+    for name, estimate in programs.items()
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    return fake_devices.found(SCRIPT)
+
+
+@pytest.mark.parametrize("mode", ["lossy", "verified: exits + lookup"])
+def test_heads_that_are_not_split_leave_caches_where_they_are(found, mode):
+    """Of eight devices and two key/value heads, each has both; nothing as large is exchanged."""
+    assert found[mode] < found["cache"] / 4
+
+
+def test_a_frozen_backbone_has_no_gradient_to_exchange(found):
     frozen, joint = found["exits"], found["all"]
     for each in (frozen, joint):
         # A vocabulary of one chunk: its logits are not computed again for the backward pass.
@@ -159,8 +222,19 @@ def test_traced_work_of_a_step_is_what_its_parts_need():
     assert multiply_adds.traced_multiply_adds(step.jaxpr) == pytest.approx(rows * total, rel=1e-6)
 
 
+for_tpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed (extra `tpu-compile`)")
+
+
 @pytest.mark.tpu_compile
-@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed (extra `tpu-compile`)")
+@for_tpu
+def test_an_output_matrix_is_brought_together_once_and_not_in_each_turn():
+    """That of the exit, and the final one."""
+    found = fake_devices.found(GATHERED, devices=1)
+    assert found == {"calibrate": 2, "choices": 1, "teacher": 1}
+
+
+@pytest.mark.tpu_compile
+@for_tpu
 @pytest.mark.parametrize("what", ["tune", "calibrate", "decode"])
 def test_programs_for_a_tpu(what):
     settings = ["--config.model.scan", "--config.mesh.tensor=2", "--config.exits.points=(3,)"]
@@ -170,7 +244,7 @@ def test_programs_for_a_tpu(what):
         JAX_PLATFORMS="cpu",
     )
     assert done.returncode == 0, done.stderr
-    for part in ("15.750", "XLA's estimate for one chip", "million tokens a day"):
+    for part in ("15.750", "bounded by", "tokens a second", "million tokens a day"):
         assert part in done.stdout
     gone = command("-m", "launch.compile", "--config=configs/tiny.py", "--topology=v5e:3x5")
     assert gone.returncode == 1 and "topology 'v5e:3x5' is no slice of chips" in gone.stderr

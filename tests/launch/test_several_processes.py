@@ -154,3 +154,24 @@ def test_states_and_conversations_are_made_together_where_a_process_has_too_few_
         assert len(ours) == len(theirs) > 0 and ours.about == theirs.about
     conversations = [[store[i] for i in range(len(store))] for _, store in made.values()]
     assert conversations[0] == conversations[1]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_two_processes_export_as_one(one, mesh):
+    """Rows split: each process has all of every matrix. Matrices split: each has half of them."""
+    alone("export", f"--workdir={one}", f"--to={one.parent / mesh}_by_one")
+    folder, new = beside(one, f"{mesh}_export"), one.parent / f"{mesh}_new"
+    os.symlink(one / "policy.json", folder / "policy.json")
+    flags = [f"--workdir={folder}", f"--to={new}", *MESHES[mesh]]
+    first, second = together(folder, "export", *flags)
+    assert f"exported to {new}" in first and not second
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (new, one.parent / f"{mesh}_by_one")
+    )
+    assert "model.safetensors" in ours
+    described = [json.loads(files.pop("exits.json")) for files in (ours, theirs)]
+    assert described[0]["config"].pop("mesh") != described[1]["config"].pop("mesh")
+    assert described[0] == described[1] and ours == theirs
+    # Nothing half written beside it, by either.
+    assert not [path.name for path in new.parent.iterdir() if path.name.startswith(f".{new.name}")]

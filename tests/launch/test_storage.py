@@ -163,7 +163,10 @@ def test_text_tokens_and_hidden_states(served, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (("tune", *RUN, "--workdir={nowhere}/run"), "cannot write to .*nowhere.*does the bucket"),
+        (
+            ("tune", *RUN, "--workdir={nowhere}/run"),
+            "cannot write to gs://nowhere.*does the bucket|kept in s3://nowhere/run: Orbax",
+        ),
         (("tune", *RUN, "--workdir=gs:/bucket/run"), "gs:/bucket/run is no place that is known"),
         (
             ("tune", *RUN, "--workdir=s3://bucket/run"),

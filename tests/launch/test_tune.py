@@ -1,13 +1,14 @@
-"""What only `launch.tune` takes: steps to trace."""
+"""What only `launch.tune` takes: steps to trace, and a place that keeps checkpoints."""
 
 import gzip
 import json
 
 import pytest
+from etils import epath
 
 from configs import tiny
 from conftest import SHORT_RUN
-from early_exit.runs import assemble
+from early_exit.runs import assemble, lock
 from early_exit.runs.metrics import read_metrics
 from early_exit.settings.overrides import override
 from early_exit.settings.read import read
@@ -51,6 +52,14 @@ def test_steps_that_are_not_run_are_refused_before_anything_is_loaded(tmp_path, 
     with pytest.raises(ValueError, match=rf"{steps[0]}:{steps[1]}, do not rise.*: 1 to 8"):
         loop.tune(config, tmp_path / "run", profile=steps)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bucket_that_keeps_no_checkpoints_is_refused_before_it_is_asked(monkeypatch):
+    """Without a network, credentials, or the library for such buckets."""
+    monkeypatch.setattr(lock, "held", pytest.fail)
+    config = read(override(tiny.get_config(), SETTINGS))
+    with pytest.raises(ValueError, match="Orbax writes them to disks and to gs:// only"):
+        loop.tune(config, epath.Path("s3://bucket/run"))
 
 
 def test_the_flag():

@@ -170,11 +170,11 @@ def test_a_folder_in_a_bucket_has_one_owner(server, monkeypatch):
     with lock.held(root / "run") as own:
         own.check()
         with pytest.raises(RuntimeError, match="is in use by `.*; wait until that has ended"):
-            lock._take(root / "run" / lock.FILE)
+            lock._take(root / "run" / lock.FILE, "other")
         monkeypatch.setattr(lock, "_place", lambda: "another machine")
         monkeypatch.setattr(lock, "SILENT_SECONDS", 2)
         monkeypatch.setattr(lock, "_LOOK_SECONDS", 0.1)
-        lock._take(root / "run" / lock.FILE)  # whose owner has not beaten for so long
+        lock._take(root / "run" / lock.FILE, "other")  # whose owner has not beaten for so long
         with pytest.raises(RuntimeError, match="is no longer this command's"):
             own.check()
     assert (root / "run" / lock.FILE).exists()  # the other one's
@@ -189,7 +189,7 @@ def test_an_owner_that_beats_is_alive(server, monkeypatch):
     with lock.held(root / "run"):
         monkeypatch.setattr(lock, "_place", lambda: "another machine")
         with pytest.raises(RuntimeError, match="is in use by"):
-            lock._take(root / "run" / lock.FILE)
+            lock._take(root / "run" / lock.FILE, "other")
     assert not (root / "run" / lock.FILE).exists()
 
 
@@ -198,6 +198,6 @@ def test_a_bucket_that_there_is_not(server, cache):
     root, _ = server
     nowhere = buckets.place(str(root).replace("bucket", "nowhere"))
     with pytest.raises(OSError, match="cannot write to .*nowhere.*: .*does the bucket exist"):
-        lock._take(nowhere / "run" / lock.FILE)
+        lock._take(nowhere / "run" / lock.FILE, "own")
     with pytest.raises(FileNotFoundError, match="there is no .*nowhere/text"):
         copies.fetched(nowhere / "text")

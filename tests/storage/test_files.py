@@ -258,3 +258,20 @@ def test_what_is_written_by_hand_is_found():
         (1, "json"),
     ]
     assert not list(written_by_hand("files.write_text(path, files.json_text(1))"))
+
+
+def test_who_does_not_write_is_asked_for_the_same_arrays_in_the_same_order(tmp_path):
+    """Several processes bring each array together; one of them has the file."""
+    arrays = {
+        "b": np.zeros(2, np.float16),
+        "a": np.ones((3, 1), np.float32),
+        "c": np.ones(0, np.int32),
+    }
+    described, asked = [(name, x.shape, x.dtype) for name, x in arrays.items()], {}
+    for path in (tmp_path / "file", None):
+        names = asked.setdefault(path, [])
+        files.write_tensors(
+            path, described, lambda name, names=names: names.append(name) or arrays[name]
+        )
+    assert asked[None] == asked[tmp_path / "file"] == ["a", "c", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
