@@ -18,6 +18,7 @@ import transformers
 from early_exit.backbones import base
 from early_exit.backbones.t5 import T5Config
 from early_exit.pretrained.export import write_backbone
+from early_exit.storage import files
 
 PAD, END, UNKNOWN, SKIP, TWICE = "<pad>", "</s>", "<unk>", "skip", "twice"
 WORDS = [f"w{i}" for i in range(48)]
@@ -64,5 +65,6 @@ def write(folder: Path, count: int, network: T5Config) -> tuple[Path, Path]:
     )
     write_backbone(model, network, base.init(network, jax.random.key(0), jnp.float32), tokenizer)
     rng = np.random.default_rng(0)
-    rows.write_text("".join(json.dumps(pair(rng)) + "\n" for _ in range(count)))
+    lines = (json.dumps(pair(rng)) for _ in range(count))
+    files.write_text(rows, "".join(f"{line}\n" for line in lines))
     return model, rows
