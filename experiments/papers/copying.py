@@ -6,7 +6,6 @@ copied, and some places have to be worked out. No word comes twice in a prompt: 
 matter of the prompt, not of counting.
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -53,7 +52,7 @@ def pair(rng: np.random.Generator) -> dict[str, str]:
 def write(folder: Path, count: int, network: T5Config) -> tuple[Path, Path]:
     """(a folder with such a network, drawn at random; a file of `count` pairs)."""
     model, rows = folder / "network", folder / "pairs.jsonl"
-    model.mkdir(parents=True, exist_ok=True)
+    files.make_folder(model)
     known = {word: i for i, word in enumerate(VOCABULARY)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, UNKNOWN))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -65,6 +64,6 @@ def write(folder: Path, count: int, network: T5Config) -> tuple[Path, Path]:
     )
     write_backbone(model, network, base.init(network, jax.random.key(0), jnp.float32), tokenizer)
     rng = np.random.default_rng(0)
-    lines = (json.dumps(pair(rng)) for _ in range(count))
+    lines = (files.json_text(pair(rng)) for _ in range(count))
     files.write_text(rows, "".join(f"{line}\n" for line in lines))
     return model, rows
