@@ -282,12 +282,13 @@ def score(
     if model.static.config.classifies:
         raise ValueError("this is a classifier; use early_exit.classify")
     network = model.static.config
+    given: Sequence[Any] = [texts] if isinstance(texts, str) else texts
+    asked: list[tuple[Ids, Ids]]
     if network.encodes_prompts:
-        asked = [_pair(model, pair, i) for i, pair in enumerate(texts)]
+        asked = [_pair(model, pair, i) for i, pair in enumerate(given)]
     else:
-        given = [texts] if isinstance(texts, str) else texts
         asked = [((), tokens(model, text, raw=True)) for text in given]
-    ids = [np.asarray([*row_of(network, given), *text], np.int32) for given, text in asked]
+    ids = [np.asarray([*row_of(network, prompt), *text], np.int32) for prompt, text in asked]
     context = network.context_length
     for i, row in enumerate(ids):
         if not 2 <= len(row) <= context:
@@ -295,7 +296,10 @@ def score(
                 f"text {i} has {len(row)} tokens; there must be at least 2, and at most "
                 f"{context}, the model's context"
             )
-    begun = [given or row[:-1] for (given, _), row in zip(asked, ids, strict=True)]
+    begun = [
+        prompt if network.encodes_prompts else row[:-1]
+        for (prompt, _), row in zip(asked, ids, strict=True)
+    ]
     check_prompts(model.static, begun, 1)
     found: list[Scored] = []
     length, longest = (

@@ -51,7 +51,10 @@ def test_answers_are_scored_beside_their_prompts(tuned):
     """What greedy decoding says is what the full model finds likeliest, and only to its prompt."""
     prompts = ["word4 word5 word6", "word9"]
     answers = [ee.generate(without_policy(tuned), text, max_new_tokens=6) for text in prompts]
-    pairs = [(text, answer.tokens) for text, answer in zip(prompts, answers, strict=True)]
+    pairs = [
+        (np.array(tuned.tokenizer.encode(text)), answer.tokens)
+        for text, answer in zip(prompts, answers, strict=True)
+    ]
     for scored, answer in zip(ee.score(tuned, pairs), answers, strict=True):
         assert scored.log_probs.shape == (3, len(answer.tokens))
         assert scored.predictions[-1].tolist() == answer.tokens.tolist()
