@@ -28,7 +28,7 @@ from early_exit.settings.sections import DataSettings, Settings
 from early_exit.storage import buckets
 
 
-class Network(Protocol):
+class Network(pairs.Network, Protocol):
     """What a feed asks of a backbone's config (`backbones.base.BackboneConfig`)."""
 
     @property
@@ -36,13 +36,6 @@ class Network(Protocol):
 
     @property
     def classifies(self) -> bool: ...
-
-    @property
-    def encodes_prompts(self) -> bool: ...
-
-    @property
-    def start_id(self) -> int:
-        """Where it encodes prompts."""
 
     @property
     def num_classes(self) -> int: ...
@@ -293,7 +286,7 @@ class PairFeed(TextFeed):
         return self.held_out("calibration", num_batches)
 
     def data_hash(self, split):
-        return pairs.data_hash(self.rows(split))
+        return sources.data_hash(self.rows(split))
 
 
 @dataclasses.dataclass(frozen=True)

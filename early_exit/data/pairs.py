@@ -10,7 +10,6 @@ A batch holds `tokens`, `documents` (1; 0 is padding) and `positions`, int32 [B,
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -72,6 +71,17 @@ def batch(
     longest = max([prompt_length, *(len(prompt) for prompt, _ in pairs)])
     prompts = one_a_row([prompt for prompt, _ in pairs], longest, rows)
     return found | {"prompt": prompts["tokens"], "prompt_real": prompts["documents"] > 0}
+
+
+def alone(network: Network, prompt: Ids, answer: Ids, multiple: int) -> tuple[Batch, int]:
+    """(one prompt and its answer as a batch, at which position of its row the answer begins).
+
+    Args:
+      multiple: lengths are rounded up to multiples of it, so that few programs are compiled.
+    """
+    first = len(row_of(network, prompt))
+    length, longest = (n + -n % multiple for n in (first + len(answer), len(prompt)))
+    return batch(network, [(prompt, answer)], length, 1, longest), first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,16 +161,6 @@ def _places(source: str) -> Iterator[_Place]:
 def _pair(line: str, where: str) -> tuple[str, str]:
     row = text_files.json_row(line, where)
     return tuple(text_files.json_string(row, name, where) for name in ("prompt", "answer"))
-
-
-def data_hash(pairs: Sequence[tuple[str, str]]) -> str:
-    """SHA-256 (hex) over prompts and answers in order: the identity of a split."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for part in pair:
-            digest.update(len(part.encode()).to_bytes(8, "little"))
-            digest.update(part.encode())
-    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

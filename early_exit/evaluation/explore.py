@@ -187,9 +187,7 @@ def _answer(tuned: Tuned, policy: ExitPolicy, text: str, prompt: Sequence[int]) 
         stop_ids=tuned.stop_ids,
     )
     new = len(answer.tokens)
-    first = len(pairs.row_of(tuned.model.config, prompt))
-    length, longest = (n + -n % FILL for n in (first + new, len(prompt)))
-    batch = pairs.batch(tuned.model.config, [(prompt, answer.tokens)], length, 1, longest)
+    batch, first = pairs.alone(tuned.model.config, prompt, answer.tokens, FILL)
     soften = policy.temperatures is not None
     of_text = exits.record(tuned.model, tuned.params, [batch], soften=soften)
     # A position for each token but the last: the one just before it.

@@ -66,12 +66,9 @@ def agreement(
     model: MultiExit, params: base.Params, prompt: Sequence[int], generation: Generation
 ) -> np.ndarray:
     """Per new token: is it what the full model would say after the same text? bool [n]."""
-    first, new = len(pairs.row_of(model.config, prompt)), len(generation.tokens)
-    # Rounded up, for few programs.
-    length, longest = (n + -n % 64 for n in (first + new, len(prompt)))
-    batch = pairs.batch(model.config, [(prompt, generation.tokens)], length, 1, longest)
+    batch, first = pairs.alone(model.config, prompt, generation.tokens, 64)
     choices = sharding.fetch(full_choices(params, batch, model=model))[0]
-    return choices[first - 1 : first + new - 1] == generation.tokens
+    return choices[first - 1 : first + len(generation.tokens) - 1] == generation.tokens
 
 
 def compare(
