@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import confidence, sharding
-from early_exit.backbones import base
+from early_exit.backbones import base, panels
 from early_exit.cost.traffic import traffic
 from early_exit.decoding import drafters
 from early_exit.decoding.costs import Costs
@@ -96,6 +96,14 @@ class Decoder:
     def _traffic(self):
         return traffic(self.model, self.params)
 
+    def params_for(self, batch: int) -> base.Params:
+        """The parameters that steps of so many rows are given; prompts are read without panels."""
+        return self._in_panels if batch <= panels.MOST else self.params
+
+    @functools.cached_property
+    def _in_panels(self) -> base.Params:
+        return self.model.with_panels(self.params)
+
     def _is_ours(self, rules: Rules) -> bool:
         """Whether no code that was added from elsewhere has a part in the programs, and no mesh."""
         score = rules.policy and rules.policy.confidence
@@ -162,7 +170,8 @@ class Decoder:
         """The state after so many steps, or when so many rows have ended (all, if fewer)."""
         batch = len(state.finished_B)
         rules, finishing = rules or self.rules(batch), jnp.int32(min(finishing, batch))
-        given = self.params, state, rules, self.costs_of(batch), jnp.int32(steps), finishing
+        costs, steps = self.costs_of(batch), jnp.int32(steps)
+        given = self.params_for(batch), state, rules, costs, steps, finishing
         state = self._program(decode, rules, *given)
         return jax.block_until_ready(state)
 

@@ -1,7 +1,8 @@
 """A backbone with exits: one static description, one dict of arrays.
 
     params = {"backbone": …, "exits": {"6": …, "12": …, "recurrent": …, if there is one},
-              "token_ids": [R], if heads are reduced}
+              "token_ids": [R], if heads are reduced,
+              "panels": …, if few positions are multiplied by them}
 
 The one idea: exits read the backbone and nothing reads the exits, so attaching, tuning or
 dropping them cannot change what the full model says.
@@ -18,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from early_exit import confidence, sharding
-from early_exit.backbones import base
+from early_exit.backbones import base, panels
 from early_exit.exits import heads, init
 from early_exit.exits.recurrent import Recurrent
 from early_exit.streams import stream
@@ -66,8 +67,10 @@ class MultiExit:
         if not network.classifies and "blocks" not in params["backbone"]:
             network = network.without_blocks()
         backbone_definition, _ = base.described(network)
+        backbone = base.merge(backbone_definition, params["backbone"])
+        panels.attach(backbone, params.get("panels", {}))
         return Bound(
-            backbone=base.merge(backbone_definition, params["backbone"]),
+            backbone=backbone,
             heads=tuple(
                 base.merge(_abstract_head(self, point)[0], params["exits"][str(point)])
                 for point in self.exits.points
@@ -78,6 +81,13 @@ class MultiExit:
             if self.exits.recurrent_taps and "exits" in params
             else None,
         )
+
+    def with_panels(self, params: Params) -> Params:
+        """The parameters, and what few positions are multiplied by in their place (`panels`)."""
+        if self.config.scan:
+            return params
+        backbone = {"backbone": params["backbone"]}
+        return params | {"panels": panels.of(backbone, lambda: self.bind(backbone).backbone)}
 
     @property
     def head_names(self) -> tuple[int | str, ...]:

@@ -1,0 +1,104 @@
+"""Matrices in panels: the same products, used where few positions are, cut once."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoder_kinds import CONFIGS
+
+from conftest import TINY, build
+from early_exit.backbones import panels
+from early_exit.decoding.generate import generate
+
+KINDS = ("llama", "gpt2", "olmo2")
+
+
+def drawn(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("outputs", [1, 64, 100, 128])
+@pytest.mark.parametrize("positions", [(1,), (7,), (2, 5)])
+def test_products_are_those_of_the_matrix(outputs, positions):
+    x, matrix = drawn(*positions, 48), drawn(48, outputs, seed=1)
+    cut = panels.cut(matrix)
+    assert cut.shape == (-(-outputs // 64), 48, 64)
+    np.testing.assert_allclose(panels.product(x, cut, outputs), x @ matrix, atol=1e-5)
+
+
+def block_and_readout(model, params, tokens_BT):
+    network = model.bind(params).backbone
+    hidden, context = network.stem({"tokens": tokens_BT})
+    hidden, _ = network.cached_block(0)(hidden, context)
+    return network.readout(hidden)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_and_the_readout_say_the_same_in_panels(kind):
+    """Also after all parameters have changed."""
+    model, params = build(CONFIGS[kind], points=(1, 2))
+    tokens = jnp.arange(panels.MOST).reshape(2, -1)
+    for factor in (1, 1.5):
+        new = jax.tree.map(lambda x, factor=factor: factor * x, params)
+        want = block_and_readout(model, new, tokens)
+        got = block_and_readout(model, model.with_panels(new), tokens)
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_positions_meet_panels_and_many_the_matrices(kind):
+    model, params = build(CONFIGS[kind], points=(1, 2))
+    params = model.with_panels(params)
+
+    def matrices_met(positions):
+        """Products with something that has no batch: one for each matrix that is none in panels."""
+        tokens = jnp.zeros((1, positions), jnp.int32)
+        jaxpr = jax.make_jaxpr(lambda p: block_and_readout(model, p, tokens))(params)
+        dots = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+        return sum(not e.params["dimension_numbers"][1][0] for e in dots)
+
+    assert matrices_met(panels.MOST) == 0
+    assert matrices_met(panels.MOST + 1) >= 7 - (kind == "gpt2")
+
+
+def test_they_are_cut_once_and_anew_where_any_array_is_another():
+    """A tree with one matrix replaced shares all other arrays with the one before."""
+    model, params = build(TINY)
+    first = model.with_panels(params)["panels"]
+    assert model.with_panels(dict(params))["panels"] is first
+    leaves, tree = jax.tree.flatten(params["backbone"])
+    for place in (1, len(leaves) - 1):
+        changed = [2 * x if i == place else x for i, x in enumerate(leaves)]
+        other = model.with_panels({"backbone": jax.tree.unflatten(tree, changed)})["panels"]
+        assert other is not first
+
+
+def test_they_live_as_long_as_what_they_were_cut_from():
+    gc.collect()
+    before = len(panels._known)
+    model, params = build(TINY, seed=7)
+    model.with_panels(params)
+    assert len(panels._known) == before + 1
+    del params
+    gc.collect()
+    assert len(panels._known) == before
+
+
+def test_there_are_none_where_they_would_not_be_used():
+    model, params = build(TINY)
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert model.with_panels(halves)["panels"] == {}
+
+
+def test_batches_of_as_many_as_pay_and_of_more_say_what_single_rows_say():
+    """Steps of the larger batch are products with the matrices."""
+    model, params = build(CONFIGS["llama"], points=(1, 2))
+    prompts = [[5 + i, 3, 11] for i in range(panels.MOST + 1)]
+    single = [generate(model, params, [p], policy=None, max_new_tokens=12)[0] for p in prompts]
+    for rows in (panels.MOST, panels.MOST + 1):
+        answers = generate(model, params, prompts[:rows], policy=None, max_new_tokens=12)
+        for got, want in zip(answers, single, strict=False):
+            assert got.tokens.tolist() == want.tokens.tolist()
+            np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
