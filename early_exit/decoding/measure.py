@@ -126,25 +126,30 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
     # Also where the model has met a stop token: what has ended costs nothing.
     state = state.change(finished_B=jnp.zeros_like(state.finished_B))
     times: dict[int, list[float]] = {width: [] for width in mode.widths}
-    drafts, heads = [], []
+    drafts, heads, calls = [], [], []
     asks = "exits" in mode.drafters and decoder.policy is not None
     for _ in range(ROUNDS + 1):  # the first compiles
         for width, found in times.items():
             taken, _ = _timed(quiet, _waiting(state, width), 1)
             found.append(taken)
+        calls.append(_timed(quiet, _copied(state), 0)[0])
         if "recurrent" in state.kept:
             drafts.append(_timed(eager, _copied(state), 1))
         if asks:
             heads.append(_timed(asking, _copied(state), 1)[0])
-    passes = [float(np.median(found[1:])) for found in times.values()]
+    # What a call takes is no part of its steps, of which others make many. (Of the smallest models
+    # it takes nearly all.)
+    call = float(np.median(calls[1:]))
+    timed = [float(np.median(found[1:])) for found in times.values()]
+    passes = [max(taken - call, taken / 10) for taken in timed]
     draft, of_heads, reads = 0.0, 1.0, traffic(decoder.model, decoder.params)
     if asks:  # beside a pass without; never less than their weights would
         by_weights = passes[0] * reads.shares()[1][:-1].sum()
-        of_heads = max((float(np.median(heads[1:])) - passes[0]) / by_weights, 1.0)
+        of_heads = max((float(np.median(heads[1:])) - call - passes[0]) / by_weights, 1.0)
     if drafts:  # each time as many, and then a pass of one position
         steps = float(drafts[0][1].counts.draft_steps_B.sum())
         with_drafts = float(np.median([taken for taken, _ in drafts[1:]]))
-        draft = (with_drafts - passes[0]) / steps
+        draft = (with_drafts - call - passes[0]) / steps
         if draft <= 0:  # lost in the noise: what its weights are of the model's
             draft = passes[0] * reads.draft / reads.full
     return {

@@ -62,13 +62,31 @@ def test_what_is_timed_has_run(model_and_params, cache, monkeypatch, stops):
     assert found["draft"] > 0 and found["heads"] >= 1
     rounds = measure.ROUNDS + 1
     passes, drafts, asked = map(np.array, zip(*done, strict=True))
-    # Each width; then one with a chain of which nothing is handed on, and one that asks the exits.
-    widths = np.eye(3)[[0, 1, 2, 0, 0]]
+    # Each width; nothing; one with a chain of which nothing is handed on; one that asks the exits.
+    widths = np.eye(3)[[0, 1, 2, 0, 0, 0]] * [[1], [1], [1], [0], [1], [1]]
     np.testing.assert_allclose(passes, np.tile(widths, (rounds, 1)), rtol=1e-6)
     longest = 1 if stops else decoder.mode.capacity - 1  # what ends an answer is not drafted
-    np.testing.assert_allclose(drafts, np.tile([0, 0, 0, longest, 0], rounds), rtol=1e-6)
-    every = [[0, 0]] * 4 + [[BATCH, BATCH]]
+    np.testing.assert_allclose(drafts, np.tile([0, 0, 0, 0, longest, 0], rounds), rtol=1e-6)
+    every = [[0, 0]] * 5 + [[BATCH, BATCH]]
     np.testing.assert_array_equal(asked, np.tile(every, (rounds, 1)))
+
+
+def test_what_a_call_takes_is_no_part_of_its_steps(model_and_params, cache, monkeypatch):
+    """By a clock of which a call takes 3, a pass its width, a draft a half."""
+    decoder = decoder_of(*model_and_params)
+    timed = measure._timed
+
+    def clocked(decoder, state, steps):
+        before = jax.device_get(state.counts)
+        _, after = timed(decoder, state, steps)
+        change = jax.tree.map(lambda x, y: (np.asarray(x) - y).sum(axis=0), after.counts, before)
+        passes = change.passes_BEN[-1] @ np.array(decoder.mode.widths)
+        return 3 + passes + 0.5 * change.draft_steps_B, after
+
+    monkeypatch.setattr(measure, "_timed", clocked)
+    found = measure.seconds(decoder, BATCH, SLOTS)
+    np.testing.assert_allclose(found["passes"], decoder.mode.widths, rtol=1e-5)
+    np.testing.assert_allclose(found["draft"], 0.5, rtol=1e-4)
 
 
 def test_the_program_is_the_one_that_decodes(model_and_params, cache):
