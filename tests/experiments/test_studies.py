@@ -27,6 +27,7 @@ STUDIES = {
     "decoding_speed.schedules": "--seeds=1",
     "recurrent_exits.run": "--workdir={recurrent} --batch=1 --batch=2",
     "recurrent_exits.curve": "--run={recurrent} --plot={out}/curve.svg",
+    "recurrent_exits.text": "--run={recurrent} --run={recurrent} --on=stdlib",
     "recurrent_exits.write_questions": "--kind=maths --count=20 --output={out}/questions.jsonl",
     "calibration.guarantees": "--records={records} --plot={out}/guarantees.svg",
     "calibration.budgets": "--records={records} --plot={out}/budgets.svg",
