@@ -12,6 +12,8 @@ lose, so prompts are read without them, and both are kept.
 """
 
 import math
+import pathlib
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +29,9 @@ COLUMNS = 64
 MOST, _AT_ONCE = 10, 5
 # Beside the paths of layers in blocks: the output matrix.
 OUTPUT = "output"
+
+# Where the system says how much memory is left.
+MEMORY = pathlib.Path("/proc/meminfo")
 
 Panels = dict[str, jax.Array]
 # By the identities of the arrays that they were cut from, as long as these live.
@@ -68,7 +73,8 @@ def of(params: dict[str, Any], module: Callable[[], nnx.Module]) -> Panels:
     """The panels of the linear layers in a network's blocks, and of its output matrix.
 
     Cut once for the same arrays. Empty where they would not be used: on other devices than one
-    CPU, and for other types than float32, which it multiplies natively.
+    CPU, and for other types than float32, which it multiplies natively; and where they would take
+    more than half of the memory that is left.
 
     Args:
       module: → the network with these parameters.
@@ -80,10 +86,18 @@ def of(params: dict[str, Any], module: Callable[[], nnx.Module]) -> Panels:
     key = tuple(map(id, leaves))
     references, panels = _known.get(key, ([], {}))
     if not references or any(known() is not x for known, x in zip(references, leaves, strict=True)):
-        references, panels = list(map(weakref.ref, leaves)), _cut_all(module())
+        has_room = sum(x.nbytes for x in leaves) < _memory_left() / 2
+        references = list(map(weakref.ref, leaves))
+        panels = _cut_all(module()) if has_room else {}
         _known[key] = references, panels
         weakref.finalize(leaves[0], _known.pop, key, None)
     return panels
+
+
+def _memory_left() -> float:
+    """Bytes; without end where the system does not say."""
+    said = MEMORY.exists() and re.search(r"MemAvailable:\s*(\d+) kB", MEMORY.read_text())
+    return 1024 * int(said[1]) if said else math.inf
 
 
 def _cut_all(module: nnx.Module) -> Panels:

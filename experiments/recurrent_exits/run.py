@@ -62,7 +62,7 @@ def main(argv):
     tuned = assemble.load_tuned(Path(WORKDIR.value))
     texts = prompts.load(tuned, count)
     texts = {kind: texts[kind] for kind in KINDS.value or texts}
-    rows, speedups, foreseen, equal = [], {}, [], {}
+    rows, speedups, foreseen, equal, between = [], {}, [], {}, []
     for batch in BATCHES.value:
         ways, seconds = _ways(tuned, batch)
         for kind, asked in texts.items():
@@ -85,6 +85,9 @@ def main(argv):
                 equal[kind, batch, name] = _equal(tuned, asked, answers)
                 if name in seconds:
                     foreseen.append((kind, batch, name, _foreseen(turns, name, seconds[name])))
+                    if batch == 1:
+                        taken = turns.median(name) / turns.median(FULL)
+                        between.append((kind, name, *_between(answers, seconds[name], taken)))
                 rate = len(asked) * new_tokens / turns.median(name)
                 figures = rate, speedups[kind, batch, name], equal[kind, batch, name]
                 rows.append((kind, batch, name, *figures, *_drafted(answers)))
@@ -92,8 +95,10 @@ def main(argv):
     print(
         "\nforeseen ÷ measured seconds\n" + table(foreseen, header=("text", "batch", "mode", "÷"))
     )
+    if between:
+        print("\nwhat a pass takes beside one position, and speed-ups\n" + table(between, _BETWEEN))
     bars.conclude(
-        {"rows": rows, "foreseen": foreseen, "costs": seconds},
+        {"rows": rows, "foreseen": foreseen, "between": between, "costs": seconds},
         _bars(speedups, equal, foreseen),
     )
 
@@ -108,6 +113,17 @@ _HEADER = (
     "tokens/pass",
     "drafts",
     "kept",
+)
+_BETWEEN = (
+    "text",
+    "mode",
+    "tokens/pass",
+    "checking",
+    "drafting",
+    "the rest",
+    "measured",
+    "rows free",
+    "drafts free, too",
 )
 
 
@@ -162,6 +178,28 @@ def _foreseen(turns: Turns, name: str, seconds: dict) -> float:
     steps = sum(float(answer.counts.draft_steps_B) for answer in answers)
     told = passes_N @ np.array(seconds["passes"]) + steps * seconds["draft"]
     return float(told / turns.median(name))
+
+
+def _between(answers: Sequence[Generation], seconds: dict, taken: float) -> tuple:
+    """What stands between the tokens of a pass and the speed-up, in passes of one position.
+
+    Of each pass: what its further positions take, what the drafts take, and what is left of the
+    clock (prompts, lookup, sampling, noise). Then the speed-up as it is; as it would be where
+    further positions take nothing, as on an accelerator; and where drafts take nothing either.
+
+    Args:
+      taken: time ÷ the full model's for as many tokens.
+    """
+    first = seconds["passes"][0]
+    passes_N = sum(answer.counts.passes_BEN[-1] for answer in answers)
+    passes = passes_N.sum()
+    tokens = sum(len(answer.tokens) - 1 for answer in answers) / passes
+    checking = passes_N @ (np.array(seconds["passes"]) / first - 1) / passes
+    steps = sum(float(answer.counts.draft_steps_B) for answer in answers)
+    drafting = steps * seconds["draft"] / first / passes
+    rest = tokens * taken - 1 - checking - drafting
+    free = tokens / (1 + drafting + rest), tokens / (1 + rest)
+    return tokens, checking, drafting, rest, 1 / taken, *free
 
 
 def _drafted(answers: Sequence[Generation]) -> tuple:

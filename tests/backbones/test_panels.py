@@ -92,6 +92,16 @@ def test_there_are_none_where_they_would_not_be_used():
     assert model.with_panels(halves)["panels"] == {}
 
 
+def test_there_are_none_where_memory_has_no_room(tmp_path, monkeypatch):
+    model, params = build(TINY, seed=3)
+    size = sum(x.nbytes for x in jax.tree.leaves(params["backbone"]))
+    monkeypatch.setattr(panels, "MEMORY", tmp_path / "meminfo")
+    for left, cut in ((size // 1024, False), (4 * size // 1024, True)):
+        (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {left} kB\n")
+        fresh = jax.tree.map(jnp.copy, params)
+        assert bool(model.with_panels(fresh)["panels"]) == cut
+
+
 def test_batches_of_as_many_as_pay_and_of_more_say_what_single_rows_say():
     """Steps of the larger batch are products with the matrices."""
     model, params = build(CONFIGS["llama"], points=(1, 2))
