@@ -164,8 +164,12 @@ def _tune(
         if shows:
             stack.enter_context(bar)
 
-        def settle(step: int, metrics: dict, batch: dict) -> None:
-            """Waits for a step's metrics and refuses what is not finite."""
+        def settle(step: int, metrics: dict, batch: dict, lap: dict | None) -> None:
+            """Waits for a step's metrics and refuses what is not finite.
+
+            Args:
+              lap: `pace.Pace.lap`, if the step had ended before it came to this.
+            """
             scalars = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
                 raise FloatingPointError(
@@ -179,7 +183,7 @@ def _tune(
             known = {name: x for name, x in scalars.items() if not math.isnan(x)}
             known |= {"learning_rate": float(run.schedule(step - 1))}
             kept.write(step, known)
-            kept.write_speed(step, clock.lap())
+            kept.write_speed(step, lap or clock.lap())
             if given is not None and given.told is not None:
                 given.told(step, known)
             if shows:
@@ -198,9 +202,11 @@ def _tune(
                 trace.enter_context(kept.trace())
             with jax.profiler.StepTraceAnnotation("tune", step_num=step):
                 state, metrics = run.step(state, run.given, batch)
+            # Where steps are not run behind this one's back, as on a CPU, it has ended by now.
+            lap = clock.lap() if metrics["loss"].is_ready() else None
             if unsettled:  # read while this step runs
                 settle(*unsettled)
-            unsettled = step, metrics, batch
+            unsettled = step, metrics, batch, lap
             leaves = leaving.asked(step) and step < total
             saves = leaves or step == total or step % config.tune.checkpoint_every == 0
             validates = step == total or step % config.tune.validate_every == 0

@@ -1,5 +1,6 @@
 """Rates, the share of the peak and memory, against counts made by hand."""
 
+import time
 import types
 
 import jax
@@ -12,7 +13,7 @@ from early_exit.cost import chips
 from early_exit.runs.metrics import SPEED, read_metrics
 from early_exit.settings.overrides import override
 from early_exit.settings.read import read
-from early_exit.training import loop, pace
+from early_exit.training import loop, pace, plan
 from early_exit.training import step as steps
 from early_exit.training.observe import observe
 
@@ -112,6 +113,67 @@ def test_rates_leave_out_what_is_no_step(monkeypatch):
     assert (lap["tokens_per_second"], lap["mfu"]) == (2000, pytest.approx(0.2))
     clock.start()  # after a validation
     assert clock.lap()["tokens_per_second"] == 4000
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_no_step_is_told_faster_than_it_was(tmp_path, monkeypatch, waits):
+    """Also those after which a run is saved; whether a call waits for its step or not.
+
+    What is noted late of one step is missing from the next, so there is much slack.
+    """
+    config = read(
+        override(
+            tiny.get_config(),
+            {
+                "exits.head": "embedding",
+                "exits.points": (3,),
+                "data.sequence_length": 16,
+                "tune.steps": 5,
+                "tune.checkpoint_every": 2,
+                "tune.validation_batches": 1,
+            },
+        )
+    )
+    step_of, least = plan.step, 0.1
+
+    def slow(*args):
+        step = step_of(*args)
+
+        def called(*args):
+            out = step(*args)
+            if waits:
+                time.sleep(least)
+                return jax.block_until_ready(out)
+            state, metrics = out
+            return state, metrics | {"loss": Late(metrics["loss"], least)}
+
+        called.trace = step.trace
+        called._cache_size = step._cache_size
+        return called
+
+    monkeypatch.setattr(plan, "step", slow)
+    loop.tune(config, tmp_path)
+    lines = read_metrics(tmp_path, SPEED)
+    rates = [line["tokens_per_second"] for line in lines[1:]]
+    assert len(rates) == 4 and "tokens_per_second" not in lines[0]
+    assert max(rates) <= 10 * config.data.batch_size * 16 / least
+
+
+class Late:
+    """A number that is not there before some time has passed, since the one before it was."""
+
+    last = 0.0
+
+    def __init__(self, value, seconds):
+        Late.last = self._at = max(Late.last, time.monotonic()) + seconds
+        self._value = value
+
+    def is_ready(self):
+        return time.monotonic() >= self._at
+
+    def __float__(self):
+        time.sleep(max(self._at - time.monotonic(), 0))
+        return float(self._value)
 
 
 def test_a_run_writes_them_for_every_step(tmp_path, monkeypatch):
