@@ -80,8 +80,10 @@ def of(params: dict[str, Any], module: Callable[[], nnx.Module]) -> Panels:
       module: → the network with these parameters.
     """
     leaves = jax.tree.leaves(params)
-    mesh, platforms = sharding.mesh_of(params), {x.platform for x in leaves[0].devices()}
-    if mesh is not None or platforms != {"cpu"} or leaves[0].dtype != jnp.float32:
+    on_devices = all(isinstance(x, jax.Array) for x in leaves)  # else each call copies them anyway
+    if not on_devices or sharding.mesh_of(params) is not None:
+        return {}
+    if {d.platform for d in leaves[0].devices()} != {"cpu"} or leaves[0].dtype != jnp.float32:
         return {}
     key = tuple(map(id, leaves))
     references, panels = _known.get(key, ([], {}))
@@ -113,9 +115,8 @@ def attach(module: nnx.Module, panels: Panels) -> None:
       panels: what `of` has said of this network.
     """
     for path, linear in _linears(module):
-        if path in panels:
-            linear.dot_general = _instead(panels[path])
-    module.output_panels = panels.get(OUTPUT)
+        linear.dot_general = _instead(panels[path])
+    module.output_panels = panels[OUTPUT]
 
 
 def _instead(panels: jax.Array):

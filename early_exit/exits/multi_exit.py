@@ -68,7 +68,8 @@ class MultiExit:
             network = network.without_blocks()
         backbone_definition, _ = base.described(network)
         backbone = base.merge(backbone_definition, params["backbone"])
-        panels.attach(backbone, params.get("panels", {}))
+        if params.get("panels"):
+            panels.attach(backbone, params["panels"])
         return Bound(
             backbone=backbone,
             heads=tuple(

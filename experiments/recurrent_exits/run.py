@@ -199,7 +199,8 @@ def _between(answers: Sequence[Generation], seconds: dict, taken: float) -> tupl
     drafting = steps * seconds["draft"] / first / passes
     rest = tokens * taken - 1 - checking - drafting
     free = tokens / (1 + drafting + rest), tokens / (1 + rest)
-    return tokens, checking, drafting, rest, 1 / taken, *free
+    found = tokens, checking, drafting, rest, 1 / taken, *free
+    return tuple(map(float, found))
 
 
 def _drafted(answers: Sequence[Generation]) -> tuple:

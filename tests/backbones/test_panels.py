@@ -90,6 +90,7 @@ def test_there_are_none_where_they_would_not_be_used():
     model, params = build(TINY)
     halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert model.with_panels(halves)["panels"] == {}
+    assert model.with_panels(jax.tree.map(np.asarray, params))["panels"] == {}
 
 
 def test_there_are_none_where_memory_has_no_room(tmp_path, monkeypatch):
