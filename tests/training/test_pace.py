@@ -18,6 +18,19 @@ from early_exit.training import step as steps
 from early_exit.training.observe import observe
 
 
+def saved_every_other(steps):
+    """A short run of so many steps."""
+    changes = {
+        "exits.head": "embedding",
+        "exits.points": (3,),
+        "data.sequence_length": 16,
+        "tune.steps": steps,
+        "tune.checkpoint_every": 2,
+        "tune.validation_batches": 1,
+    }
+    return read(override(tiny.get_config(), changes))
+
+
 def device(kind, **stats):
     memory = {"memory_stats": lambda: stats or None}
     return types.SimpleNamespace(device_kind=kind, platform="tpu", **memory)
@@ -121,19 +134,7 @@ def test_no_step_is_told_faster_than_it_was(tmp_path, monkeypatch, waits):
 
     What is noted late of one step is missing from the next, so there is much slack.
     """
-    config = read(
-        override(
-            tiny.get_config(),
-            {
-                "exits.head": "embedding",
-                "exits.points": (3,),
-                "data.sequence_length": 16,
-                "tune.steps": 5,
-                "tune.checkpoint_every": 2,
-                "tune.validation_batches": 1,
-            },
-        )
-    )
+    config = saved_every_other(steps=5)
     step_of, least = plan.step, 0.1
 
     def slow(*args):
@@ -177,19 +178,7 @@ class Late:
 
 
 def test_a_run_writes_them_for_every_step(tmp_path, monkeypatch):
-    config = read(
-        override(
-            tiny.get_config(),
-            {
-                "exits.head": "embedding",
-                "exits.points": (3,),
-                "data.sequence_length": 16,
-                "tune.steps": 3,
-                "tune.checkpoint_every": 2,
-                "tune.validation_batches": 1,
-            },
-        )
-    )
+    config = saved_every_other(steps=3)
     monkeypatch.setattr(pace, "PEAKS", (("cpu", 1e12),))
     traces = []
     monkeypatch.setattr(
