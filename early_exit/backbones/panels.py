@@ -123,16 +123,20 @@ def _instead(panels: jax.Array):
     """In place of `jax.lax.dot_general` in a linear layer."""
 
     def dot_general(x, kernel, dimensions, **how):
-        if not pays(x):
+        # A layer that computes in another type than its weights have has turned them into it.
+        if not pays(x) or kernel.dtype != panels.dtype:
             return jax.lax.dot_general(x, kernel, dimensions, **how)
-        return product(x, panels, kernel.shape[1], precision=how["precision"])
+        return product(x, panels, kernel.shape[1], **how)
 
     return dot_general
 
 
 def _linears(module: nnx.Module) -> Iterator[tuple[str, nnx.Linear]]:
-    """Those of the blocks that decode: an encoder in front of them reads whole prompts."""
+    """Those of the blocks that decode: an encoder in front of them reads whole prompts.
+
+    A layer that multiplies in a way of its own keeps it.
+    """
     for index in range(module.config.depth):
         for path, part in nnx.iter_modules(module.cached_block(index)):
-            if type(part) is nnx.Linear:
+            if type(part) is nnx.Linear and part.dot_general is jax.lax.dot_general:
                 yield "/".join(map(str, (index, *path))), part

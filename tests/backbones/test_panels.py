@@ -1,12 +1,14 @@
 """Matrices in panels: the same products, used where few positions are, cut once."""
 
 import gc
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_kinds import CONFIGS
+from flax import nnx
 
 from conftest import TINY, build
 from early_exit.backbones import panels
@@ -61,6 +63,41 @@ def test_few_positions_meet_panels_and_many_the_matrices(kind):
 
     assert matrices_met(panels.MOST) == 0
     assert matrices_met(panels.MOST + 1) >= 7 - (kind == "gpt2")
+
+
+class OneLayer(nnx.Module):
+    """The least that panels are cut of."""
+
+    config = types.SimpleNamespace(depth=1)
+
+    def __init__(self, **how):
+        self.layer = nnx.Linear(48, 64, **how, rngs=nnx.Rngs(0))
+
+    def cached_block(self, index):
+        return self
+
+    def output_table(self):
+        return self.layer.kernel[...].T
+
+
+def doubled(*args, **how):
+    return 2 * jax.lax.dot_general(*args, **how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"dtype": jnp.bfloat16}, {"dot_general": doubled}, {"preferred_element_type": "float64"}],
+    ids=["plain", "in another type", "in a way of its own", "to another type"],
+)
+def test_a_layer_says_what_it_said(how):
+    """Whatever it computes in, and by."""
+    network, x = OneLayer(**how), drawn(3, 48)
+    with jax.enable_x64(True):
+        want = network.layer(x)
+        panels.attach(network, panels.of(nnx.to_pure_dict(nnx.state(network)), lambda: network))
+        got = network.layer(x)
+    assert network.output_panels is not None and got.dtype == want.dtype
+    np.testing.assert_allclose(np.float32(got), np.float32(want), atol=1e-5)
 
 
 def test_they_are_cut_once_and_anew_where_any_array_is_another():
