@@ -9,7 +9,7 @@ thing more of a language model: blocks that run against a past (`CachedBlock`). 
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from early_exit import tree
-from early_exit.backbones import panels as in_panels
+from early_exit.backbones import few
 from early_exit.backbones.scoring import soft_cap
 
 Params = dict[str, Any]
@@ -104,8 +104,8 @@ class Backbone(nnx.Module):
     """
 
     config: "BackboneConfig"
-    # The output matrix as few positions are multiplied by it; see `panels`.
-    output_panels: jax.Array | None = None
+    # How positions are multiplied by the output matrix; see `few`.
+    output_product: Callable[..., jax.Array] = staticmethod(few.table_product)
 
     @abc.abstractmethod
     def stem(self, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
@@ -176,7 +176,7 @@ class Backbone(nnx.Module):
           ValueError: the network has no output matrix.
         """
         read = self.features(hidden, context), self.output_table(), self.output_bias()
-        return logits(*read, self.config.logit_rule, self.output_panels)
+        return logits(*read, self.config.logit_rule, self.output_product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,19 +306,14 @@ def logits(
     table: jax.Array,
     bias: jax.Array | None = None,
     rule: LogitRule = PLAIN,
-    panels: jax.Array | None = None,
+    product: Callable[..., jax.Array] = few.table_product,
 ) -> jax.Array:
     """`rule(features @ table.T + bias)` in float32: [..., D] × [C, D] + [C] → [..., C].
 
     Args:
-      panels: those of `table.T`, if they were cut.
+      product: what multiplies them.
     """
-    wide = {"preferred_element_type": jnp.float32}
-    if panels is not None and in_panels.pays(features):
-        out = in_panels.product(features, panels, len(table), **wide)
-    else:
-        over = (((features.ndim - 1,), (1,)), ((), ()))
-        out = jax.lax.dot_general(features, table, over, **wide)
+    out = product(features, table, preferred_element_type=jnp.float32)
     if bias is not None:
         out = out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
     return rule(out)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from early_exit import confidence, sharding
-from early_exit.backbones import base, panels
+from early_exit.backbones import base, few
 from early_exit.cost.traffic import traffic
 from early_exit.decoding import drafters
 from early_exit.decoding.costs import Costs
@@ -97,12 +97,13 @@ class Decoder:
         return traffic(self.model, self.params)
 
     def params_for(self, batch: int) -> base.Params:
-        """The parameters that steps of so many rows are given; prompts are read without panels."""
-        return self._in_panels if batch <= panels.MOST else self.params
+        """The parameters that steps of so many rows are given; prompts are read as ever."""
+        are_few = batch * self.mode.capacity > 1 and batch <= few.kind().most
+        return self._for_few if are_few else self.params
 
     @functools.cached_property
-    def _in_panels(self) -> base.Params:
-        return self.model.with_panels(self.params)
+    def _for_few(self) -> base.Params:
+        return self.model.for_few(self.params)
 
     def _is_ours(self, rules: Rules) -> bool:
         """Whether no code that was added from elsewhere has a part in the programs, and no mesh."""

@@ -85,8 +85,8 @@ def _name(decoder: Decoder, batch: int) -> str:
     score = decoder.policy and decoder.policy.confidence
     draws = decoder.sampling.temperature > 0
     told = device, flags, decoder.model, mode.widths, mode.drafters, score, str(dtype), batch, draws
-    if decoder.params_for(batch).get("panels"):
-        told = *told, "panels"
+    if (prepared := decoder.params_for(batch).get("few")) is not None:
+        told = *told, "panels" if prepared else "bands"
     if (mesh := sharding.mesh_of(decoder.params)) is not None:
         told = *told, tuple(mesh.shape.items())
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]

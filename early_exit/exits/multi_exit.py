@@ -2,7 +2,7 @@
 
     params = {"backbone": …, "exits": {"6": …, "12": …, "recurrent": …, if there is one},
               "token_ids": [R], if heads are reduced,
-              "panels": …, if few positions are multiplied by them}
+              "few": …, if few positions are multiplied in a way of their own}
 
 The one idea: exits read the backbone and nothing reads the exits, so attaching, tuning or
 dropping them cannot change what the full model says.
@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from early_exit import confidence, sharding
-from early_exit.backbones import base, panels
+from early_exit.backbones import base, few
 from early_exit.exits import heads, init
 from early_exit.exits.recurrent import Recurrent
 from early_exit.streams import stream
@@ -68,8 +68,8 @@ class MultiExit:
             network = network.without_blocks()
         backbone_definition, _ = base.described(network)
         backbone = base.merge(backbone_definition, params["backbone"])
-        if params.get("panels"):
-            panels.attach(backbone, params["panels"])
+        if params.get("few") is not None:
+            few.attach(backbone, params["few"])
         return Bound(
             backbone=backbone,
             heads=tuple(
@@ -83,12 +83,12 @@ class MultiExit:
             else None,
         )
 
-    def with_panels(self, params: Params) -> Params:
-        """The parameters, and what few positions are multiplied by in their place (`panels`)."""
+    def for_few(self, params: Params) -> Params:
+        """The parameters, and what it takes to multiply few positions fast (`backbones.few`)."""
         if self.config.scan:
             return params
         backbone = {"backbone": params["backbone"]}
-        return params | {"panels": panels.of(backbone, lambda: self.bind(backbone).backbone)}
+        return params | {"few": few.prepared(backbone, lambda: self.bind(backbone).backbone)}
 
     @property
     def head_names(self) -> tuple[int | str, ...]:

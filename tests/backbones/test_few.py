@@ -1,4 +1,4 @@
-"""Matrices in panels: the same products, used where few positions are, cut once."""
+"""Products of few positions: the same, used where few positions are; panels are cut once."""
 
 import gc
 import types
@@ -11,10 +11,24 @@ from decoder_kinds import CONFIGS
 from flax import nnx
 
 from conftest import TINY, build
-from early_exit.backbones import panels
+from early_exit.backbones import few
 from early_exit.decoding.generate import generate
 
-KINDS = ("llama", "gpt2", "olmo2")
+FAMILIES = ("llama", "gpt2", "olmo2")
+OF_PROCESSORS = {"panels": few.WIDE, "bands": few.NARROW}
+
+
+@pytest.fixture(params=OF_PROCESSORS, autouse=True)
+def kind(request, monkeypatch):
+    """On either kind of processor."""
+    monkeypatch.setattr(few, "kind", lambda: OF_PROCESSORS[request.param])
+    return OF_PROCESSORS[request.param]
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """Where there are any."""
+    monkeypatch.setattr(few, "kind", lambda: few.WIDE)
 
 
 def drawn(*shape: int, seed: int = 0) -> jax.Array:
@@ -25,9 +39,23 @@ def drawn(*shape: int, seed: int = 0) -> jax.Array:
 @pytest.mark.parametrize("positions", [(1,), (7,), (2, 5)])
 def test_products_are_those_of_the_matrix(outputs, positions):
     x, matrix = drawn(*positions, 48), drawn(48, outputs, seed=1)
-    cut = panels.cut(matrix)
+    cut = few.cut(matrix)
     assert cut.shape == (-(-outputs // 64), 48, 64)
-    np.testing.assert_allclose(panels.product(x, cut, outputs), x @ matrix, atol=1e-5)
+    np.testing.assert_allclose(few.by_panels(x, cut, outputs), x @ matrix, atol=1e-5)
+    np.testing.assert_allclose(few.by_bands(x, matrix), x @ matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "says, found", [("avx2 fma\n", few.NARROW), ("avx2 avx512f\n", few.WIDE), (None, few.NARROW)]
+)
+def test_the_processor_decides(says, found, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(few, "PROCESSOR", tmp_path / "cpuinfo")
+    if says:
+        (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags: sse {says}")
+    few.kind.cache_clear()
+    assert few.kind() == found
+    few.kind.cache_clear()
 
 
 def block_and_readout(model, params, tokens_BT):
@@ -37,32 +65,35 @@ def block_and_readout(model, params, tokens_BT):
     return network.readout(hidden)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_block_and_the_readout_say_the_same_in_panels(kind):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_and_the_readout_say_the_same(kind, family):
     """Also after all parameters have changed."""
-    model, params = build(CONFIGS[kind], points=(1, 2))
-    tokens = jnp.arange(panels.MOST).reshape(2, -1)
+    model, params = build(CONFIGS[family], points=(1, 2))
+    tokens = jnp.arange(kind.most).reshape(2, -1)
     for factor in (1, 1.5):
         new = jax.tree.map(lambda x, factor=factor: factor * x, params)
         want = block_and_readout(model, new, tokens)
-        got = block_and_readout(model, model.with_panels(new), tokens)
+        got = block_and_readout(model, model.for_few(new), tokens)
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_few_positions_meet_panels_and_many_the_matrices(kind):
-    model, params = build(CONFIGS[kind], points=(1, 2))
-    params = model.with_panels(params)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_position_and_many_meet_the_matrices(kind, family):
+    model, params = build(CONFIGS[family], points=(1, 2))
+    params = model.for_few(params)
 
     def matrices_met(positions):
-        """Products with something that has no batch: one for each matrix that is none in panels."""
+        """Products with something that has no batch: one for each matrix that is not in parts."""
         tokens = jnp.zeros((1, positions), jnp.int32)
         jaxpr = jax.make_jaxpr(lambda p: block_and_readout(model, p, tokens))(params)
         dots = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
         return sum(not e.params["dimension_numbers"][1][0] for e in dots)
 
-    assert matrices_met(panels.MOST) == 0
-    assert matrices_met(panels.MOST + 1) >= 7 - (kind == "gpt2")
+    all_of_them = 7 - (family == "gpt2")
+    for positions in (2, kind.most):
+        assert matrices_met(positions) == (not kind.panels)  # in bands, the readout is as ever
+    for positions in (1, kind.most + 1):
+        assert matrices_met(positions) >= all_of_them
 
 
 class OneLayer(nnx.Module):
@@ -94,58 +125,60 @@ def test_a_layer_says_what_it_said(how):
     network, x = OneLayer(**how), drawn(3, 48)
     with jax.enable_x64(True):
         want = network.layer(x)
-        panels.attach(network, panels.of(nnx.to_pure_dict(nnx.state(network)), lambda: network))
+        params = nnx.to_pure_dict(nnx.state(network))
+        few.attach(network, few.prepared(params, lambda: network))
         got = network.layer(x)
-    assert network.output_panels is not None and got.dtype == want.dtype
+    assert network.layer.dot_general is not jax.lax.dot_general or "dot_general" in how
+    assert got.dtype == want.dtype
     np.testing.assert_allclose(np.float32(got), np.float32(want), atol=1e-5)
 
 
-def test_they_are_cut_once_and_anew_where_any_array_is_another():
+def test_they_are_cut_once_and_anew_where_any_array_is_another(panels):
     """A tree with one matrix replaced shares all other arrays with the one before."""
     model, params = build(TINY)
-    first = model.with_panels(params)["panels"]
-    assert model.with_panels(dict(params))["panels"] is first
+    first = model.for_few(params)["few"]
+    assert model.for_few(dict(params))["few"] is first
     leaves, tree = jax.tree.flatten(params["backbone"])
     for place in (1, len(leaves) - 1):
         changed = [2 * x if i == place else x for i, x in enumerate(leaves)]
-        other = model.with_panels({"backbone": jax.tree.unflatten(tree, changed)})["panels"]
+        other = model.for_few({"backbone": jax.tree.unflatten(tree, changed)})["few"]
         assert other is not first
 
 
-def test_they_live_as_long_as_what_they_were_cut_from():
+def test_they_live_as_long_as_what_they_were_cut_from(panels):
     gc.collect()
-    before = len(panels._known)
+    before = len(few._known)
     model, params = build(TINY, seed=7)
-    model.with_panels(params)
-    assert len(panels._known) == before + 1
+    model.for_few(params)
+    assert len(few._known) == before + 1
     del params
     gc.collect()
-    assert len(panels._known) == before
+    assert len(few._known) == before
 
 
-def test_there_are_none_where_they_would_not_be_used():
+def test_there_is_nothing_where_it_would_not_be_used():
     model, params = build(TINY)
     halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert model.with_panels(halves)["panels"] == {}
-    assert model.with_panels(jax.tree.map(np.asarray, params))["panels"] == {}
+    assert model.for_few(halves)["few"] is None
+    assert model.for_few(jax.tree.map(np.asarray, params))["few"] is None
 
 
-def test_there_are_none_where_memory_has_no_room(tmp_path, monkeypatch):
+def test_there_are_no_panels_where_memory_has_no_room(panels, tmp_path, monkeypatch):
     model, params = build(TINY, seed=3)
     size = sum(x.nbytes for x in jax.tree.leaves(params["backbone"]))
-    monkeypatch.setattr(panels, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(few, "MEMORY", tmp_path / "meminfo")
     for left, cut in ((size // 1024, False), (4 * size // 1024, True)):
         (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {left} kB\n")
         fresh = jax.tree.map(jnp.copy, params)
-        assert bool(model.with_panels(fresh)["panels"]) == cut
+        assert bool(model.for_few(fresh)["few"]) == cut
 
 
-def test_batches_of_as_many_as_pay_and_of_more_say_what_single_rows_say():
+def test_batches_of_as_many_as_pay_and_of_more_say_what_single_rows_say(kind):
     """Steps of the larger batch are products with the matrices."""
     model, params = build(CONFIGS["llama"], points=(1, 2))
-    prompts = [[5 + i, 3, 11] for i in range(panels.MOST + 1)]
+    prompts = [[5 + i, 3, 11] for i in range(kind.most + 1)]
     single = [generate(model, params, [p], policy=None, max_new_tokens=12)[0] for p in prompts]
-    for rows in (panels.MOST, panels.MOST + 1):
+    for rows in (kind.most, kind.most + 1):
         answers = generate(model, params, prompts[:rows], policy=None, max_new_tokens=12)
         for got, want in zip(answers, single, strict=False):
             assert got.tokens.tolist() == want.tokens.tolist()
