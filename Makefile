@@ -62,9 +62,9 @@ test-processes: $(VENV)/.test
 test-storage: $(SERVERS)/.done
 	@$(SERVERS)/bin/python -m pytest -q --durations=5 -m storage
 
-# What the TPU's own compiler makes of programs; no TPU is needed.
+# What the TPU's own compiler makes of programs; no TPU is needed. Whole pods are in test-extras.
 test-tpu: $(SERVERS)/.done
-	@$(SERVERS)/bin/python -m pytest -q --durations=5 -m tpu_compile
+	@$(SERVERS)/bin/python -m pytest -q --durations=5 -m "tpu_compile and not studies"
 
 # Beside transformers on torch, with the TPU's compiler, lm-evaluation-harness, datasets, Beam, and buckets.
 test-extras: $(EXTRAS)/.done

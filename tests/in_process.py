@@ -69,6 +69,8 @@ def _undone():
         if name.startswith("launch.") and hasattr(module, "main"):  # a test has imported a command
             for flag in flags.FLAGS.get_flags_for_module(name):
                 delattr(flags.FLAGS, flag.name)
+    for flag in before.values():
+        flag.allow_override = True  # by one of that name in a command that does not import it
     try:
         yield
     finally:

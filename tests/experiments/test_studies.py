@@ -39,6 +39,7 @@ STUDIES = {
     "papers.calm_t5": "--runs={out}/calm_t5",
     "throughput.run": "--workdir={run}",
     "throughput.soak": "--source={run} --rows=2",
+    "throughput.latency": "--workdir={run} --rows=2 --loads=0.8",
     "decoded_promises.run": "--workdir={run} --records={out}/answers.npz",
     "token_difficulty.run": "--workdir={run} --answers={out}/said.json --source=stdlib",
     "tuning_step.run": "",

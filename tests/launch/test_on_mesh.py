@@ -1,7 +1,7 @@
 """Commands on a mesh do what they do on one device; what they refuse, before work begins.
 
-Eight devices need a process of their own, in which one run is calibrated, answers and is exported
-on each mesh in turn.
+Eight devices need a process of their own, in which one run of each kind is calibrated, answers and
+is exported or evaluated on each mesh in turn.
 """
 
 import json
@@ -9,6 +9,7 @@ import pathlib
 
 import fake_devices
 import in_process
+import meshes
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
@@ -20,11 +21,6 @@ from early_exit.runs import layout
 from early_exit.settings.read import changed, read
 
 ROOT = pathlib.Path(__file__).parents[2]
-MESHES = {
-    "one": None,
-    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
-    "1x1x8": {"data": 1, "fsdp": 1, "tensor": 8},
-}
 SETTINGS = {
     "exits.head": "norm",
     "exits.points": "(3,)",
@@ -40,54 +36,50 @@ SETTINGS = {
     "calibrate.batches": 2,
     "calibrate.epsilon": 0.3,
 }
+DIGITS = {
+    "tune.steps": 20,
+    "tune.warmup_steps": 2,
+    "tune.validation_batches": 1,
+    "calibrate.epsilon": 0.1,
+    "evaluate.epsilons": "(0.6,)",
+    "evaluate.rounds": 1,
+    "evaluate.singles": 4,
+    "evaluate.rows": 32,
+    "evaluate.sizes": "(16,)",
+}
 SCRIPT = """
-import json, pathlib, shutil, sys
-import in_process, jax, numpy.fft, scipy.optimize, transformers  # commands import them late
+import json, pathlib, sys
+import meshes
+from early_exit import tree
 from early_exit.runs import assemble
-from early_exit import sharding, tree
-from launch import on_mesh
 
-folder, meshes, settings = pathlib.Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
-assert jax.device_count() == 8
-loaded, load, mesh_of = [], assemble.load_tuned, on_mesh.mesh_of
-
-def kept(*args):
-    loaded.append(load(*args))
-    return loaded[-1]
-
-assemble.load_tuned = kept
-
-def run(command, *flags):
-    done = in_process.run(command, *flags)
-    assert done.returncode == 0, (command, flags, done.stderr)
-    return done.stdout
-
-given = [f"--config.{name}={value}" for name, value in settings.items()]
-for name, changes in {"run": [], "joint": ["tune.train=all", "tune.loss=cross_entropy",
-                                           "model.scan=True", "exits.classes=0"]}.items():
-    changed = [f"--config.{change}" for change in changes]
-    run("tune", "--config=configs/tiny.py", *given, *changed, f"--workdir={folder / name}")
+folder, settings = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+commands, found = meshes.Commands(), {}
+commands.tune("configs/tiny.py", folder / "run", settings)
+joint = {"tune.train": "all", "tune.loss": "cross_entropy", "model.scan": True, "exits.classes": 0}
+commands.tune("configs/tiny.py", folder / "joint", settings | joint)
 (folder / "prompts.txt").write_text("word\\nthe other one\\nand\\n")
-found = {}
-for name, axes in meshes.items():
-    on_mesh.mesh_of = mesh_of if axes else (lambda config: None)
-    flags = [f"--mesh.{axis}={size}" for axis, size in (axes or {}).items()]
-    work = shutil.copytree(folder / "run", folder / name)
-    flags = [f"--workdir={work}", *flags]
-    run("calibrate", *flags)
+for name, work, mesh in commands.each(folder / "run"):
+    flags = [f"--workdir={work}", *mesh]
+    commands.run("calibrate", *flags)
     asked = [f"--input={folder / 'prompts.txt'}", f"--output={work}/answers.jsonl", "--raw"]
-    run("generate", *flags, *asked, "--mode=deferred", "--max_new_tokens=6", "--batch=2")
-    run("export", *flags, f"--to={folder / name}_out")
-    run("export", f"--workdir={folder / 'joint'}", *flags[1:], f"--to={folder / name}_joint")
+    commands.run("generate", *flags, *asked, "--mode=deferred", "--max_new_tokens=6", "--batch=2")
+    commands.run("export", *flags, f"--to={folder / name}_out")
+    commands.run("export", f"--workdir={folder / 'joint'}", *mesh, f"--to={folder / name}_joint")
     shards = [
         {path: len({str(s.index) for s in x.addressable_shards}) for path, x in flat.items()}
-        for flat in (tree.flatten(tuned.params) for tuned in loaded)
+        for flat in (tree.flatten(tuned.params) for tuned in commands.loaded)
     ]
-    again = assemble.load_tuned(folder / f"{name}_out", None, loaded[-1].mesh)
-    assert axes is None or again.mesh is not None
-    found[name] = {"shards": shards, "identity": [str(x.identity) for x in (*loaded, again)],
-                   "heads": [x.metadata["heads"] for x in (*loaded, again)]}
-    loaded.clear()
+    assemble.load_tuned(folder / f"{name}_out", None, commands.loaded[-1].mesh)  # kept, too
+    found[name] = {"shards": shards, "identity": [str(x.identity) for x in commands.loaded],
+                   "heads": [x.metadata["heads"] for x in commands.loaded]}
+digits = folder / "digits" / "run"
+commands.tune("configs/digits_resnet.py:width=4", digits, json.loads(sys.argv[3]))
+for name, work, mesh in commands.each(digits):
+    flags = [f"--workdir={work}", *mesh]
+    for command in ("calibrate", "evaluate"):
+        commands.run(command, *flags)
+    commands.run("classify", *flags, "--split=test", "--batch=24", f"--output={work}/answers.jsonl")
 print(json.dumps(found))
 """
 
@@ -99,16 +91,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    given = (folder, json.dumps(MESHES), json.dumps(SETTINGS))
-    return fake_devices.found(SCRIPT, *given, EARLY_EXIT_CACHE=str(folder / "cache"))
-
-
-def meshes():
-    return [name for name, axes in MESHES.items() if axes]
+    given = json.dumps(SETTINGS), json.dumps(DIGITS)
+    return fake_devices.found(SCRIPT, folder, *given, EARLY_EXIT_CACHE=str(folder / "cache"))
 
 
 @pytest.mark.studies
-@pytest.mark.parametrize("mesh", meshes())
+@pytest.mark.parametrize("mesh", meshes.SHARED)
 def test_records_and_policies_are_those_of_one_device(found, folder, mesh):
     for kind, name in ((Records, "records.npz"), (Chains, "chains.npz")):
         ours, theirs = (kind.load(folder / of / name) for of in (mesh, "one"))
@@ -123,7 +111,7 @@ def test_records_and_policies_are_those_of_one_device(found, folder, mesh):
 
 
 @pytest.mark.studies
-@pytest.mark.parametrize("mesh", meshes())
+@pytest.mark.parametrize("mesh", meshes.SHARED)
 def test_answers_are_those_of_one_device(found, folder, mesh):
     ours, theirs = (
         [json.loads(line) for line in (folder / of / "answers.jsonl").read_text().splitlines()]
@@ -135,7 +123,7 @@ def test_answers_are_those_of_one_device(found, folder, mesh):
 
 
 @pytest.mark.studies
-@pytest.mark.parametrize("mesh", meshes())
+@pytest.mark.parametrize("mesh", meshes.SHARED)
 def test_what_is_exported_is_the_same_bit_for_bit(found, folder, mesh):
     for what in ("out", "joint"):
         for name in ("model.safetensors", "exits.safetensors"):
@@ -150,7 +138,7 @@ def test_what_is_exported_is_the_same_bit_for_bit(found, folder, mesh):
 
 
 @pytest.mark.studies
-@pytest.mark.parametrize("mesh", meshes())
+@pytest.mark.parametrize("mesh", meshes.SHARED)
 def test_every_command_has_the_weights_in_shards(found, mesh):
     """Vectors apart, and what no axis divides."""
     assert len(found[mesh]["shards"]) == 4
@@ -161,6 +149,29 @@ def test_every_command_has_the_weights_in_shards(found, mesh):
             wide = {path for path in wide if not path.startswith("exits/") or "kernel" in path}
         assert wide <= split
         assert max(shards.values()) == (4 if mesh == "2x2x2" else 8)
+
+
+@pytest.mark.studies
+@pytest.mark.parametrize("mesh", meshes.SHARED)
+def test_a_classifier_answers_as_on_one_device(found, folder, mesh):
+    """Calibrated, evaluated and asked there."""
+    ours, theirs = (folder / "digits" / of for of in (mesh, "one"))
+    records, others = (Records.load(run / "records.npz") for run in (ours, theirs))
+    for score, values in others.scores.items():
+        np.testing.assert_allclose(records.scores[score], values, atol=1e-5, err_msg=score)
+    evaluated, others = (
+        json.loads((run / "evaluation.json").read_text()) for run in (ours, theirs)
+    )
+    for exit, other in zip(evaluated["exits"], others["exits"], strict=True):
+        assert exit == pytest.approx(other, abs=1e-5)
+    answers, others = (
+        [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+        for run in (ours, theirs)
+    )
+    assert len({other["depth"] for other in others}) > 1
+    for answer, other in zip(answers, others, strict=True):
+        assert (answer["label"], answer["depth"]) == (other["label"], other["depth"])
+        np.testing.assert_allclose(answer["probabilities"], other["probabilities"], atol=1e-5)
 
 
 @pytest.mark.parametrize("command", ["calibrate", "evaluate", "generate", "export", "classify"])
