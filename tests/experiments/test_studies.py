@@ -42,6 +42,7 @@ STUDIES = {
     "throughput.latency": "--workdir={run} --rows=2 --loads=0.8",
     "decoded_promises.run": "--workdir={run} --records={out}/answers.npz",
     "token_difficulty.run": "--workdir={run} --answers={out}/said.json --source=stdlib",
+    "tokenizing.run": "--model={decoder}",
     "tuning_step.run": "",
     "joint_tuning.run": "",
     "exit_quality.run": "--runs={out}/quality --made={made}",
