@@ -64,7 +64,7 @@ def kind() -> Kind:
     return WIDE if "avx512f" in said else NARROW
 
 
-def pay(x: jax.Array) -> bool:
+def are_few(x: jax.Array) -> bool:
     """Whether so many positions are few."""
     return 1 < math.prod(x.shape[:-1]) <= kind().most
 
@@ -167,10 +167,10 @@ def _instead(panels: jax.Array | None):
 
     def dot_general(x, kernel, dimensions, **how):
         # A layer that computes in another type than its weights have has turned them into it.
-        few = pay(x) and kernel.dtype == jnp.float32
-        if few and panels is not None:
+        in_parts = are_few(x) and kernel.dtype == jnp.float32
+        if in_parts and panels is not None:
             return by_panels(x, panels, kernel.shape[1], **how)
-        if few and len(kernel) % BAND == 0:
+        if in_parts and len(kernel) % BAND == 0:
             return by_bands(x, kernel, **how)
         return jax.lax.dot_general(x, kernel, dimensions, **how)
 
@@ -181,7 +181,9 @@ def _of_output(panels: jax.Array):
     """In place of `table_product`."""
 
     def product(x, table, **how):
-        return by_panels(x, panels, len(table), **how) if pay(x) else table_product(x, table, **how)
+        if not are_few(x):
+            return table_product(x, table, **how)
+        return by_panels(x, panels, len(table), **how)
 
     return product
 
