@@ -57,5 +57,5 @@ class Commands:
             self._on_mesh.mesh_of = self._mesh_of if axes else (lambda config: None)
             self.loaded.clear()
             flags = [f"--mesh.{axis}={size}" for axis, size in (axes or {}).items()]
-            yield name, shutil.copytree(run, run.parent / name, dirs_exist_ok=True), flags
+            yield name, shutil.copytree(run, run.parent / name), flags
             assert all((tuned.mesh is not None) == bool(axes) for tuned in self.loaded)

@@ -54,10 +54,9 @@ for name, work, mesh in commands.each(folder / "run"):
     flags, served = [f"--workdir={work}", *mesh], []
     commands.run("calibrate", *flags)
     commands.run("serve", *flags, "--mode=lossy", "--rows=2", "--positions=256", "--name=small")
-    found[name] = {"served": served}
-for name, work, mesh in commands.each(folder / "run"):  # its flags and those of `serve` clash
-    commands.run("evaluate", f"--workdir={work}", *mesh)
-    found[name]["evaluation"] = json.loads((work / "evaluation.json").read_text())
+    commands.run("evaluate", *flags)
+    found[name] = {"served": served,
+                   "evaluation": json.loads((work / "evaluation.json").read_text())}
 print(json.dumps(found))
 """
 
