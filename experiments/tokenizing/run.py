@@ -67,7 +67,7 @@ def _written(path: Path, size: int) -> list[str]:
         else:
             continue
         break
-    path.write_text("".join(files.json_text({"text": text}) + "\n" for text in documents))
+    files.write_text(path, "".join(files.json_text({"text": text}) + "\n" for text in documents))
     return documents
 
 
