@@ -20,7 +20,7 @@ from early_exit.decoding import mode as modes
 from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.session import Session
 from early_exit.library.model import Model, of_run
-from early_exit.runs import assemble, layout
+from early_exit.runs import assemble, layout, progress
 from launch import common, on_mesh, usage
 
 MODES = flags.DEFINE_multi_enum(
@@ -35,6 +35,9 @@ NEW = flags.DEFINE_integer("max_new_tokens", 512, "Of answers that name no limit
 SECONDS = flags.DEFINE_float("seconds", 600.0, "Most that one request may take.", lower_bound=0.0)
 PREFIXES = flags.DEFINE_integer(
     "prefix_mb", 256, "Memory for prompts, so that those that begin alike are read once; 0: none."
+)
+WARM = flags.DEFINE_bool(
+    "warm", True, "Compile everything before listening; else each part when it is first needed."
 )
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Where to listen; 0.0.0.0 is everywhere.")
 PORT = flags.DEFINE_integer("port", 8000, "Where to listen.", lower_bound=0, upper_bound=65535)
@@ -70,6 +73,9 @@ def main(argv):
     calibrated = (tuned.workdir / layout.POLICY).exists()
     model = of_run(tuned, assemble.load_policy(tuned) if calibrated else None)
     sessions = {name: session(model, name) for name in dict.fromkeys(MODES.value)}
+    for name, made in sessions.items() if WARM.value else ():
+        with progress.waiting(f"compiling the steps of {name}"):
+            made.warm()
     worker = Worker(sessions, most_waiting=WAITING.value)
     options = app.Options(
         name=NAME.value or tuned.workdir.resolve().name,
@@ -88,7 +94,7 @@ def main(argv):
 
 
 def session(model: Model, name: str) -> Session:
-    """What decodes a mode, compiled and measured."""
+    """What decodes a mode, by measured costs."""
     mode = modes.served(modes.named(name), model.static)
     policy = model.policy if mode.asks_policy else None
     decoder = Decoder(model.static, model.params, policy, model.stop_ids, mode)

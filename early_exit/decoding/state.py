@@ -260,10 +260,7 @@ def initial_state(
         read = np.array([len(prompt) for prompt in prompts])
         encoded = _filled(prompts, slots), np.arange(slots)[None] < read[:, None]
     given = _filled(rows, slots), lengths, np.array(limits, np.int32), encoded, key
-    # Made in one program on a mesh, so that no device has a whole cache, even for a moment.
-    make = _begun if mesh is None else _begun_on_mesh
-    where = {} if mesh is None else {"mesh": mesh}
-    return make(*given, model=model, mode=mode, dtype=jnp.dtype(dtype), **where)
+    return _begun(*given, model=model, mode=mode, dtype=jnp.dtype(dtype), mesh=mesh)
 
 
 def _filled(rows: Sequence[Ids], slots: int) -> np.ndarray:
@@ -274,8 +271,10 @@ def _filled(rows: Sequence[Ids], slots: int) -> np.ndarray:
     return tokens
 
 
+# In one program: on a mesh no device has a whole cache, even for a moment.
+@functools.partial(jax.jit, static_argnames=("model", "mode", "dtype", "mesh"))
 def _begun(
-    tokens, lengths, limits, encoded, key, *, model: MultiExit, mode: Mode, dtype
+    tokens, lengths, limits, encoded, key, *, model: MultiExit, mode: Mode, dtype, mesh: Mesh | None
 ) -> DecodeState:
     (batch, slots), segments = tokens.shape, len(model.segments)
     points = model.exits.points if model.exits.head == "layer" else ()
@@ -290,7 +289,7 @@ def _begun(
         texts, real = map(jnp.array, encoded)
         rows = caches.empty(model.config, (), batch, slots, dtype)
         encoded = Encoded(texts, base.Memory(rows, real))
-    return DecodeState(
+    state = DecodeState(
         tokens_BS=jnp.array(tokens),
         newest_B=jnp.array(lengths) - 1,
         prompt_B=jnp.array(lengths),
@@ -314,11 +313,8 @@ def _begun(
         encoded=encoded,
         keys_B=key if key.shape == (batch,) else jax.random.split(key, batch),
     )
-
-
-@functools.partial(jax.jit, static_argnames=("model", "mode", "dtype", "mesh"))
-def _begun_on_mesh(*given, mesh: Mesh, **how) -> DecodeState:
-    state = _begun(*given, **how)
+    if mesh is None:
+        return state
     return jax.lax.with_sharding_constraint(state, placed(state, mesh))
 
 

@@ -144,7 +144,19 @@ class _Cursor:
         return struct.unpack("<Q", self.take(8))[0]
 
     def string(self) -> str:
-        return self.take(self.u64()).decode("utf-8")
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """In one loop: a vocabulary and its merges are a hundred thousand."""
+        found, data, at, last = [], self.data, self.offset, len(self.data)
+        for _ in range(count):
+            begin = at + 8
+            at = begin + int.from_bytes(data[at:begin], "little")
+            if at > last:
+                raise ValueError(f"the header runs past the file's end at byte {last}")
+            found.append(data[begin:at].decode("utf-8"))
+        self.offset = at
+        return found
 
     def value(self, kind: int) -> Any:
         kind = GGUFValueType(kind)
@@ -155,6 +167,8 @@ class _Cursor:
         kind, count = GGUFValueType(self.u32()), self.u64()
         if kind in _SCALARS:
             return self.scalars(kind, count)
+        if kind == GGUFValueType.STRING:
+            return self.strings(count)
         return [self.value(kind) for _ in range(count)]
 
     def scalars(self, kind: GGUFValueType, count: int) -> list:

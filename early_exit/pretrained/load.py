@@ -140,7 +140,7 @@ def _stacked(
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     # A copy in any case: jax may otherwise keep a view of a buffer that it does not own.
     if sharding is None:
-        return jnp.array(array)
+        return jax.device_put(array, may_alias=False)  # without a program for each shape
     return jax.make_array_from_callback(
         array.shape, sharding, lambda index: np.array(array[index], order="C")
     )

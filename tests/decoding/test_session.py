@@ -230,6 +230,21 @@ def test_after_the_first_of_each_size_nothing_is_compiled():
     assert busy(0.7, stop_ids=[3, 4]) == busy(1.1, thresholds=OWN) == busy(0.0) == compiled
 
 
+@pytest.mark.parametrize("mode", ["lossy", "verified"])
+def test_a_warm_session_compiles_nothing(mode, caplog):
+    session = Session(decoder(mode), rows=2, slots=256)
+    session.warm()
+    assert not session.busy
+    with jax.log_compiles():
+        for prompt in PROMPTS[:5]:
+            session.add(Request(prompt, 5))
+        Told().all_of(session)
+        assert [told for told in caplog.messages if "Compiling" in told] == []
+    session.add(Request(PROMPTS[0], 5))
+    with pytest.raises(ValueError, match="before its first request"):
+        session.warm()
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

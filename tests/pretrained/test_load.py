@@ -49,6 +49,18 @@ def test_the_tree_is_the_one_the_config_builds(tiny_llama):
     assert pretrained.tokenizer is None and pretrained.source == str(tiny_llama)
 
 
+def test_loading_compiles_nothing(write_gguf, tiny_llama, caplog):
+    """A program for each shape would take longer than the weights themselves."""
+    for source in (tiny_llama, write_gguf()):
+        jax.clear_caches()
+        with jax.log_compiles():
+            load(str(source))
+        assert not [told for told in caplog.messages if "ompil" in told]
+    with jax.log_compiles():
+        jnp.array(np.zeros((3, 5, 7)))
+    assert [told for told in caplog.messages if "ompil" in told]
+
+
 def test_gguf_equals_its_folder(write_gguf, tiny_llama):
     pretrained = load(str(write_gguf()))
     # The file stores the rounding of 1e-3 to float32.
