@@ -24,6 +24,7 @@ from early_exit.exits.multi_exit import MultiExit
 
 # Programs that run for milliseconds need not be good, only soon there.
 SOON = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+SOON += " --xla_cpu_parallel_codegen_split_count=1"  # the other cores have tests of their own
 PRODUCTION = "production"
 BUILD = Path(__file__).parents[1] / "build"
 CACHED = 1 << 31  # bytes of compiled programs that are kept

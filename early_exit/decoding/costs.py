@@ -27,11 +27,14 @@ class Costs:
       draft: float32 scalar, a step of a recurrent exit, all rows together.
       heads: float32 scalar, of asking exits on the way: what it takes, by what their weights are
         of the full model's.
+      saved_E: float32, what an early token saves if it stands, asking aside: two passes, less the
+        one that ends at the exit and the next, which takes its position along. None: by weights.
     """
 
     passes_N: jax.Array
     draft: jax.Array
     heads: jax.Array = dataclasses.field(default_factory=lambda: jnp.float32(1))
+    saved_E: jax.Array | None = None
 
     @classmethod
     def assumed(cls, mode: Mode, batch: int) -> "Costs":
@@ -39,3 +42,13 @@ class Costs:
         positions = np.array(mode.widths) * batch
         passes = (1 + POSITION * (positions - 1)) / (1 + POSITION * (batch - 1))
         return cls(jnp.asarray(passes, jnp.float32), jnp.float32(DRAFT))
+
+
+def by_weights(depth_shares: np.ndarray, passes_N: jax.Array | np.ndarray) -> jax.Array:
+    """`Costs.saved_E`, if all weights take as long to read as each other, on either side.
+
+    Args:
+      depth_shares: [E], the blocks before each exit as shares of a token of the full model.
+    """
+    behind = 1 - jnp.asarray(depth_shares, jnp.float32)
+    return behind * (2 - jnp.asarray(passes_N, jnp.float32)[:2][-1])

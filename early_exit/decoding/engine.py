@@ -27,7 +27,7 @@ from early_exit.cost.traffic import traffic
 from early_exit.decoding import cache as caches
 from early_exit.decoding import drafters
 from early_exit.decoding import sampling as samplings
-from early_exit.decoding.costs import Costs
+from early_exit.decoding.costs import Costs, by_weights
 from early_exit.decoding.drafters import base as drafting
 from early_exit.decoding.mode import Mode
 from early_exit.decoding.rules import Rules
@@ -50,6 +50,7 @@ class Engine:
       draft_table: the recurrent exit's; None where it does not draft.
       rules: what the rows go by.
       costs: what steps cost relative to each other.
+      saved_E: what leaving early saves at each exit, as in `Costs`.
       depth_shares, head_shares: blocks before each exit, and each head, as shares of the cost of
         one token of the full model.
     """
@@ -63,6 +64,7 @@ class Engine:
     draft_table: jax.Array | None
     rules: Rules
     costs: Costs
+    saved_E: jax.Array
     depth_shares: tuple[float, ...]
     head_shares: tuple[float, ...]
 
@@ -74,6 +76,9 @@ class Engine:
         # Some are gathered: here, outside any loop.
         drafts = any(drafter.name == "recurrent" for drafter in asked)
         depth_shares, head_shares = traffic(model, params).shares()
+        saved_E = costs.saved_E
+        if saved_E is None:
+            saved_E = by_weights(depth_shares[:-1], costs.passes_N)
         return cls(
             model=model,
             mode=mode,
@@ -84,6 +89,7 @@ class Engine:
             draft_table=bound.draft_table() if drafts else None,
             rules=rules,
             costs=costs,
+            saved_E=saved_E,
             depth_shares=depth_shares,
             head_shares=head_shares,
         )

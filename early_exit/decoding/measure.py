@@ -8,6 +8,7 @@ compiled for measuring alone, and everything that a step does is in the time.
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import time
 
@@ -18,11 +19,13 @@ import numpy as np
 from early_exit import policy as policies
 from early_exit import sharding
 from early_exit.cost.traffic import traffic
-from early_exit.decoding.costs import Costs
+from early_exit.decoding.costs import Costs, by_weights
 from early_exit.decoding.decoder import Decoder
 from early_exit.decoding.state import DecodeState
 from early_exit.storage import files, programs
 
+# Of what is kept; another one is measured anew.
+FORM = 2
 # Times that each kind of step is run, in turns; the median is kept.
 ROUNDS = 7
 # Tokens before what is measured, at most: of the prompt, and of the model's own.
@@ -49,6 +52,7 @@ def costs(decoder: Decoder, batch: int, slots: int | None = None) -> Costs:
         jnp.asarray(passes / passes[0], jnp.float32),
         jnp.float32(found["draft"] / passes[0]),
         jnp.float32(found["heads"]),
+        jnp.asarray(found["saved"] / passes[0], jnp.float32) if found["saved"] else None,
     )
 
 
@@ -84,7 +88,8 @@ def _name(decoder: Decoder, batch: int) -> str:
     device, flags = jax.devices()[0].device_kind, os.environ.get("XLA_FLAGS", "")
     score = decoder.policy and decoder.policy.confidence
     draws = decoder.sampling.temperature > 0
-    told = device, flags, decoder.model, mode.widths, mode.drafters, score, str(dtype), batch, draws
+    told = FORM, device, flags, decoder.model, mode.widths, mode.drafters, score, str(dtype)
+    told = *told, batch, draws
     if (prepared := decoder.params_for(batch).get("few")) is not None:
         told = *told, "panels" if prepared else "bands"
     if (mesh := sharding.mesh_of(decoder.params)) is not None:
@@ -97,24 +102,30 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
 
     Returns:
       `passes`, one for each width, `draft`, 0 where there is no recurrent exit; `heads`, as in
-      `Costs`, 1 where no exit is asked; and of what: `device`, `batch`, `widths`.
+      `Costs`, 1 where no exit is asked; `saved`, one for each exit, none where none is asked; and
+      of what: `device`, `batch`, `widths`.
     """
     mode, most = decoder.mode, decoder.mode.capacity
+    asks = "exits" in mode.drafters and decoder.policy is not None
+    exits = len(decoder.model.exits.points) if asks else 0
 
-    def weighing(draft: float, threshold: float = policies.NEVER, heads: float = 1.0) -> Decoder:
+    def weighing(draft: float, thresholds=policies.NEVER, heads: float = 1.0) -> Decoder:
         passes = 1 + _DEAR * (jnp.array(mode.widths, jnp.float32) - 1)
-        costs = Costs(passes, jnp.float32(draft), jnp.float32(heads))
+        saved = jnp.zeros(exits, jnp.float32) if exits else None
+        costs = Costs(passes, jnp.float32(draft), jnp.float32(heads), saved)
         policy = decoder.policy
         if policy is not None:
-            policy = dataclasses.replace(
-                policy, thresholds=jnp.full_like(policy.thresholds, threshold)
-            )
+            each = jnp.broadcast_to(jnp.float32(thresholds), policy.thresholds.shape)
+            policy = dataclasses.replace(policy, thresholds=each)
         return dataclasses.replace(decoder, policy=policy, costs=costs)
 
     # So dear a position that no draft is handed on. Made are none, or all, if each seems to save
-    # what its position costs. Exits are asked, in vain, if asking seems to be worth more than that.
+    # what its position costs. Exits are asked if that seems to be worth more: in vain, or with one
+    # where all leave.
     quiet, eager = weighing(_DEAR), weighing(-_DEAR)
     asking = weighing(_DEAR, _NOBODY, heads=-(_DEAR**2))
+    alone = np.where(np.eye(exits, dtype=bool), policies.ALWAYS, policies.NEVER)
+    leaving = [weighing(_DEAR, thresholds, heads=-(_DEAR**2)) for thresholds in alone]
     config = decoder.model.config
     prompt, written = (min(size, config.context_length // 8) for size in (PROMPT, WRITTEN))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, prompt)
@@ -127,7 +138,8 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
     state = state.change(finished_B=jnp.zeros_like(state.finished_B))
     times: dict[int, list[float]] = {width: [] for width in mode.widths}
     drafts, heads, calls = [], [], []
-    asks = "exits" in mode.drafters and decoder.policy is not None
+    early: list[list[float]] = [[] for _ in leaving]
+    newest = sharding.fetch(state.newest_B)
     for _ in range(ROUNDS + 1):  # the first compiles
         for width, found in times.items():
             taken, _ = _timed(quiet, _waiting(state, width), 1)
@@ -137,6 +149,11 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
             drafts.append(_timed(eager, _copied(state), 1))
         if asks:
             heads.append(_timed(asking, _copied(state), 1)[0])
+        for found, at_one in zip(early, leaving, strict=True):
+            taken, left = _timed(at_one, _copied(state), 1)
+            # Nobody leaves with a token that ends the answer: then by weights.
+            all_left = bool((sharding.fetch(left.filled_BE)[:, -1] <= newest).all())
+            found.append(taken + _timed(quiet, left, 1)[0] if all_left else math.nan)
     # What a call takes is no part of its steps, of which others make many. (Of the smallest models
     # it takes nearly all.)
     call = float(np.median(calls[1:]))
@@ -144,8 +161,16 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
     passes = [max(taken - call, taken / 10) for taken in timed]
     draft, of_heads, reads = 0.0, 1.0, traffic(decoder.model, decoder.params)
     if asks:  # beside a pass without; never less than their weights would
-        by_weights = passes[0] * reads.shares()[1][:-1].sum()
-        of_heads = max((float(np.median(heads[1:])) - call - passes[0]) / by_weights, 1.0)
+        expected = passes[0] * reads.shares()[1][:-1].sum()
+        of_heads = max((float(np.median(heads[1:])) - call - passes[0]) / expected, 1.0)
+    prices = passes[0] * of_heads * reads.shares()[1]
+    saved = [
+        2 * passes[0] + price - (float(np.median(found[1:])) - 2 * call)
+        for found, price in zip(early, prices, strict=False)
+    ]
+    if any(map(math.isnan, saved)):
+        shares = by_weights(reads.shares()[0][:exits], np.array(passes) / passes[0])
+        saved = [passes[0] * float(share) for share in shares]
     if drafts:  # each time as many, and then a pass of one position
         steps = float(drafts[0][1].counts.draft_steps_B.sum())
         with_drafts = float(np.median([taken for taken, _ in drafts[1:]]))
@@ -156,6 +181,7 @@ def seconds(decoder: Decoder, batch: int, slots: int | None = None) -> dict:
         "passes": passes,
         "draft": draft,
         "heads": of_heads,
+        "saved": saved,
         "device": jax.devices()[0].device_kind,
         "batch": batch,
         "widths": list(mode.widths),

@@ -15,6 +15,7 @@ anybody, so the share of tokens that leave is held to a bar, too. Answers are ke
 not decoded again.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from absl import flags
 
 from early_exit import policy as policies
 from early_exit.calibration import answers, certify
-from early_exit.decoding.mode import DEFERRED, LOSSY
+from early_exit.decoding.mode import DEFERRED, LOSSY, Mode
 from early_exit.evaluation import run
 from early_exit.evaluation.answers import PORTION, Questions
 from early_exit.runs import assemble
@@ -89,46 +90,73 @@ def main(argv):
 
 def _recorded(alphas: list[float]) -> dict[str, np.ndarray]:
     """Of each mode: the losses [J + A, N] of policies in the row and of those on given text, and
-    which share of each answer's tokens left early."""
+    which share of each answer's tokens left early. Kept policy by policy, to go on with."""
     count = 16 if bars.QUICK.value else PROMPTS.value
     new_tokens = 12 if bars.QUICK.value else NEW.value
-    asked_for = {"alphas": alphas, "prompts": count, "new_tokens": new_tokens}
+    asked_for = {
+        "alphas": alphas,
+        "candidates": CANDIDATES.value,
+        "new_tokens": new_tokens,
+        "prompts": count,
+    }
     path = RECORDS.value and Path(RECORDS.value)
-    if path and path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            if json.loads(str(kept["asked_for"])) == asked_for:
-                return {name: kept[name] for name in kept.files if name != "asked_for"}
-        raise ValueError(f"{path} holds answers to other flags; name another file")
-    tuned = assemble.load_tuned(Path(WORKDIR.value))
-    texts = [text for kind in KINDS for text in questions(kind, count // 2, held_out=True)]
-    asked = Questions.ask(tuned, [tuned.chat(t) for t in texts], new_tokens, BATCH.value, seed=0)
-    found, foreseen = {}, []
-    ways = _policies(tuned, alphas)
-    for mode in MODES:
-        losses = {name: [] for name in answers.LOSSES}
-        leaving = []
-        for i, policy in enumerate(ways):
-            everything = range(len(asked.prompts))
-            decoded = asked.decoded(everything, policy, mode)
-            pairs = [
-                (reference, answer.tokens)
-                for reference, answer in zip(asked.references, decoded, strict=True)
-            ]
-            for name, loss in answers.LOSSES.items():
-                losses[name].append([answers.loss_of(loss, *pair) for pair in pairs])
-            final = len(tuned.model.exits.points)
-            leaving.append([np.mean(answer.exits < final) for answer in decoded])
-            told, _ = asked.losses(everything, policy, mode, answers.changed)
-            foreseen.append(told == losses["changed"][-1])
+    kept = _kept(path, asked_for)
+    if "ways" not in kept or _named(MODES[-1], int(kept["ways"]) - 1, "leaving") not in kept:
+        tuned = assemble.load_tuned(Path(WORKDIR.value))
+        texts = [text for kind in KINDS for text in questions(kind, count // 2, held_out=True)]
+        asked = Questions.ask(
+            tuned, [tuned.chat(t) for t in texts], new_tokens, BATCH.value, seed=0
+        )
+        ways = _policies(tuned, alphas)
+        kept["ways"] = np.array(len(ways))
+        for mode, (i, policy) in itertools.product(MODES, enumerate(ways)):
+            if _named(mode, i, "leaving") in kept:
+                continue
+            answered = _answered(asked, policy, mode)
+            kept |= {_named(mode, i, name): figures for name, figures in answered.items()}
             print(f"{mode.name}, policy {i + 1} of {len(ways)}", flush=True)
-        for name, rows in losses.items():
-            found[f"loss/{mode.name}/{name}"] = np.array(rows)
-        found[f"leaving/{mode.name}"] = np.array(leaving)
-    found["foreseen"] = np.mean(foreseen)
-    if path:
-        with files.replacing(path) as partial, partial.open("wb") as file:
-            np.savez(file, asked_for=files.json_text(asked_for), **found)
+            if path:
+                with files.replacing(path) as partial, partial.open("wb") as file:
+                    np.savez(file, asked_for=files.json_text(asked_for), **kept)
+
+    def together(mode: Mode, name: str) -> np.ndarray:
+        return np.array([kept[_named(mode, i, name)] for i in range(int(kept["ways"]))])
+
+    found = {f"leaving/{mode.name}": together(mode, "leaving") for mode in MODES}
+    for mode, name in itertools.product(MODES, answers.LOSSES):
+        found[f"loss/{mode.name}/{name}"] = together(mode, name)
+    found["foreseen"] = np.mean([together(mode, "foreseen") for mode in MODES])
     return found
+
+
+def _named(mode: Mode, policy: int, name: str) -> str:
+    return f"{mode.name}/{policy}/{name}"
+
+
+def _kept(path: Path | None, asked_for: dict) -> dict[str, np.ndarray]:
+    """What the file holds by now."""
+    if not path or not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as kept:
+        if json.loads(str(kept["asked_for"])) == asked_for:
+            return {name: kept[name] for name in kept.files if name != "asked_for"}
+    raise ValueError(f"{path} holds answers to other flags; name another file")
+
+
+def _answered(asked: Questions, policy: policies.ExitPolicy, mode: Mode) -> dict[str, np.ndarray]:
+    """Of each answer [N]: its losses, the share that left early, and whether one pass over the full
+    model's answer foresees that it is another."""
+    everything = range(len(asked.prompts))
+    decoded = asked.decoded(everything, policy, mode)
+    pairs = [(r, answer.tokens) for r, answer in zip(asked.references, decoded, strict=True)]
+    found = {
+        name: np.array([answers.loss_of(loss, *pair) for pair in pairs])
+        for name, loss in answers.LOSSES.items()
+    }
+    told, _ = asked.losses(everything, policy, mode, answers.changed)
+    final = len(asked.tuned.model.exits.points)
+    leaving = np.array([np.mean(answer.exits < final) for answer in decoded])
+    return found | {"leaving": leaving, "foreseen": told == found["changed"]}
 
 
 def _policies(tuned: assemble.Tuned, alphas: list[float]) -> list[policies.ExitPolicy]:

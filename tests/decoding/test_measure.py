@@ -8,6 +8,7 @@ import pytest
 
 from conftest import build
 from early_exit import policy as policies
+from early_exit.cost.traffic import traffic
 from early_exit.decoding import measure
 from early_exit.decoding.decode import decode
 from early_exit.decoding.decoder import Decoder
@@ -63,12 +64,23 @@ def test_what_is_timed_has_run(model_and_params, cache, monkeypatch, stops):
     rounds = measure.ROUNDS + 1
     passes, drafts, asked = map(np.array, zip(*done, strict=True))
     # Each width; nothing; one with a chain of which nothing is handed on; one that asks the exits.
-    widths = np.eye(3)[[0, 1, 2, 0, 0, 0]] * [[1], [1], [1], [0], [1], [1]]
+    one, two, three, none = [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]
+    widths = [one, two, three, none, one, one]
+    every = [[0, 0]] * 5 + [[BATCH, BATCH]]
+    for exit_ in np.eye(2, dtype=int) * BATCH:
+        # All rows leave there, and are taken along by the next; or go on, for what ends an answer.
+        widths += [one] if stops else [none, two]
+        every += [exit_] if stops else [exit_, [0, 0]]
     np.testing.assert_allclose(passes, np.tile(widths, (rounds, 1)), rtol=1e-6)
     longest = 1 if stops else decoder.mode.capacity - 1  # what ends an answer is not drafted
-    np.testing.assert_allclose(drafts, np.tile([0, 0, 0, 0, longest, 0], rounds), rtol=1e-6)
-    every = [[0, 0]] * 5 + [[BATCH, BATCH]]
+    expected = np.zeros(len(widths))
+    expected[4] = longest
+    np.testing.assert_allclose(drafts, np.tile(expected, rounds), rtol=1e-6)
     np.testing.assert_array_equal(asked, np.tile(every, (rounds, 1)))
+    if stops:  # nobody has left: by weights
+        depths = traffic(*model_and_params).shares()[0][:2]
+        saved = np.subtract(1, depths) * (2 * found["passes"][0] - found["passes"][1])
+        np.testing.assert_allclose(found["saved"], saved, rtol=1e-5)
 
 
 def test_what_a_call_takes_is_no_part_of_its_steps(model_and_params, cache, monkeypatch):
@@ -87,6 +99,9 @@ def test_what_a_call_takes_is_no_part_of_its_steps(model_and_params, cache, monk
     found = measure.seconds(decoder, BATCH, SLOTS)
     np.testing.assert_allclose(found["passes"], decoder.mode.widths, rtol=1e-5)
     np.testing.assert_allclose(found["draft"], 0.5, rtol=1e-4)
+    # A step that all rows leave runs no last block, and the next is 4 wide; but for asking.
+    heads = traffic(*model_and_params).shares()[1][:2]
+    np.testing.assert_allclose(found["saved"], 2 - (0 + 4) + heads, rtol=1e-4)
 
 
 def test_the_program_is_the_one_that_decodes(model_and_params, cache):
@@ -101,13 +116,14 @@ def test_the_program_is_the_one_that_decodes(model_and_params, cache):
 
 def test_it_is_measured_once(model_and_params, cache, monkeypatch):
     decoder = decoder_of(*model_and_params)
-    told = {"passes": [2.0, 3.0, 4.0], "draft": 0.5, "heads": 1.5}
+    told = {"passes": [2.0, 3.0, 4.0], "draft": 0.5, "heads": 1.5, "saved": [1.0, -0.5]}
     calls = []
     monkeypatch.setattr(measure, "seconds", lambda *args: calls.append(args) or told)
     for _ in range(2):
         costs = measure.costs(decoder, BATCH, SLOTS)
         np.testing.assert_array_equal(costs.passes_N, [1, 1.5, 2])
         assert costs.draft == 0.25 and costs.heads == 1.5
+        np.testing.assert_array_equal(costs.saved_E, [0.5, -0.25])
     assert len(calls) == 1
     # Another batch, other drafters and other widths cost something else.
     measure.costs(decoder, BATCH + 1, SLOTS)

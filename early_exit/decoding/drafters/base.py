@@ -318,17 +318,20 @@ def booked(
     wider = engine.costs.passes_N[narrowest] - 1
     further = wider * len(drafted_B) / jnp.maximum(drafted_B.sum(), 1)
     alone = 1 / jnp.maximum(rows, 1)
-    # A draft of an exit has had a pass as deep as that; one made before the pass, none.
-    is_exit = jnp.arange(state.worth_BN.shape[1]) < engine.final
-    own = jnp.where(is_exit, jnp.resize(jnp.array(engine.depth_shares), is_exit.shape), 0)
-    saved = jnp.where(is_exit, alone, 1.0)
+    # A draft of an exit has had a pass as deep as that; one made before the pass, none. What it
+    # saves is known where all rows leave: the others' share of the wider pass comes to that.
+    others = jnp.zeros(state.worth_BN.shape[1] - engine.final)
+    behind = 1 - jnp.append(jnp.array(engine.depth_shares[: engine.final]), others)
+    more = behind * (further - (engine.costs.passes_N[1] - 1))
+    is_exit = jnp.arange(len(behind)) < engine.final
+    saved = jnp.append(engine.saved_E, 2 - engine.costs.passes_N[1] + others)
     worth_BN = settled(
         state.worth_BN,
         source,
         kept,
         dropped,
-        gains=(1 - own) * (saved - further),
-        losses=own + (1 - own) * further,
+        gains=saved - more - jnp.where(is_exit, behind * (1 - alone), 0),
+        losses=1 - saved + more,
     )
     return state.change(worth_BN=worth_BN).count(
         drafted_BW=(kept | dropped).astype(jnp.int32), accepted_BW=kept.astype(jnp.int32)

@@ -101,11 +101,15 @@ def _worthwhile(engine, state, e: int, wanted_B: jax.Array):
     price = engine.head_shares[e] * engine.costs.heads
     # Each row has a token by this step anyway. If all leave here, the pass through deeper segments
     # is saved, but for the next one's being wider; if some go on, nothing is.
-    at_best = (1 - engine.depth_shares[e]) * (2 - engine.costs.passes_N[1])
+    at_best = engine.saved_E[e]
     always = (engine.policy.thresholds[e] == policies.ALWAYS).all()
     another = jnp.where(always, 1.0, _ANOTHER)
     at_best *= another ** jnp.maximum(wanted_B.sum() - 1, 0)
-    refused_B = wanted_B & ~(base.worthwhile(state, e) & (at_best > price))
+    # Where a row has a token early, nothing is drafted before its next pass; and such passes have
+    # given more than one token for what one costs.
+    going_on = jnp.maximum((~state.finished_B).sum(), 1)
+    forgone = 1 - 1 / jnp.maximum(base.rate(state) / going_on, 1)
+    refused_B = wanted_B & ~(base.worthwhile(state, e) & (at_best > price + forgone))
     wanted_B &= ~refused_B
     worth_B = base.asked(state.worth_BN[:, e], wanted_B, price)
     worth_B = base.passed_over(worth_B, refused_B)

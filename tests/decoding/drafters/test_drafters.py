@@ -281,6 +281,27 @@ def test_exits_are_not_asked_where_wider_passes_cost_as_much_as_further_ones(tin
         assert bool(state.counts.evaluations_BE[:, :-1].sum()) == asked
 
 
+@pytest.mark.parametrize(
+    ("saved", "rate", "asked"),
+    [
+        ([0.5, 0.4], 1.0, [True, True]),
+        ([0.5, -0.1], 1.0, [True, False]),  # as measured, whatever the weights say
+        ([-0.1, 0.4], 1.0, [False, True]),
+        ([0.5, 0.4], 1.2, [True, True]),
+        ([0.9, 0.4], 2.0, [True, False]),  # what is drafted ahead gives as much
+        ([0.9, 0.4], 20.0, [False, False]),
+    ],
+)
+def test_exits_are_asked_where_that_can_pay(tiny, saved, rate, asked):
+    model, params = tiny
+    mode, policy = Mode("defer", ("exits",), pending=4), policies.make([2.0, 2.0])  # nobody leaves
+    costs = Costs(jnp.array([1, 1.2]), jnp.float32(0), saved_E=jnp.array(saved))
+    decoder = Decoder(model, params, policy, (), mode, costs)
+    state = decoder.start([[7, 3, 52]], [12], jax.random.key(0), None)
+    state = decoder.run(state.change(rate_B=jnp.full(1, rate)), steps=1)
+    assert (state.counts.evaluations_BE[0, :-1] > 0).tolist() == asked
+
+
 def test_rows_learn_from_each_other_what_a_source_is_worth(tiny):
     """One that has lost more than the other has gained: neither row asks."""
     model, params = tiny
