@@ -126,6 +126,9 @@ def _tell_costs(model: Model, batch: int, mode: Mode) -> None:
     ]
     if "recurrent" in mode.drafters:
         rows.append(("a draft of the recurrent exit", 1e3 * found["draft"], found["draft"] / first))
+    for point, saved in zip(model.points if found["saved"] else (), found["saved"], strict=True):
+        told = f"saved by leaving after block {point}, asking aside"
+        rows.append((told, 1e3 * saved, saved / first))
     print(f"{mode.name}, {batch} rows together, on {found['device']}")
     print(table(rows, header=("step", "ms", "of a plain pass")))
 

@@ -1,5 +1,6 @@
 """Products of few positions: the same, used where few positions are; panels are cut once."""
 
+import dataclasses
 import gc
 import types
 
@@ -43,6 +44,20 @@ def test_products_are_those_of_the_matrix(outputs, positions):
     assert cut.shape == (-(-outputs // 64), 48, 64)
     np.testing.assert_allclose(few.by_panels(x, cut, outputs), x @ matrix, atol=1e-5)
     np.testing.assert_allclose(few.by_bands(x, matrix), x @ matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [512, 1200, 2 * 577, 3 * 4096])
+@pytest.mark.parametrize("positions", [(1,), (7,), (2, 3)])
+def test_products_with_parts_of_an_output_matrix_stand_side_by_side(outputs, positions):
+    x, table = drawn(*positions, 24), drawn(outputs, 24, seed=1)
+    np.testing.assert_allclose(few.by_parts(x, table), x @ table.T, atol=1e-5)
+
+
+def test_parts_are_of_a_size_that_divides():
+    for outputs in (49152, 50257, 151936, 128256, 32000, 262144, 512):
+        assert outputs % few.part_of(outputs) == 0
+        assert few.LEAST_PART <= few.part_of(outputs) <= few.MOST_PART
+    assert few.part_of(511) is None and few.part_of(4099) is None  # a prime
 
 
 @pytest.mark.parametrize(
@@ -91,9 +106,23 @@ def test_one_position_and_many_meet_the_matrices(kind, family):
 
     all_of_them = 7 - (family == "gpt2")
     for positions in (2, kind.most):
-        assert matrices_met(positions) == (not kind.panels)  # in bands, the readout is as ever
+        assert matrices_met(positions) == (not kind.panels)  # so small a readout has no parts
     for positions in (1, kind.most + 1):
         assert matrices_met(positions) >= all_of_them
+
+
+def test_few_positions_meet_a_large_output_matrix_in_parts(kind):
+    model, params = build(dataclasses.replace(TINY, vocab_size=1024))
+    params = model.for_few(params)
+    hidden = {n: drawn(1, n, TINY.width) for n in (1, 2, kind.most, kind.most + 1)}
+    for positions, given in hidden.items():
+        network = model.bind(params).backbone
+        jaxpr = jax.make_jaxpr(lambda x, net=network: net.readout(x))(given)
+        (dot,) = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"][:1]
+        batched = bool(dot.params["dimension_numbers"][1][0])
+        assert batched == (1 < positions <= kind.most)
+        want = model.bind(params | {"few": None}).backbone.readout(given)
+        np.testing.assert_allclose(network.readout(given), want, atol=1e-4)
 
 
 class OneLayer(nnx.Module):

@@ -200,6 +200,16 @@ def test_generate_answers_the_lines_of_a_text_file(run, launch, tmp_path):
     assert rows[0]["tokens"] == rows[2]["tokens"] != rows[1]["tokens"]
 
 
+@pytest.mark.parametrize(("drafters", "exits"), [("exits", ["2", "4"]), ("lookup", [])])
+def test_generate_says_what_steps_cost(run, launch, drafters, exits):
+    flags = ["--costs=2", "--mode=verified", f"--drafters={drafters}", "--pending=4"]
+    printed = succeeded(launch("generate", f"--workdir={run.folder}", *flags))
+    assert printed.startswith(f"verified: {drafters}, 2 rows together, on ")
+    assert re.findall(r"^a pass of (\d) position", printed, re.M) == ["1", "4"]
+    assert re.search(r"^a pass of 1 position +[\d.]+ +1\.000$", printed, re.M)
+    assert re.findall(r"^saved by leaving after block (\d), asking", printed, re.M) == exits
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
