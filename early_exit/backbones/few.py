@@ -13,8 +13,8 @@ Measured on two cores, float32. With AVX-512, 60 matrices of 576 × 1536, in tim
 5, 8 and 10 rows take 1.8, 1.7, 1.6, 1.9 and 2.0 as they are, and 1.1, 1.2, 1.3, 1.7 and 1.9 in
 panels. With AVX2 alone, the blocks of SmolLM2-135M, in milliseconds: 1, 2, 4, 6, 8 and 10 rows take
 40, 55, 88, 90, 100 and 112 as they are, and 2, 4, 6, 8 and 10 rows 43, 53, 50, 73 and 95 in bands,
-12 already 408; its output matrix, behind twenty small ones: 2, 4 and 8 rows take 23, 29 and 34 as it
-is, and 17, 22 and 27 in parts. One row meets the matrix as it is, and so do prompts.
+12 already 408. Its output matrix, behind twenty small ones: 2, 4 and 8 rows take 23, 29 and 34 as
+it is, and 17, 22 and 27 in parts. One row meets the matrix as it is, and so do prompts.
 """
 
 import functools

@@ -16,7 +16,13 @@ PROMPT = [7, 3, 52, 11, 29]
 NEWER = ("olmo2", "smollm3", "granite", "phi3", "gemma2", "gemma3", "mixtral", "qwen2_moe")
 
 
-@pytest.mark.parametrize("mode", [LOSSY, DEFERRED], ids=["lossy", "deferred"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(LOSSY, marks=pytest.mark.long, id="lossy"),
+        pytest.param(DEFERRED, id="deferred"),
+    ],
+)
 @pytest.mark.parametrize("kind", NEWER)
 def test_exits_of_every_kind_equal_the_slow_decoder(kind, mode):
     """Thresholds by which some positions leave at each exit; windows are filled on the way."""

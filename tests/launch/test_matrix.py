@@ -332,6 +332,7 @@ def test_what_was_calibrated_is_what_is_measured_and_shown(decoder, tmp_path):
     assert "policy.json now holds another policy, epsilon 0.5" in html
 
 
+@pytest.mark.long
 def test_every_mode_answers_a_prompt_and_a_file(decoder, tmp_path):
     """In colour or not, onto a file that is there already; lossless modes say what all say."""
     folder, given, out = decoder("frozen"), tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
@@ -390,6 +391,7 @@ def test_a_policy_that_is_switched_off_is_not_measured(decoder, tmp_path):
     ok("report", f"--workdir={folder}")
 
 
+@pytest.mark.long
 def test_what_was_recorded_is_read_back(decoder, tmp_path):
     """By other methods and other commands, until other data are asked for."""
     folder = shutil.copytree(decoder("recurrent"), tmp_path / "run")
@@ -514,6 +516,7 @@ def test_a_classifier_of_every_kind(classifier, root, kind, tmp_path):
         (tmp_path / "policy.json").rename(folder / "policy.json")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("clopper_pearson", "never")])
 def test_every_method_of_calibration_on_a_classifier(classifier, method, tmp_path):
     folder = shutil.copytree(classifier("resnet"), tmp_path / "run")
