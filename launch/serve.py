@@ -74,7 +74,7 @@ def main(argv):
     model = of_run(tuned, assemble.load_policy(tuned) if calibrated else None)
     sessions = {name: session(model, name) for name in dict.fromkeys(MODES.value)}
     for name, made in sessions.items() if WARM.value else ():
-        with progress.waiting(f"compiling the steps of {name}"):
+        with progress.waiting(f"compiling {name} (--nowarm listens at once)"):
             made.warm()
     worker = Worker(sessions, most_waiting=WAITING.value)
     options = app.Options(
