@@ -131,11 +131,14 @@ class _Cursor:
 
     def take(self, size: int) -> bytes:
         end = self.offset + size
-        if end > len(self.data):
-            raise ValueError(f"the header runs past the file's end at byte {len(self.data)}")
+        self._check_within(end)
         taken = self.data[self.offset : end]
         self.offset = end
         return taken
+
+    def _check_within(self, end: int) -> None:
+        if end > len(self.data):
+            raise ValueError(f"the header runs past the file's end at byte {len(self.data)}")
 
     def u32(self) -> int:
         return struct.unpack("<I", self.take(4))[0]
@@ -148,12 +151,11 @@ class _Cursor:
 
     def strings(self, count: int) -> list[str]:
         """In one loop: a vocabulary and its merges are a hundred thousand."""
-        found, data, at, last = [], self.data, self.offset, len(self.data)
+        found, data, at = [], self.data, self.offset
         for _ in range(count):
             begin = at + 8
             at = begin + int.from_bytes(data[at:begin], "little")
-            if at > last:
-                raise ValueError(f"the header runs past the file's end at byte {last}")
+            self._check_within(at)
             found.append(data[begin:at].decode("utf-8"))
         self.offset = at
         return found

@@ -320,17 +320,18 @@ def booked(
     alone = 1 / jnp.maximum(rows, 1)
     # A draft of an exit has had a pass as deep as that; one made before the pass, none. What it
     # saves is known where all rows leave: the others' share of the wider pass comes to that.
-    others = jnp.zeros(state.worth_BN.shape[1] - engine.final)
-    behind = 1 - jnp.append(jnp.array(engine.depth_shares[: engine.final]), others)
-    more = behind * (further - (engine.costs.passes_N[1] - 1))
-    is_exit = jnp.arange(len(behind)) < engine.final
-    saved = jnp.append(engine.saved_E, 2 - engine.costs.passes_N[1] + others)
+    second = engine.costs.passes_N[1] - 1
+    behind_E = 1 - jnp.array(engine.depth_shares[: engine.final])
+    others = jnp.ones(state.worth_BN.shape[1] - engine.final)
+    saved = jnp.append(engine.saved_E, (1 - second) * others)
+    more = jnp.append(behind_E, others) * (further - second)
+    going_on = jnp.append(behind_E * (1 - alone), 0 * others)  # a pass for the rows that stay
     worth_BN = settled(
         state.worth_BN,
         source,
         kept,
         dropped,
-        gains=saved - more - jnp.where(is_exit, behind * (1 - alone), 0),
+        gains=saved - more - going_on,
         losses=1 - saved + more,
     )
     return state.change(worth_BN=worth_BN).count(
