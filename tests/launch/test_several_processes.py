@@ -93,11 +93,33 @@ def together(folder, command, *flags):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], printed
-    # Beside what commands print, the library that connects processes tells of itself, on several
-    # threads at once: a line of its own may be in two parts.
-    return [
-        re.sub(r"^.*(\[Gloo\]|connected peer ranks).*\n", "", out, flags=re.M) for out, _ in printed
-    ]
+    return [commands_own(out) for out, _ in printed]
+
+
+# The library that connects processes tells of itself, piece by piece and on several threads at
+# once: a line may hold pieces of two sentences, or the end of one.
+GLOO = [
+    r"\[Gloo\] Rank ",
+    r"\d+",
+    " is connected to ",
+    r" peer ranks\. ",
+    "Expected number of connected peer ranks is : ",
+]
+
+
+def commands_own(printed):
+    """What a process printed, without the lines of the library that connects it to others."""
+    return re.sub(rf"^(?:{'|'.join(GLOO)})*\n", "", printed, flags=re.M)
+
+
+def test_lines_of_the_connecting_library_are_no_lines_of_a_command():
+    pieces = ["[Gloo] Rank ", "1", " is connected to ", "3", " peer ranks. "]
+    pieces += ["Expected number of connected peer ranks is : ", "3"]
+    whole = "".join(pieces)
+    for cut in range(len(pieces)):
+        before, after = "".join(pieces[:cut]), "".join(pieces[cut:])
+        printed = f"{before}{whole}\n{after}\npolicy in one\n\n3 texts\n"
+        assert commands_own(printed) == "policy in one\n3 texts\n"
 
 
 def answers(path):
