@@ -8,7 +8,8 @@ wait there; the cache is written once, after the branches, in place.
 A position that leaves at an exit gives the row its next token. The blocks that it skipped get keys
 and values projected from its state ("propagate"), or it waits with its hidden state until a later
 position goes deeper and takes it along ("defer"): then each position passes each block at most
-once, and what deeper blocks hold is what the full model would hold.
+once, and what deeper blocks hold is what the full model would hold. Where other rows of a batch go
+deeper in the same step, it goes along with them, which costs nothing.
 
 Each row of a batch leaves where its exits let it. A segment runs once in a step, for all rows that
 need it, so its weights are read once for all of them, and each row has its next token at the end.
@@ -146,14 +147,14 @@ class Engine:
         slots = state.pending_slots(positions_BT)
         return jnp.take_along_axis(kept_BWD, slots[:, :, None], axis=1)
 
-    def _keep(self, state: DecodeState, first_B, hidden_BTD, rows_B, taps=None) -> DecodeState:
-        """The state with new hidden states of the positions from `first_B` to the newest."""
+    def _keep(self, state: DecodeState, first_B, until_B, hidden_BTD, taps=None) -> DecodeState:
+        """The state with new hidden states of the positions from `first_B` up to `until_B`."""
         width = hidden_BTD.shape[1]
         positions = first_B[:, None] + jnp.arange(width)[None]
-        counts = rows_B[:, None] & (positions <= state.newest_B[:, None])
         nowhere = state.hidden_BWD.shape[1]
+        counts = positions < until_B[:, None]
         slots = jnp.where(counts, state.pending_slots(positions), nowhere)
-        rows = jnp.arange(len(rows_B))[:, None]
+        rows = jnp.arange(len(first_B))[:, None]
 
         def stored(kept_BWD, new_BTD):
             return kept_BWD.at[rows, slots].set(new_BTD, mode="drop")
@@ -192,7 +193,9 @@ class Engine:
         """Puts the tokens that wait in front of the first segment among the positions under way."""
         first_B = state.filled_BE[:, 0]
         embedded, _ = self.stem(state, self.positions(first_B, state, self._widths(0)[-1]))
-        return self._keep(state, first_B, embedded, ~state.finished_B & (state.stage_B == 0))
+        rows_B = ~state.finished_B & (state.stage_B == 0)
+        until_B = jnp.where(rows_B, state.newest_B + 1, first_B)
+        return self._keep(state, first_B, until_B, embedded)
 
     def _advance(self, state: DecodeState, segment: int, active_B: jax.Array) -> DecodeState:
         """Runs a segment's blocks for all positions that wait in the active rows."""
@@ -224,21 +227,33 @@ class Engine:
             return found if propagates else jax.tree.map(jnp.zeros_like, found)
 
         waiting_B = jnp.where(active_B, state.newest_B + 1 - start_B, 0)
+        if segment and not (propagates or self.mode.verified):
+            waiting_B = self._with_others(state, segment, active_B, waiting_B)
         (hidden, rows, taps), narrowest = in_width(widths, waiting_B, skip, run, state)
-        state = self._keep(state, start_B, hidden, active_B, taps)
-        filled_B = jnp.where(active_B, state.newest_B + 1, start_B)
+        until_B = start_B + waiting_B
+        state = self._keep(state, start_B, until_B, hidden, taps)
         if propagates:  # rows that have left lack this segment's rows of their last position
-            filled_B = jnp.maximum(filled_B, state.newest_B)
-        share_B = active_B / jnp.maximum(active_B.sum(), 1)
+            until_B = jnp.maximum(until_B, state.newest_B)
+        runs_B = waiting_B > 0
+        share_B = runs_B / jnp.maximum(runs_B.sum(), 1)
         width = jnp.arange(len(self.mode.widths)) == narrowest
         return state.change(
             cache=caches.write(state.cache, rows, start_B),
-            filled_BE=state.filled_BE.at[:, segment].set(filled_B),
+            filled_BE=state.filled_BE.at[:, segment].set(until_B),
         ).count(
             positions_BE=self.column(segment, waiting_B),
-            read_BE=self.column(segment, jnp.where(active_B, start_B, 0)),
+            read_BE=self.column(segment, jnp.where(runs_B, start_B, 0)),
             passes_BEN=self.column(segment, share_B)[:, :, None] * width[None, None],
         )
+
+    def _with_others(self, state, segment: int, active_B, waiting_B) -> jax.Array:
+        """How many positions run, int32 [B], where rows that have left go along with those that
+        have not: as many as a pass has room for that is no wider for them."""
+        widths = jnp.array(self._widths(segment))
+        room = widths[jnp.searchsorted(widths, waiting_B.max())]
+        left_B = active_B.any() & ~active_B & ~state.finished_B
+        behind_B = state.filled_BE[:, segment - 1] - state.filled_BE[:, segment]
+        return jnp.where(left_B, jnp.minimum(behind_B, room), waiting_B)
 
     def run_blocks(self, segment, hidden_BTD, context, cache, filled_B, active_B=None):
         """(hidden states after a segment's blocks, their new key and value rows, those of `taps`).
@@ -312,8 +327,7 @@ class Engine:
                 state.tokens_BS, self.positions(first_B + 1, state, widths[-1] - 1), axis=1
             )
             accepted_B = drafting.accepted(drafts, tokens[:, :-1], drafted_B)
-            how = {"rows": active_B.sum(), "narrowest": narrowest}
-            state = drafting.booked(self, state, first_B, drafted_B, accepted_B, **how)
+            state = drafting.booked(self, state, first_B, drafted_B, accepted_B, narrowest)
         state = state.count(
             evaluations_BE=self.column(self.final, waiting_B),
             head_passes_BE=self.column(self.final, active_B / jnp.maximum(active_B.sum(), 1)),

@@ -143,6 +143,16 @@ class DecodeState:
         return (self.filled_BE > self.newest_B[:, None]).sum(axis=1)
 
     @property
+    def chosen_B(self) -> jax.Array:
+        """int32 [B], the place of each row's last token that the full model has chosen.
+
+        What stands behind it was said by exits or drafters, and would wait for its deeper blocks,
+        were the row alone: in a batch some of it may have gone along with other rows.
+        """
+        final, places = self.filled_BE.shape[1] - 1, jnp.arange(self.exit_BS.shape[1])
+        return jnp.where(self.exit_BS == final, places[None], 0).max(axis=1)
+
+    @property
     def progress_B(self) -> jax.Array:
         """float32 [B], which part of its new tokens each row has."""
         new = self.newest_B + 1 - self.prompt_B

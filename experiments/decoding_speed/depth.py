@@ -44,11 +44,11 @@ def main(argv):
     params = {"backbone": pretrained.params, "exits": exits}
 
     def case(policy, mode=LOSSY, slots=256, prompts=(PROMPT,)):
-        return decode_case(Decoder(model, params, policy, (), mode), prompts, tokens, slots)
+        return [decode_case(Decoder(model, params, policy, (), mode), prompts, tokens, slots)]
 
     modes = {"full": LOSSY}
     cases = {
-        "memory bound": _memory_bound(traffic(model, params).full, tokens),
+        "memory bound": [_memory_bound(traffic(model, params).full, tokens)],
         "full": case(None),
         "no exit fires": case(policies.never(len(depths))),
         "batch 4": case(None, prompts=[PROMPT] * 4),

@@ -38,7 +38,7 @@ def main(argv):
     for filled in FILLED:
         prompt = [100 + i % 200 for i in range(filled)]
         for name, slots in (("tight", caches.bucket(filled + tokens + 1)), ("wide", ALLOCATED)):
-            cases[f"{name} {filled}"] = decode_case(decoder, [prompt], tokens, slots)
+            cases[f"{name} {filled}"] = [decode_case(decoder, [prompt], tokens, slots)]
     turns = Turns(cases, rounds)
     ms = {name: 1e3 * turns.median(name) / tokens for name in cases}
     tight = np.array([ms[f"tight {filled}"] for filled in FILLED])

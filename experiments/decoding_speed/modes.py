@@ -4,11 +4,13 @@
     python -m experiments.decoding_speed.modes --workdir=runs/demo --check
     python -m experiments.decoding_speed.modes --workdir=runs/demo --peers    # extra `parity`
 
-Greedy, float32. All cases of a kind take turns in one process; a speed-up is the median over rounds
-of the ratio within a round. Beside the rate of decoding stands the time to the last token, in which
-the prompt's pass counts. Needs a tuned run of SmolLM2-135M (`make demo` leaves one).
+Greedy, float32. All cases of a kind take turns in one process, answer by answer or batch by batch;
+a speed-up is the median over rounds of the ratio within a round. Beside the rate of decoding stands
+the time to the last token, in which the prompt's pass counts. Needs a tuned run of SmolLM2-135M
+(`make demo` leaves one).
 """
 
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -25,13 +27,7 @@ from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from experiments import bars
 from experiments.decoding_speed import mode_bars, prompts
-from experiments.decoding_speed.timing import (
-    Case,
-    Timed,
-    Turns,
-    decode_case,
-    one_after_the_other,
-)
+from experiments.decoding_speed.timing import Case, Timed, Turns, decode_case
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
 PEERS = flags.DEFINE_bool("peers", False, "Time transformers too, on the same weights (torch).")
@@ -40,6 +36,8 @@ PLOT = flags.DEFINE_string("plot", None, "File for the plot, as SVG or PNG.")
 
 FULL = "full model"
 SLOTS = 512
+# Tokens of an answer that is decoded for its programs alone.
+WARM = 8
 
 
 def main(argv):
@@ -50,18 +48,27 @@ def main(argv):
     modes = {FULL: (None, LOSSY)}
     for mode in (LOSSY, DEFERRED, *mode_bars.CHECKED):
         modes[mode.name] = policy, mode
+    decoders = {
+        name: Decoder(tuned.model, tuned.params, chosen, (), mode)
+        for name, (chosen, mode) in modes.items()
+    }
+    decoders |= {
+        mode.name: measure.measured(decoders[mode.name], SLOTS) for mode in mode_bars.CHECKED
+    }
     rows, speedups = [], {}
     for kind, texts in prompts.load(tuned, count).items():
         for batch in (1, len(texts)):
-            cases = {}
-            for name, (chosen, mode) in modes.items():
-                decoder = Decoder(tuned.model, tuned.params, chosen, (), mode)
-                if mode.verified:
-                    decoder = measure.measured(decoder, SLOTS)
-                cases[name] = _case(decoder, texts, new_tokens, batch)
+            cases = {
+                name: _case(decoder, texts, new_tokens, batch) for name, decoder in decoders.items()
+            }
+            # Alone, an answer of any length compiles all; in a batch, rows end one after the other.
+            short = WARM if batch == 1 else new_tokens
+            for decoder in decoders.values():
+                for part in _case(decoder, texts, short, batch):
+                    part()
             if PEERS.value and (kind, batch) == ("code", 1):
                 cases |= _peers(tuned, texts, new_tokens)
-            turns = Turns(cases, rounds)
+            turns = Turns(cases, rounds, compiled=True)
             for name in cases:
                 speedup = 1 / turns.ratio(name, FULL)
                 speedups[kind, batch, name] = speedup
@@ -83,14 +90,12 @@ _HEADER = ("text", "batch", "mode", "tokens/s", "speed-up", "s to the last token
 _HEADER += ("equal", "blocks/token", "accepted")
 
 
-def _case(decoder: Decoder, texts: list[list[int]], new_tokens: int, batch: int) -> Case:
+def _case(decoder: Decoder, texts: list[list[int]], new_tokens: int, batch: int) -> list[Case]:
     """All texts, `batch` at a time."""
-    return one_after_the_other(
-        [
-            decode_case(decoder, texts[i : i + batch], new_tokens, SLOTS)
-            for i in range(0, len(texts), batch)
-        ]
-    )
+    return [
+        decode_case(decoder, texts[i : i + batch], new_tokens, SLOTS)
+        for i in range(0, len(texts), batch)
+    ]
 
 
 def _facts(turns: Turns, name: str) -> tuple:
@@ -116,25 +121,21 @@ def _peers(tuned, texts, new_tokens) -> dict:
         export_backbone(folder, tuned.model.config, tuned.params["backbone"], tuned.tokenizer)
         peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    def case(**settings):
-        def run():
-            prefills = seconds = 0.0
-            for text in texts:
-                inputs = torch.tensor([text])
-                lengths = {"min_new_tokens": new_tokens + 1, "max_new_tokens": new_tokens + 1}
-                # The first token comes out of the prompt's pass, here as there.
-                began = time.perf_counter()
-                with torch.no_grad():
-                    peer.generate(inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
-                prefill = time.perf_counter() - began
-                began = time.perf_counter()
-                with torch.no_grad():
-                    peer.generate(inputs, do_sample=False, pad_token_id=0, **lengths, **settings)
-                seconds += time.perf_counter() - began - prefill
-                prefills += prefill
-            return Timed(seconds, prefills)
+    def timed(text, **settings) -> Timed:
+        inputs = torch.tensor([text])
+        lengths = {"min_new_tokens": new_tokens + 1, "max_new_tokens": new_tokens + 1}
+        # The first token comes out of the prompt's pass, here as there.
+        began = time.perf_counter()
+        with torch.no_grad():
+            peer.generate(inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        prefill = time.perf_counter() - began
+        began = time.perf_counter()
+        with torch.no_grad():
+            peer.generate(inputs, do_sample=False, pad_token_id=0, **lengths, **settings)
+        return Timed(time.perf_counter() - began - prefill, prefill)
 
-        return run
+    def case(**settings):
+        return [functools.partial(timed, text, **settings) for text in texts]
 
     return {
         "transformers": case(),

@@ -1,4 +1,4 @@
-"""What the decoding studies share: a case is a function that takes time, and cases take turns."""
+"""What the decoding studies share: cases have parts, functions that take time, and take turns."""
 
 import dataclasses
 import time
@@ -27,6 +27,12 @@ class Timed:
     def whole(self) -> float:
         """Seconds to the last token, the prompt's pass included."""
         return self.prefill + self.seconds
+
+    @classmethod
+    def together(cls, parts: Sequence["Timed"]) -> "Timed":
+        """What these took and gave, one after the other."""
+        seconds, prefill = sum(p.seconds for p in parts), sum(p.prefill for p in parts)
+        return cls(seconds, prefill, [answer for part in parts for answer in part.answers])
 
 
 Case = Callable[[], Timed]
@@ -58,32 +64,28 @@ def decode_case(
     return run
 
 
-def one_after_the_other(cases: Sequence[Case]) -> Case:
-    """A case that is all of these."""
-
-    def run():
-        found = [case() for case in cases]
-        return Timed(
-            sum(part.seconds for part in found),
-            sum(part.prefill for part in found),
-            [answer for part in found for answer in part.answers],
-        )
-
-    return run
-
-
 class Turns:
-    """Times of every case, round by round, so that the machine's drift cancels in ratios."""
+    """Times of every case, in turns, so that the machine's drift cancels in ratios.
 
-    def __init__(self, cases: Mapping[str, Case], rounds: int):
+    Args:
+      cases: of each, its parts, one after the other: as many for all. A turn is one part of each.
+      compiled: whether all that they run has been compiled. If not, a round that is not counted
+        comes first.
+    """
+
+    def __init__(self, cases: Mapping[str, Sequence[Case]], rounds: int, *, compiled: bool = False):
         self.answers: dict[str, Sequence[Generation]] = {}
         self._rounds: dict[str, list[Timed]] = {name: [] for name in cases}
-        for index in range(rounds + 1):  # the first round compiles
-            for name, case in cases.items():
-                timed = case()
-                self.answers[name] = timed.answers
+        for index in range(compiled, rounds + 1):
+            taken: dict[str, list[Timed]] = {name: [] for name in cases}
+            for turn in zip(*cases.values(), strict=True):
+                for name, part in zip(cases, turn, strict=True):
+                    taken[name].append(part())
+            for name, parts in taken.items():
+                together = Timed.together(parts)
+                self.answers[name] = together.answers
                 if index:
-                    self._rounds[name].append(timed)
+                    self._rounds[name].append(together)
 
     def median(self, name: str, of: str = "seconds") -> float:
         """Over rounds, of the seconds of decoding, or of the `whole`."""

@@ -25,7 +25,7 @@ from early_exit.policy import ExitPolicy
 from early_exit.runs import assemble
 from early_exit.runs.metrics import table
 from experiments import bars
-from experiments.decoding_speed.timing import Turns, decode_case, one_after_the_other
+from experiments.decoding_speed.timing import Turns, decode_case
 from experiments.recurrent_exits import prompts
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a tuned run.", required=True)
@@ -73,7 +73,7 @@ def main(argv):
 
                 def case(whole, decoder=decoder, parts=parts):
                     how = {"new_tokens": new_tokens, "slots": SLOTS, "whole": whole}
-                    return one_after_the_other([decode_case(decoder, p, **how) for p in parts])
+                    return [decode_case(decoder, p, **how) for p in parts]
 
                 cases[name] = case(whole=False)
                 if batch > 1 and name in seconds:  # what all its rows together take is foreseen

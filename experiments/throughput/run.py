@@ -115,7 +115,7 @@ def _of_the_bound(tuned, machine: Machine, rows_of, new_tokens: int, rounds: int
     cases = {}
     for rows in rows_of:
         texts = rng.integers(0, config.vocab_size, (rows, length)).tolist()
-        cases[rows] = decode_case(decoder, texts, new_tokens, SLOTS)
+        cases[rows] = [decode_case(decoder, texts, new_tokens, SLOTS)]
     turns = Turns(cases, rounds)
     told, reached = [], {}
     for rows in rows_of:
@@ -141,11 +141,11 @@ def _modes(tuned, modes_at, new_tokens: int, rounds: int) -> dict[tuple[str, int
         for kind, texts in prompts.load(tuned, 16).items():
             texts = [texts[i % len(texts)] for i in range(rows)]
             full = Decoder(tuned.model, tuned.params, None, (), LOSSY)
-            cases = {FULL: decode_case(full, texts, new_tokens, SLOTS)}
+            cases = {FULL: [decode_case(full, texts, new_tokens, SLOTS)]}
             for mode in chosen:
                 decoder = Decoder(tuned.model, tuned.params, policy, (), mode)
                 decoder = measure.measured(decoder, SLOTS) if mode.verified else decoder
-                cases[mode.name] = decode_case(decoder, texts, new_tokens, SLOTS)
+                cases[mode.name] = [decode_case(decoder, texts, new_tokens, SLOTS)]
             turns = Turns(cases, rounds)
             told = []
             for name in cases:

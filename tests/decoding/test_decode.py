@@ -315,50 +315,6 @@ def test_a_backbone_alone_decodes(tiny):
     np.testing.assert_array_equal(bare.tokens, whole.tokens)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("mode", "temperature"), [(LOSSY, 0.0), (DEFERRED, 0.9), (BY_EXITS, 0.9), (VERIFIED, 0.0)]
-)
-def test_rows_of_a_batch_equal_rows_alone(tiny, mixed, mode, temperature):
-    model, params = tiny
-    sampling = Sampling(temperature)
-    prompts = [PROMPT, [1], list(range(40)), [60, 0, 60], [5, 9] * 70, REPEATING, [8], [4, 4]]
-    lengths = [9, 30, 4, 1, 17, 25, 12, 20]
-    batch = run(model, params, prompts, mixed, lengths, mode=mode, sampling=sampling)
-    decoder = Decoder(model, params, mixed, (), mode, sampling=sampling)
-    for i, (prompt, length, row) in enumerate(zip(prompts, lengths, batch, strict=True)):
-        keys = jax.random.split(jax.random.key(0), len(prompts))[i : i + 1]
-        state = decoder.run(decoder.start([prompt], length, keys, None))
-        (alone,) = decoder.generations(state, [0.0])
-        np.testing.assert_array_equal(row.tokens, alone.tokens)
-        np.testing.assert_allclose(row.log_probs, alone.log_probs, atol=1e-5)
-        assert len(row.tokens) == length
-        if not mode.verified:  # how many drafts pay depends on the batch; what they give does not
-            np.testing.assert_array_equal(row.exits, alone.exits)
-            for name in ("evaluations_BE", "positions_BE", "read_BE"):
-                np.testing.assert_array_equal(
-                    getattr(row.counts, name), getattr(alone.counts, name)
-                )
-    assert len({tuple(row.exits[1:]) for row in batch}) > 1
-
-
-def test_a_segment_is_read_once_for_all_rows_that_need_it(tiny, mixed):
-    """In each step as deep as the deepest row, and no deeper."""
-    answers = run(*tiny, [[row, *PROMPT] for row in range(8)], mixed, 60)
-    passes = 2 * sum(answer.counts.passes_BEN.sum() for answer in answers)
-    deepest = np.max([answer.depths[1:] for answer in answers], axis=0)
-    assert deepest.mean() > 2 and np.mean([answer.depths[1:] for answer in answers]) < 5.5
-    np.testing.assert_allclose(passes, deepest.sum(), rtol=1e-5)
-
-
-def test_ended_rows_cost_no_pass(tiny):
-    policy = policies.forced(2, 0)
-    answers = run(*tiny, [PROMPT] * 3, policy, [60, 60, 20])
-    assert [len(answer.tokens) for answer in answers] == [60, 60, 20]
-    passes = sum(answer.counts.passes_BEN.sum(axis=1) for answer in answers)
-    np.testing.assert_allclose(passes, [59, 0, 0], rtol=1e-5)
-
-
 @every_mode
 def test_log_probs_are_those_of_the_head_that_decided(tiny, mixed, mixed_deferred, mode):
     model, params = tiny

@@ -150,6 +150,26 @@ def test_a_study_runs_to_its_end(study, given, launcher, tmp_path):
         assert bar["name"] in printed and not math.isnan(bar["figure"]), bar
 
 
+def test_answers_that_were_decoded_before_a_stop_are_not_decoded_again(given, launcher, tmp_path):
+    records, out = tmp_path / "answers.npz", tmp_path / "figures.json"
+    command = ["small_study", given["decoder"], "experiments.decoded_promises.run", "--quick"]
+    command += [f"--workdir={given['run']}", f"--records={records}", f"--out={out}"]
+
+    def decoded():
+        printed = succeeded(launcher.module(*command, "--candidates=3"))
+        return printed.count(", policy "), json.loads(out.read_text())["figures"]
+
+    policies, figures = decoded()
+    assert policies == 2 * (3 + 3) and decoded() == (0, figures)
+    kept = dict(np.load(records))
+    lost = [name for name in kept if name.startswith(("deferred/4/", "deferred/5/"))]
+    assert lost
+    np.savez(records, **{name: array for name, array in kept.items() if name not in lost})
+    assert decoded() == (2, figures)
+    done = launcher.module(*command, "--candidates=4")
+    assert done.returncode and "holds answers to other flags; name another file" in done.stderr
+
+
 @pytest.mark.tpu_compile
 def test_pod_plan(launcher, tmp_path):
     pytest.importorskip("libtpu")

@@ -157,8 +157,8 @@ def rivals(engine: "Engine", state: "DecodeState", drafter: Drafter) -> jax.Arra
 
 
 def free(state: "DecodeState") -> jax.Array:
-    """bool [B], rows that go on and where nothing waits but the newest token."""
-    return ~state.finished_B & (state.filled_BE[:, -1] == state.newest_B)
+    """bool [B], rows that go on and where nothing waits but the newest token, the full model's."""
+    return ~state.finished_B & (state.chosen_B == state.newest_B)
 
 
 def draftable(
@@ -298,14 +298,12 @@ def booked(
     first_B: jax.Array,
     drafted_B: jax.Array,
     accepted_B: jax.Array,
-    *,
-    rows: jax.Array,
     narrowest: jax.Array,
 ) -> "DecodeState":
     """Books which drafts stood, and what that says about where they came from.
 
     Args:
-      rows, narrowest: int32, how many rows the pass was for, and which of the mode's widths it had.
+      narrowest: int32, which of the mode's widths the pass had.
     """
     place = jnp.arange(engine.mode.pending)[None]
     kept = place < accepted_B[:, None]
@@ -313,25 +311,22 @@ def booked(
     at = engine.positions(first_B + 1, state, engine.mode.pending)
     source = jnp.take_along_axis(state.exit_BS, at, axis=1)
     # In tokens of plain decoding, where a pass gives each of the B rows one: what each draft
-    # adds to this pass, as wide as it is for all rows; and what a pass of its own would have
-    # cost the row, had it shared that with as many.
+    # adds to this pass, as wide as it is for all rows.
     wider = engine.costs.passes_N[narrowest] - 1
     further = wider * len(drafted_B) / jnp.maximum(drafted_B.sum(), 1)
-    alone = 1 / jnp.maximum(rows, 1)
     # A draft of an exit has had a pass as deep as that; one made before the pass, none. What it
-    # saves is known where all rows leave: the others' share of the wider pass comes to that.
+    # saves is known of a pass two positions wide.
     second = engine.costs.passes_N[1] - 1
     behind_E = 1 - jnp.array(engine.depth_shares[: engine.final])
     others = jnp.ones(state.worth_BN.shape[1] - engine.final)
     saved = jnp.append(engine.saved_E, (1 - second) * others)
     more = jnp.append(behind_E, others) * (further - second)
-    going_on = jnp.append(behind_E * (1 - alone), 0 * others)  # a pass for the rows that stay
     worth_BN = settled(
         state.worth_BN,
         source,
         kept,
         dropped,
-        gains=saved - more - going_on,
+        gains=saved - more,
         losses=1 - saved + more,
     )
     return state.change(worth_BN=worth_BN).count(

@@ -39,6 +39,7 @@ class Exits(base.Drafter):
         must_B = policy.overdrawn(state.account_B, engine.model.exit_depths[e + 1])
         wanted_B = active_B & (policy.consults(e) | must_B) & _may_leave(engine, state)
         if engine.mode.verified:
+            wanted_B = _all_or_none(wanted_B, active_B)
             state, wanted_B = _worthwhile(engine, state, e, wanted_B)
         by_hidden = policy.confidence in confidences.FROM_HIDDEN
         if by_hidden:
@@ -68,7 +69,7 @@ class Exits(base.Drafter):
 
         leaving_B, token_B, log_prob_B, said = jax.lax.cond(wanted_B.any(), evaluate, skip, state)
         if engine.mode.verified:
-            leaving_B &= ~engine.rules.stops(token_B)
+            leaving_B = _all_or_none(leaving_B & ~engine.rules.stops(token_B), active_B)
         state = state.change(said=said.where(wanted_B, state.said)).count(
             evaluations_BE=engine.column(e, wanted_B.astype(jnp.int32)),
             head_passes_BE=engine.column(e, wanted_B / jnp.maximum(wanted_B.sum(), 1)),
@@ -84,12 +85,19 @@ class Exits(base.Drafter):
         )
 
 
+def _all_or_none(leaving_B: jax.Array, active_B: jax.Array) -> jax.Array:
+    """The rows that leave, if all do: a pass for the others gives each row the full model's token,
+    so that a draft would only make the next one wider."""
+    return leaving_B & (leaving_B | ~active_B).all()
+
+
 def _may_leave(engine, state) -> jax.Array:
     """bool [B], rows where the newest position need not go all the way."""
     may_B = jnp.ones_like(state.finished_B)
     if not engine.mode.propagates:
-        # The next position must still fit in beside those that wait.
-        may_B &= state.newest_B + 2 - state.filled_BE[:, -1] <= engine.mode.pending
+        # The next position must still fit in beside those that wait (in a row that is alone: it
+        # gets the same answer in any batch).
+        may_B &= state.newest_B + 2 - state.chosen_B <= engine.mode.pending
     if engine.mode.verified:
         # The last token is the full model's, so that none is left unchecked when a row ends.
         may_B &= state.newest_B + 2 < state.limit_B
